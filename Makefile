@@ -1,0 +1,39 @@
+COHORT ?= data/synthetic
+PROFILE ?= default
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: figures test notebooks bench soak
+.DELETE_ON_ERROR:
+
+.venv/.installed: requirements.txt pyproject.toml
+	test -d .venv || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --requirement requirements.txt
+	touch $@
+
+.venv/.tested: .venv/.installed
+	$(BIN)/pip install --quiet --editable '.[test]'
+	touch $@
+
+data/synthetic/SYNTHETIC: | .venv/.installed
+	$(BIN)/python -m brainsex synthesize data/synthetic
+
+# A cohort of one's own must exist; only the default one is written when absent.
+NEEDS := $(if $(filter data/synthetic,$(COHORT)),data/synthetic/SYNTHETIC)
+
+figures: .venv/.installed $(NEEDS)
+	$(BIN)/python notebooks/run.py --cohort $(COHORT) --profile $(PROFILE)
+
+notebooks: .venv/.installed data/synthetic/SYNTHETIC
+	$(BIN)/python notebooks/run.py --in-place
+
+test: .venv/.tested
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pytest
+
+bench: .venv/.tested
+	$(BIN)/python -m tests.benchmarks
+
+soak: .venv/.tested
+	$(BIN)/pytest -m soak

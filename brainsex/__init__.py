@@ -1,0 +1,28 @@
+"""What a network sees in men's and women's brains: from FA archives to perturbation masks."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+SHAPE = (58, 70, 58)
+"""Voxels of a volume as the networks take it: X, Y, Z in RAS (about 3.1 mm each)."""
+
+LABELS = {"F": 0, "M": 1}
+"""Label coding of HCP's Gender column, used everywhere: women 0, men 1."""
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a partial path beside `path`; rename it to `path` on success, delete it on failure.
+
+    A file under its final name is therefore always whole, whatever kills the process.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,238 @@
+"""HCP's archives, old and new, nested or not: one volume a subject, named by its ID (notebook 02).
+
+In the study each subject is one archive of about 1 GB that holds an inner archive with the wanted
+file. The outer one is never unpacked: an inner archive that is stored is read in place, one that
+is compressed is inflated to a bounded temporary file.
+"""
+
+import io
+import os
+import re
+import struct
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import pandas as pd
+from joblib import Parallel, delayed
+from tqdm.auto import tqdm
+
+from brainsex import replacing
+
+FA_MEMBERS = ("*_FA.nii.gz", "FA.nii.gz", "*_FA.nii", "FA.nii")
+MAX_MEMBER = 2 << 30
+"""Bytes of the largest volume taken out, whatever its archive declares."""
+MAX_INNER = 8 << 30
+"""Bytes of the largest compressed inner archive inflated to a temporary file."""
+CHUNK = 1 << 20
+UNREADABLE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, OverflowError)
+UNREADABLE += (RuntimeError, ValueError)
+Member = tuple[zipfile.ZipFile, zipfile.ZipInfo, str]  # the string names it in messages
+
+
+class _Rejected(Exception):
+    """Why a subject's archives give no volume, in words its user can act on."""
+
+
+def extract(
+    source: str | Path,
+    target: str | Path,
+    member: str | Sequence[str] = FA_MEMBERS,
+    *,
+    workers: int | None = None,
+    overwrite: bool = False,
+) -> pd.DataFrame:
+    """Take each subject's volume out of its archives, to ``target/<ID>.nii.gz``.
+
+    An interrupted run goes on where it stopped: archives of a subject whose volume is in `target`
+    are not opened. ``target/rejected.csv`` lists whom this run left out, and why.
+
+    Parameters
+    ----------
+    source : folder of archives at any depth. An ID is the leading letters and digits of a name;
+        a subject's archives together hold one matching member, directly or in an inner archive.
+    target : folder for the volumes, made if absent.
+    member : glob patterns of the member's base name, in any case; only NIfTI files are taken.
+    workers : subjects at the same time; as many as there are cores by default.
+    overwrite : extract anew what is in `target` (what is then rejected keeps its old volume).
+
+    Returns
+    -------
+    DataFrame sorted by Subject (a string: leading zeros survive) with status (``extracted``,
+    ``present`` or ``rejected``) and reason (of a rejection, else empty).
+
+    Raises
+    ------
+    FileNotFoundError
+        No folder `source`, or no archive in it and no volume in `target`.
+    OSError
+        `target` cannot be written (the disk is full, say). Finished volumes stay.
+
+    References
+    ----------
+    Kan et al. (2020), arXiv 2006.15969; HCP S1200 Release Reference Manual, Appendix III (names).
+    """
+    source, target = Path(source), Path(target)
+    patterns = (member,) if isinstance(member, str) else tuple(member)
+    archives: dict[str, list[Path]] = {}
+    for path in sorted(source.rglob("*.[zZ][iI][pP]")):
+        if (subject := re.match("[0-9A-Za-z]+", path.name)) and not path.is_dir():
+            archives.setdefault(subject[0], []).append(path)
+    volumes = (re.fullmatch(r"([0-9A-Za-z]+)\.nii(\.gz)?", each.name) for each in target.glob("*"))
+    outcome = {volume[1]: ("present", "") for volume in volumes if volume}
+    if not source.is_dir() or not (archives or outcome):
+        found = "none in it" if source.is_dir() else "no such folder"
+        raise FileNotFoundError(
+            f"{source}: expected a folder with archives named <ID>_….zip or <ID>.zip, found "
+            f"{found}. DATA_ACCESS.md says how to get them."
+        )
+    target.mkdir(parents=True, exist_ok=True)
+    failures: list[OSError] = []
+
+    def attempt(subject: str) -> tuple[str, str]:
+        if not failures:  # a full disk is no subject's fault: the others stop too
+            try:
+                _extract_one(subject, archives[subject], source, target, patterns)
+            except _Rejected as reason:
+                return "rejected", str(reason)
+            except OSError as error:
+                failures.append(error)
+        return "extracted", ""
+
+    todo = sorted(archives if overwrite else archives.keys() - outcome.keys())
+    workers = os.cpu_count() if workers is None else workers
+    run = Parallel(workers, require="sharedmem", return_as="generator")  # threads
+    results = run(delayed(attempt)(subject) for subject in todo)
+    outcome |= zip(todo, list(tqdm(results, "extract", total=len(todo), unit="subject")))
+    if failures:
+        advice = "Nothing half-written stays: make room, run again, and it goes on from here"
+        message = f"cannot write ({failures[0].strerror}). {advice}"
+        raise OSError(failures[0].errno, message, str(target)) from failures[0]
+    rows = [(subject, *outcome[subject]) for subject in sorted(outcome)]
+    table = pd.DataFrame(rows, columns=["Subject", "status", "reason"])
+    rejected = table.loc[table["status"] == "rejected", ["Subject", "reason"]]
+    with replacing(target / "rejected.csv") as partial:
+        rejected.to_csv(partial, index=False)
+    print(f"{len(table)} subjects, {len(rejected)} of them rejected (rejected.csv says why)")
+    return table
+
+
+def _extract_one(
+    subject: str, paths: list[Path], source: Path, target: Path, patterns: tuple[str, ...]
+) -> None:
+    with ExitStack() as stack:
+        labels = [path.relative_to(source).as_posix() for path in paths]
+        searches = (_find(*each, patterns, stack, target) for each in zip(paths, labels))
+        found = [hit for search in searches for hit in search]
+        if len(found) != 1:
+            hits = ", ".join(label for _, _, label in found[:4]) or "none"
+            hint = "" if found else "; HCP ships no FA map: fit one, DATA_ACCESS.md says how"
+            raise _Rejected(
+                f"{', '.join(labels)}: expected one file named like {' or '.join(patterns)}, "
+                f"found {hits}{hint}"
+            )
+        end, other = ".nii.gz", ".nii"
+        if found[0][1].filename.lower().endswith(other):
+            end, other = other, end
+        with replacing(target / (subject + end)) as partial, open(partial, "wb") as file:
+            for chunk in _chunks(found[0], MAX_MEMBER):
+                file.write(chunk)
+        (target / (subject + other)).unlink(missing_ok=True)  # one volume a subject
+
+
+def _find(
+    file, label: str, patterns: tuple[str, ...], stack: ExitStack, scratch: Path | None = None
+) -> list[Member]:
+    """Return an archive's matching members; with `scratch` also those of the archives in it."""
+    with _reading(label):
+        archive = stack.enter_context(zipfile.ZipFile(file))
+    found = []
+    for info in archive.infolist():
+        where, name = f"{label}/{info.filename}", re.split(r"[/\\]", info.filename.lower())[-1]
+        if re.search(r"(^|[/\\])(__MACOSX[/\\]|\._)", info.filename):
+            continue
+        if name.endswith(".zip") and scratch:
+            inner = _open_inner(file, (archive, info, where), scratch, stack)
+            hits = _find(inner, where, patterns, stack)
+            if not hits:
+                inner.close()  # which gives a temporary file's space back
+            found += hits
+        elif name.endswith((".nii", ".nii.gz")):
+            if any(fnmatchcase(name, pattern.lower()) for pattern in patterns):
+                found.append((archive, info, where))
+    return found
+
+
+def _open_inner(path: Path, member: Member, scratch: Path, stack: ExitStack) -> io.BufferedIOBase:
+    """Open an archive within an archive as a file in which zipfile can seek."""
+    _, info, label = member
+    if info.compress_type != zipfile.ZIP_STORED:
+        file = stack.enter_context(tempfile.TemporaryFile(dir=scratch))
+        for chunk in _chunks(member, MAX_INNER):
+            file.write(chunk)
+        file.flush()
+        return file
+    _check(info, label, info.file_size)  # read in place: of any size
+    with _reading(label):
+        outer = stack.enter_context(open(path, "rb", buffering=0))
+        outer.seek(info.header_offset + 26)  # lengths of name and extra field, in a local header
+        start = info.header_offset + 30 + sum(struct.unpack("<HH", outer.read(4)))
+        return stack.enter_context(io.BufferedReader(_Window(outer, start, info.file_size)))
+
+
+class _Window(io.RawIOBase):
+    """`size` bytes of a file from `start` on, as a file (ZipExtFile seeks by reading anew)."""
+
+    def __init__(self, file: io.FileIO, start: int, size: int):
+        self.file, self.start, self.end = file, start, start + size
+        file.seek(start)
+
+    def readable(self) -> bool:
+        return True
+
+    seekable = readable
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        origin = (self.start, self.file.tell(), self.end)[whence]
+        return self.file.seek(origin + offset) - self.start
+
+    def readinto(self, buffer) -> int:
+        return self.file.readinto(memoryview(buffer)[: max(self.end - self.file.tell(), 0)])
+
+
+def _chunks(member: Member, limit: int) -> Iterator[bytes]:
+    """Yield a member's bytes to its end, where zipfile compares their checksum."""
+    archive, info, label = member
+    _check(info, label, limit)
+    with _reading(label), archive.open(info) as stream:
+        left = info.file_size
+        while chunk := stream.read(CHUNK):
+            left -= len(chunk)
+            yield chunk
+        if left:
+            raise EOFError(f"{left} fewer bytes than declared")
+
+
+def _check(info: zipfile.ZipInfo, label: str, limit: int) -> None:
+    if info.flag_bits & 1:
+        raise _Rejected(f"{label}: encrypted, which HCP's archives are not: download it again")
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise _Rejected(f"{label}: expected deflate, found method {info.compress_type}: repack it")
+    if info.file_size > limit:
+        raise _Rejected(f"{label}: expected at most {limit} bytes, declared are {info.file_size}")
+
+
+@contextmanager
+def _reading(label: str) -> Iterator[None]:
+    """Turn what a bad archive raises into a rejection; what is written is written outside."""
+    try:
+        yield
+    except UNREADABLE as error:
+        problem = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise _Rejected(
+            f"{label}: expected a whole zip archive, cannot read it ({problem}): download it again"
+        ) from error

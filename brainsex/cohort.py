@@ -1,0 +1,90 @@
+"""The one loader: volumes, sex, subjects, groups and affine of a converted cohort."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """A converted cohort. ``len()`` is its number of subjects."""
+
+    name: str
+    """The folder's name, with the word synthetic where the cohort is."""
+    synthetic: bool
+    volumes: np.ndarray
+    """(N, X, Y, Z) float32, FA in [0, 1], RAS; memory-mapped, read-only."""
+    sex: np.ndarray
+    """(N,) int64, women 0, men 1."""
+    subjects: np.ndarray
+    """(N,) str."""
+    groups: np.ndarray | None
+    """(N,) str, families; None where unknown."""
+    affine: np.ndarray | None
+    """(4, 4), voxel indices to mm; None where unknown."""
+    table: pd.DataFrame
+    """subjects.csv: brain volume in ml, intracranial volume in ml, age, … in the same order."""
+
+    def __len__(self) -> int:
+        return len(self.sex)
+
+
+def load(folder: str | Path, *, affine: np.ndarray | None = None) -> Cohort:
+    """Open what `volumes.convert` wrote, or any folder with ``tensors.npy`` and ``labels.npy``.
+
+    Parameters
+    ----------
+    folder : holds ``tensors.npy`` (N, X, Y, Z), ``labels.npy`` (N,) and, where `convert` wrote
+        them, ``subjects.csv`` and ``grid.json``.
+    affine : (4, 4), used where there is no ``grid.json``.
+
+    Raises
+    ------
+    FileNotFoundError
+        The folder, or one of its two arrays, is not there.
+    ValueError
+        The files do not belong together, or the labels are no 0 and 1.
+    """
+    folder = Path(folder)
+    for name in ("tensors.npy", "labels.npy"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"{folder / name} is not there. Run `python -m brainsex convert {folder}` "
+                "(notebook 02); DATA_ACCESS.md says how to get the data."
+            )
+    volumes = np.load(folder / "tensors.npy", mmap_mode="r", allow_pickle=False)
+    sex = np.load(folder / "labels.npy", allow_pickle=False)
+    if volumes.ndim != 4 or sex.shape != volumes.shape[:1]:
+        raise ValueError(
+            f"{folder}: expected tensors (N, X, Y, Z) and labels (N,), found {volumes.shape} "
+            f"and {sex.shape}. Convert again."
+        )
+    if not np.isin(sex, (0, 1)).all():
+        raise ValueError(f"{folder / 'labels.npy'}: expected 0 and 1, found {np.unique(sex)}.")
+    sex = sex.astype(np.int64)
+    if (folder / "subjects.csv").is_file():
+        texts = dict.fromkeys(("Subject", "group"), str)
+        table = pd.read_csv(folder / "subjects.csv", dtype=texts)
+        if len(table) != len(sex) or (table["label"] != sex).any():
+            raise ValueError(f"{folder}: subjects.csv and labels.npy disagree. Convert again.")
+    else:
+        names = [f"{i:0{len(str(len(sex)))}d}" for i in range(len(sex))]
+        table = pd.DataFrame({"Subject": names, "label": sex})
+    if (folder / "grid.json").is_file():
+        affine = np.array(json.loads((folder / "grid.json").read_text())["affine"])
+    known = "group" in table and table["group"].notna().all()
+    synthetic = (folder / "SYNTHETIC").is_file()
+    name = folder.resolve().name
+    return Cohort(
+        name=name if not synthetic or "synthetic" in name else f"{name} (synthetic)",
+        synthetic=synthetic,
+        volumes=volumes,
+        sex=sex,
+        subjects=table["Subject"].to_numpy(str),
+        groups=table["group"].to_numpy(str) if known else None,
+        affine=None if affine is None else np.asarray(affine, float),
+        table=table,
+    )

@@ -479,7 +479,9 @@ def test_scripts_for_machines_without_python_do_the_same(source, target, tmp_pat
     save(source, _900004=zipped([("__MACOSX/._x_FA.nii.gz", b""), ("xFA.nii", b"")]))
     save(source, _900005=zipped([("a/FA.nii", b""), ("in.zip", zipped([("FA.nii", b"")]))]))
     save(source, _900006=direct[:-40], _900007=zipped([("in.zip", b"text")]))
-    save(source, _900008=with_header(direct, FA, flags=1), _900009=b"garbage")
+    save(source, _900008=zipped([("in.zip", nested(volume(8)))]), _900009=b"garbage")
+    if name == "take_fa.sh":
+        save(source, _900003=with_header(direct, FA, flags=1))
     target.mkdir()
     (target / "900009.nii.gz").write_bytes(b"from before")
     expected = {
@@ -493,8 +495,9 @@ def test_scripts_for_machines_without_python_do_the_same(source, target, tmp_pat
         subprocess.run(command, check=True, capture_output=True, timeout=100)
         assert contents(target) == expected
         rejected = pd.read_csv(target / "rejected.csv", dtype=str).set_index("Subject")["reason"]
-        assert rejected.index.tolist() == ["900004", "900005", "900006", "900007", "900008"]
-        assert "found 0; HCP ships none" in rejected["900004"]
+        encrypted = ["900003"] * (name == "take_fa.sh")  # of which older .NET knows nothing
+        assert rejected.index.tolist() == [*encrypted, *(f"90000{n}" for n in range(4, 9))]
+        assert all("found 0; HCP ships none" in rejected[f"90000{n}"] for n in (4, 8))
         assert "found 2" in rejected["900005"]
 
 
@@ -522,10 +525,17 @@ def test_documented_fsl_recipe_selects_the_inner_shell(source, target, tmp_path)
     save(source, _900001_3T_Diffusion_preproc=package)
     save(source, _900002_Diffusion3TRecommended=package[:-30], _900003_other=package)
     environment = os.environ | {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}
+    for name, content in list(files.items())[:4]:
+        loose = source / folder.replace("900001", "900004") / name
+        loose.parent.mkdir(parents=True, exist_ok=True)
+        loose.write_bytes(content)
+    before = sorted(loose.parent.iterdir())
     command = ["bash", documented(tmp_path, "fit_fa.sh"), source, target]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert "900002: no FA map" in run.stderr
-    assert list(contents(target)) == ["900001.nii.gz"]
+    assert sorted(contents(target)) == ["900001.nii.gz", "900004.nii.gz"]
+    assert len(set(contents(target).values())) == 1
+    assert sorted(loose.parent.iterdir()) == before
     given = contents(target)["900001.nii.gz"].decode().splitlines()
     assert given[0] == "-i data -o low --vols=0,1,3,5"
     assert [line.split() for line in given[1:]] == [

@@ -1,43 +1,28 @@
-"""The drawings more than one notebook makes: matplotlib figures, and 3D pages that work offline.
+"""The drawings more than one notebook makes.
 
 Volumes are (X, Y, Z) in RAS with a 4×4 affine to mm; the left of the brain is on the left of the
 picture. Figures are returned for the caller to save; `title` stands at their head and `cohort`, the
-cohort's name and n ("synthetic cohort, n=200"), at their foot. `meshes` are a dict
-name -> (Mesh, colour, opacity).
+cohort's name and n ("synthetic cohort, n=200"), at their foot.
 """
 
-import html
 import itertools
-import json
-import re
-from base64 import b64encode
-from dataclasses import dataclass
 from functools import partial
 from math import prod
-from pathlib import Path
 
-import nilearn
 import numpy as np
 import torch
 from matplotlib import pyplot as plt
 from matplotlib.collections import PolyCollection
 from matplotlib.colors import ListedColormap, to_rgb
-from matplotlib.patches import Patch
 from nibabel import aff2axcodes
 from nibabel.affines import apply_affine, voxel_sizes
-from scipy.ndimage import center_of_mass, gaussian_filter
-from skimage.measure import marching_cubes
-
-from brainsex import replacing
+from scipy.ndimage import center_of_mass
 
 PALETTE = {"women": "#D55E00", "men": "#0072B2"}
 """The sexes' colours, of Okabe and Ito's set for colour-blind readers."""
 
 ACCENT, OUTLINE, PALE, DARK = "#009E73", "#56B4E9", "#999999", "#222222"
 ENDS = "LRPAIS"  # the low and the high end of X, Y, Z
-WAYS = dict(zip(ENDS, [sign * axis for axis in np.eye(3) for sign in (-1, 1)]))
-VIEWS = {"left": "PS", "front": "LS", "top": "RA"}  # what lies to the right, and up
-LIGHT = np.array([-0.35, 0.45, 0.82])  # towards the light: right, up, to the viewer
 GLOW = plt.get_cmap("inferno")(np.linspace(0.35, 0.97, 256))
 GLOW[:, 3] = np.linspace(0, 1, 256)
 STYLE = plt.rc_context(
@@ -62,7 +47,7 @@ def slices(panels, *, title, cohort, at=None):
     boxes = np.array([_box(*panel) for panel in panels.values()])
     low, high = boxes[:, 0].min(0), boxes[:, 1].max(0)
     widths, height = (high - low)[[1, 0, 0]], max((high - low)[1:])
-    figure, axes = _grid([height] * len(panels), widths, 7 / sum(widths))
+    figure, axes = grid([height] * len(panels), widths, 7 / sum(widths))
     for row, (label, (volume, affine)) in zip(axes, panels.items()):
         shape = " × ".join(map(str, volume.shape))
         sizes = " × ".join(f"{size:.4g}" for size in voxel_sizes(affine))
@@ -71,7 +56,7 @@ def slices(panels, *, title, cohort, at=None):
             picture = _slice(ax, volume, affine, axis, at, cmap="gray", vmin=0, vmax=1)
             _frame(ax, axis, at, (low + high) / 2, (widths[axis], height))
     figure.colorbar(picture, ax=axes, label="FA", shrink=0.6, aspect=30, pad=0.02)
-    return _finish(figure, title, cohort)
+    return finish(figure, title, cohort)
 
 
 @STYLE
@@ -94,7 +79,7 @@ def overlay(background, saliency, affine, *, title, cohort, outlines=None, vmax=
     weight = saliency / (saliency.sum() or 1) + (outlines != 0) / ((outlines != 0).sum() or 1)
     low, high = _box(background, affine)
     heights, width = (high - low)[[1, 2, 2]], max((high - low)[:2])
-    figure, axes = _grid(heights, [width] * n_slices, 11 / width / n_slices)
+    figure, axes = grid(heights, [width] * n_slices, 11 / width / n_slices)
     grey = {"cmap": "gray", "vmin": 0, "vmax": np.percentile(background[background > 0], 99.5)}
     glow = {"cmap": ListedColormap(GLOW), "vmin": 0, "vmax": vmax or saliency.max() or 1}
     for row, axis, height in zip(axes, (2, 1, 0), heights):
@@ -111,7 +96,7 @@ def overlay(background, saliency, affine, *, title, cohort, outlines=None, vmax=
     bar = figure.colorbar(picture, ax=axes, label=label, shrink=0.6, aspect=30, pad=0.01)
     bar.ax.set_facecolor("#444444")
     foot = f"{cohort} · blue contours: planted regions" if outlines.any() else cohort
-    return _finish(figure, title, foot)
+    return finish(figure, title, foot)
 
 
 @STYLE
@@ -134,7 +119,7 @@ def curves(history, *, title, cohort):
     axes[1].set(xlabel="epoch", ylabel="accuracy (share of subjects)", ylim=(None, 1.01))
     axes[0].legend()
     folds = history["fold"].nunique()
-    return _finish(figure, title, f"{cohort} · thin: each of {folds} folds, bold: their mean")
+    return finish(figure, title, f"{cohort} · thin: each of {folds} folds, bold: their mean")
 
 
 @STYLE
@@ -165,7 +150,7 @@ def fold_accuracies(table, intervals, *, title, cohort, published=None):
     ax.set_yticks(range(len(intervals)), intervals)
     foot = f"{cohort} · green: folds, black: mean and interval, dotted: chance"
     grey = ", grey: published mean ± standard deviation" if published else ""
-    return _finish(figure, title, foot + grey)
+    return finish(figure, title, foot + grey)
 
 
 @STYLE
@@ -200,7 +185,7 @@ def architecture(network, *, title):
     ax.axis("off")
     total = sum(p.numel() for p in network.parameters())
     scale = "channels × X × Y × Z in voxels (edges drawn as their square roots)"
-    return _finish(figure, title, f"{scale} · {total:,} parameters in all")
+    return finish(figure, title, f"{scale} · {total:,} parameters in all")
 
 
 def _box(volume, affine):
@@ -212,7 +197,7 @@ def _box(volume, affine):
     return low - 10, high + 10
 
 
-def _grid(heights, widths, inches):
+def grid(heights, widths, inches):
     """Rows and columns of axes, at so many inches a mm."""
     size = (sum(widths) * inches + 1.2, sum(heights) * inches + 0.7)
     ratios = {"height_ratios": heights, "width_ratios": widths, "figsize": size}
@@ -235,12 +220,12 @@ def _frame(ax, axis, at, centre, size):
     for middle, length, limit in zip(centre[[across, up]], size, (ax.set_xlim, ax.set_ylim)):
         limit(middle - length / 2, middle + length / 2)
     ax.set(xticks=[], yticks=[], facecolor="black")
-    _letters(ax, ENDS[2 * across + 1] + ENDS[2 * up + 1], "white")
+    letters(ax, ENDS[2 * across + 1] + ENDS[2 * up + 1], "white")
     place = f"{'xyz'[axis]} = {at[axis]:.0f} mm".replace("-", "−")
     ax.text(0.02, 0.98, place, transform=ax.transAxes, va="top", color="white", fontsize=6)
 
 
-def _letters(ax, ends, colour):
+def letters(ax, ends, colour):
     """Write the letters `ends` at the right and the top, their opposites at the left and bottom."""
     left, bottom = (ENDS[ENDS.index(end) ^ 1] for end in ends)
     look = {"transform": ax.transAxes, "ha": "center", "va": "center", "color": colour}
@@ -265,7 +250,7 @@ def _open(rows, columns, **options):
     return figure, axes
 
 
-def _finish(figure, title, foot):
+def finish(figure, title, foot):
     """Write head and foot."""
     figure.suptitle(title, weight="bold", fontsize=11)
     figure.supxlabel(foot, fontsize=8, color="#555555")
@@ -277,10 +262,11 @@ def _trace(network):
     blocks = [("input", [], (1, *network.shape))]
 
     def note(name, layer, inputs, output):
-        before, shape = blocks[-1][2], tuple(output.shape[1:])
-        if (name, shape) != (blocks[-1][0], before):
-            flat = tuple(inputs[0].shape[1:]) == (prod(before),) != before
-            blocks.append((name, ["flatten"] if flat else [], shape))
+        before, given, made = blocks[-1][2], tuple(inputs[0].shape[1:]), tuple(output.shape[1:])
+        if given == (prod(before),) != before:
+            blocks.append((name, ["flatten"], given))
+        if (name, made) != (blocks[-1][0], blocks[-1][2]):
+            blocks.append((name, [], made))
         size = getattr(layer, "kernel_size", getattr(layer, "p", ""))
         size = "×".join(map(str, size)) if isinstance(size, tuple) else size
         blocks[-1][1].append(f"{type(layer).__name__} {size}".strip())
@@ -317,216 +303,3 @@ def _block(ax, place, shape, scale, colour):
     rgb = np.array(to_rgb(colour))
     tones = [0.25 + 0.75 * rgb, 0.5 + 0.5 * rgb, 0.85 * rgb] * len(shifts)
     ax.add_collection(PolyCollection(faces, facecolors=tones, edgecolors="white", linewidths=0.7))
-
-
-@dataclass(frozen=True)
-class Mesh:
-    """A closed surface: corners in mm (RAS), and triangles, counter-clockwise from outside."""
-
-    vertices: np.ndarray  # (V, 3) float32
-    faces: np.ndarray  # (F, 3) int32
-
-
-def surface(volume, affine, level, *, smooth=1.0, max_faces=40_000):
-    """Surface where a volume (X, Y, Z) passes `level`, closed where the volume ends.
-
-    Parameters
-    ----------
-    affine : (4, 4) array
-        To mm; it may flip axes.
-    smooth : float
-        Gaussian sigma in voxels, applied first.
-    max_faces : int
-        The volume is sampled the more coarsely until the triangles are no more than this.
-    """
-    for step in itertools.count(1):
-        margin = int(np.ceil(4 * smooth)) + 2 * step
-        field = gaussian_filter(np.pad(np.asarray(volume, np.float32), margin), smooth)
-        if not 0 < level < field.max():
-            raise ValueError(f"no surface at {level}: expected a level in (0, {field.max():.3g})")
-        vertices, faces, *_ = marching_cubes(field, level, step_size=step)
-        if len(faces) <= max_faces:
-            break
-    if np.linalg.det(affine) > 0:  # marching_cubes' triangles are clockwise from outside
-        faces = faces[:, ::-1]
-    vertices = apply_affine(affine, vertices - margin)
-    return Mesh(vertices.astype(np.float32), faces.astype(np.int32))
-
-
-@STYLE
-def preview(meshes, *, title, cohort):
-    """A still picture of what `page` shows, from the left, the front and the top."""
-    low, high = _reach(meshes)
-    across, up = (high - low)[[1, 0, 0]], (high - low)[1:].max()
-    figure, (axes,) = _grid([up], across, 9 / sum(across))
-    for ax, width, (name, ends) in zip(axes, across, VIEWS.items()):
-        right, top = (WAYS[end] for end in ends)
-        sight = np.array([right, top, np.cross(right, top)])
-        bounds = (sight @ (low + high))[:2] / 2 + np.array([[-width, -up], [width, up]]) / 2
-        picture = _render(meshes.values(), sight, *bounds)
-        ax.imshow(picture, origin="lower", extent=bounds.T.ravel())
-        _letters(ax, ends, DARK)
-        ax.set_title(f"from the {name}")
-        ax.axis("off")
-    handles = [Patch(color=colour, label=name) for name, (_, colour, _) in meshes.items()]
-    axes[1].legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=len(handles))
-    return _finish(figure, title, cohort)
-
-
-def page(path, meshes, *, title, caption):
-    """Write an HTML page that shows meshes in 3D, each with its switch; it works offline.
-
-    Parameters
-    ----------
-    caption : str
-        Stands at the foot, with the cohort's name and n.
-
-    Raises
-    ------
-    ValueError
-        If the page would have 4 MB or more.
-    """
-    bundle = next(Path(nilearn.__file__).parent.rglob("plotly-gl3d*.min.js"), None)
-    if bundle is None:
-        raise FileNotFoundError(f"nilearn {nilearn.__version__} brings no plotly-gl3d*.min.js")
-    low, high = _reach(meshes)
-    scene = {
-        "ends": [((low + high + way * (high - low)) / 2).tolist() for way in WAYS.values()],
-        "meshes": [
-            {"name": name, "color": colour, "opacity": opacity}
-            | {"vertices": _packed(mesh.vertices, "<f4"), "faces": _packed(mesh.faces, "<i4")}
-            for name, (mesh, colour, opacity) in meshes.items()
-        ],
-    }
-    parts = {
-        "TITLE": html.escape(title),
-        "CAPTION": html.escape(caption),
-        "SCENE": json.dumps(scene).replace("<", r"\u003c"),
-        "PLOTLY": bundle.read_text(encoding="utf-8").replace("</script", r"<\/script"),
-    }
-    text = re.sub("@([A-Z]+)@", lambda match: parts[match[1]], PAGE).encode()
-    if len(text) >= 4e6:
-        raise ValueError(f"{path}: {len(text) / 1e6:.1f} MB, 4 at most; lower max_faces of surface")
-    with replacing(path) as unfinished:
-        unfinished.write_bytes(text)
-
-
-def _reach(meshes):
-    """Lowest and highest corner in mm of all the meshes, with room for the letters."""
-    corners = np.concatenate([mesh.vertices for mesh, *_ in meshes.values()])
-    return corners.min(0) - 12, corners.max(0) + 12
-
-
-def _packed(array, kind):
-    """Base64 of an array's columns, one after the other."""
-    return b64encode(array.T.astype(kind).tobytes()).decode()
-
-
-def _render(meshes, sight, low, high):
-    """Picture (rows, columns, RGB) of the meshes' outer sides, seen against `sight`'s third row."""
-    pixel = max(high - low) / 600
-    size = np.ceil((high - low) / pixel).astype(int)[::-1]
-    layers, depths = [], []
-    for mesh, colour, opacity in meshes:
-        vertices, normals = mesh.vertices @ sight.T, np.zeros(mesh.vertices.shape)
-        corners = vertices[mesh.faces]
-        facing = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
-        np.add.at(normals, mesh.faces, facing[:, None])
-        # Points so dense over each triangle that no pixel is left out
-        count = int(np.ceil(1.5 * np.abs(corners - np.roll(corners, 1, axis=1)).max() / pixel))
-        steps = [(i, j, count - i - j) for i in range(count + 1) for j in range(count + 1 - i)]
-        front = mesh.faces[facing[:, 2] > 0]
-        points, normals = (
-            (np.array(steps) / count @ values[front]).reshape(-1, 3)
-            for values in (vertices, normals)
-        )
-        normals /= np.linalg.norm(normals, axis=1, keepdims=True) + 1e-12
-        light = 0.4 + 0.6 * np.clip(normals @ LIGHT, 0, 1)
-        rim = opacity + (1 - opacity) * 0.5 * (1 - np.abs(normals[:, 2])) ** 2
-        order = np.argsort(points[:, 2])  # the nearest point is written last
-        column, row = ((points[order, :2] - low) / pixel).astype(int).T
-        layers.append(np.zeros((*size, 4)))
-        layers[-1][row, column] = np.column_stack([light[:, None] * to_rgb(colour), rim])[order]
-        depths.append(np.full(size, -np.inf))
-        depths[-1][row, column] = points[order, 2]
-    picture = np.ones((*size, 3))
-    for layer in np.take_along_axis(np.array(layers), np.argsort(depths, axis=0)[..., None], 0):
-        picture += layer[..., 3:] * (layer[..., :3] - picture)
-    return picture
-
-
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:;
- style-src 'unsafe-inline'; script-src 'unsafe-inline' 'unsafe-eval'">
-<link rel="icon" href="data:,">
-<title>@TITLE@</title>
-<style>
-body {margin: 0; height: 100vh; height: 100dvh; display: flex; flex-direction: column;
-  font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff}
-header, footer {padding: 12px 24px}
-h1 {font-size: 20px; margin: 0 0 6px}
-nav {display: flex; flex-wrap: wrap; gap: 6px 8px}
-label {margin-right: 14px}
-i {display: inline-block; width: 12px; height: 12px; border-radius: 3px; margin: 0 6px}
-button {font: inherit; padding: 1px 10px; border: 1px solid #bbb; border-radius: 6px;
-  background: #fff; cursor: pointer}
-main {flex: 1; min-height: 240px; overflow: hidden}
-footer {color: #555; border-top: 1px solid #e5e5e5; font-size: 14px}
-</style>
-</head>
-<body>
-<header><h1>@TITLE@</h1><nav></nav></header>
-<main role="img" aria-label="@TITLE@"><noscript>This page draws with JavaScript.</noscript></main>
-<footer>@CAPTION@<br>Drag to turn, scroll to zoom. L left, R right, A front, P back, S top, I bottom
-of the brain.</footer>
-<script>@PLOTLY@</script>
-<script>
-const {meshes, ends} = @SCENE@, main = document.querySelector("main");
-const columns = (text, Kind) => {
-  const all = new Kind(Uint8Array.from(atob(text), c => c.charCodeAt(0)).buffer);
-  return [0, 1, 2].map(at => all.subarray(at * all.length / 3, (at + 1) * all.length / 3));
-};
-// In clip space, from behind the viewer: the light keeps its place when the brain turns
-const lighting = {ambient: 0.35, diffuse: 0.65, specular: 0.05, roughness: 0.6, fresnel: 0.1};
-const lightposition = {x: 0.5, y: -0.6, z: 1.001};
-const traces = meshes.map(({color, opacity, vertices, faces}) => {
-  const [x, y, z] = columns(vertices, Float32Array), [i, j, k] = columns(faces, Int32Array);
-  return {type: "mesh3d", x, y, z, i, j, k, color, opacity, lighting, lightposition};
-});
-const [x, y, z] = [0, 1, 2].map(axis => ends.map(end => end[axis]));
-traces.push({type: "scatter3d", mode: "text", text: [..."LRPAIS"], x, y, z});
-const axis = {visible: false}, eyes = {Oblique: [-1.1, 0.9, 0.6], Left: [-1.5, 0, 0],
-  Right: [1.5, 0, 0], Front: [0, 1.5, 0], Back: [0, -1.5, 0], Top: [0, -0.001, 1.7],
-  Bottom: [0, 0.001, -1.7]};
-const camera = ([x, y, z]) => ({eye: {x, y, z}, up: {x: 0, y: 0, z: 1}});
-const add = (kind, ...content) => {
-  const element = document.createElement(kind);
-  element.append(...content);
-  document.querySelector("nav").append(element);
-  return element;
-};
-if (!document.createElement("canvas").getContext("webgl")) {
-  main.textContent = "This page needs WebGL to draw, which this browser does not offer.";
-} else {
-  meshes.forEach(({name, color}, at) => {
-    const box = document.createElement("input"), swatch = document.createElement("i");
-    Object.assign(box, {type: "checkbox", checked: true});
-    box.onchange = () => Plotly.restyle(main, {visible: box.checked}, [at]);
-    swatch.style.background = color;
-    add("label", box, swatch, name);
-  });
-  for (const view in eyes)
-    add("button", view).onclick = () => Plotly.relayout(main, {"scene.camera": camera(eyes[view])});
-  const layout = {margin: {l: 0, r: 0, t: 0, b: 0}, showlegend: false, hovermode: false,
-    font: {size: 18, color: "#222"}, scene: {xaxis: axis, yaxis: axis, zaxis: axis,
-      aspectmode: "data", camera: camera(eyes.Oblique)}};
-  Plotly.newPlot(main, traces, layout, {displayModeBar: false, responsive: true});
-}
-</script>
-</body>
-</html>
-"""

@@ -49,14 +49,7 @@ def load(folder: str | Path, *, affine: np.ndarray | None = None) -> Cohort:
         The files do not belong together, or the labels are no 0 and 1.
     """
     folder = Path(folder)
-    for name in ("tensors.npy", "labels.npy"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"{folder / name} is not there. Run `python -m brainsex convert {folder}` "
-                "(notebook 02); DATA_ACCESS.md says how to get the data."
-            )
-    volumes = np.load(folder / "tensors.npy", mmap_mode="r", allow_pickle=False)
-    sex = np.load(folder / "labels.npy", allow_pickle=False)
+    volumes, sex = _array(folder / "tensors.npy"), _array(folder / "labels.npy")
     if volumes.ndim != 4 or sex.shape != volumes.shape[:1]:
         raise ValueError(
             f"{folder}: expected tensors (N, X, Y, Z) and labels (N,), found {volumes.shape} "
@@ -64,17 +57,23 @@ def load(folder: str | Path, *, affine: np.ndarray | None = None) -> Cohort:
         )
     if not np.isin(sex, (0, 1)).all():
         raise ValueError(f"{folder / 'labels.npy'}: expected 0 and 1, found {np.unique(sex)}.")
-    sex = sex.astype(np.int64)
+    sex = np.array(sex, np.int64)
     if (folder / "subjects.csv").is_file():
-        texts = dict.fromkeys(("Subject", "group"), str)
-        table = pd.read_csv(folder / "subjects.csv", dtype=texts)
-        if len(table) != len(sex) or (table["label"] != sex).any():
+        table = pd.read_csv(folder / "subjects.csv", dtype={"Subject": str, "group": str})
+        if not np.array_equal(table.get("label"), sex):
             raise ValueError(f"{folder}: subjects.csv and labels.npy disagree. Convert again.")
     else:
         names = [f"{i:0{len(str(len(sex)))}d}" for i in range(len(sex))]
         table = pd.DataFrame({"Subject": names, "label": sex})
     if (folder / "grid.json").is_file():
-        affine = np.array(json.loads((folder / "grid.json").read_text())["affine"])
+        grid = json.loads((folder / "grid.json").read_text())
+        if tuple(grid["shape"]) != volumes.shape[1:]:
+            raise ValueError(f"{folder}: grid.json and tensors.npy disagree. Convert again.")
+        affine = grid["affine"]
+    if affine is not None:
+        affine = np.asarray(affine, float)
+        if affine.shape != (4, 4):
+            raise ValueError(f"expected an affine (4, 4), found {affine.shape}.")
     known = "group" in table and table["group"].notna().all()
     synthetic = (folder / "SYNTHETIC").is_file()
     name = folder.resolve().name
@@ -85,6 +84,19 @@ def load(folder: str | Path, *, affine: np.ndarray | None = None) -> Cohort:
         sex=sex,
         subjects=table["Subject"].to_numpy(str),
         groups=table["group"].to_numpy(str) if known else None,
-        affine=None if affine is None else np.asarray(affine, float),
+        affine=affine,
         table=table,
     )
+
+
+def _array(path: Path) -> np.ndarray:
+    """A NumPy file, memory-mapped read-only; nothing in it is executed."""
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is not there. Run `python -m brainsex convert {path.parent}` "
+            "(notebook 02); DATA_ACCESS.md says how to get the data."
+        )
+    try:
+        return np.lib.format.open_memmap(path, mode="r")
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path}: no whole NumPy array ({error}). Convert again.") from error

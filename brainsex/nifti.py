@@ -1,0 +1,170 @@
+"""One NIfTI volume: read in RAS, cleaned, reduced to the study's grid.
+
+The study reduces each volume with ``skimage.transform.resize``: a Gaussian of (factor - 1) / 2
+voxels against aliasing, then linear interpolation. Both are linear and separable, so each axis is
+one small matrix here, built from scipy's own filters; the affine follows the grid.
+"""
+
+import gzip
+import math
+import zlib
+from functools import lru_cache
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from scipy.ndimage import gaussian_filter1d, zoom
+
+from brainsex import SHAPE
+
+MAX_BYTES = 1 << 29
+"""No volume is inflated beyond this: a whole head at 0.7 mm in float64 is a third of it."""
+NOT_NIFTI = (
+    nib.filebasedimages.ImageFileError,
+    nib.spatialimages.HeaderDataError,
+    nib.wrapstruct.WrapStructError,
+)
+BRAIN_FA = 0.02
+"""Fractional anisotropy above which a voxel counts as brain."""
+MAX_OUT_OF_RANGE = 0.01
+"""Largest share of non-zero voxels that may be no FA at all before a volume is rejected."""
+
+
+def load(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
+    """Read a NIfTI volume whole, with its checksum verified, in RAS orientation.
+
+    Parameters
+    ----------
+    path : path of a ``.nii`` or ``.nii.gz`` file, any orientation.
+
+    Returns
+    -------
+    volume : (X, Y, Z) float32, axes closest to right, anterior, superior; the file's scaling done.
+    affine : (4, 4) float64, voxel indices to mm.
+
+    Raises
+    ------
+    FileNotFoundError
+        No such file.
+    ValueError
+        Truncated or corrupted, not NIfTI-1, not 3D, not real numbers, or without an affine.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such volume. DATA_ACCESS.md says how to get the data.")
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path}: damaged gzip file ({error}). Fetch it again.") from error
+    if len(content) > MAX_BYTES:
+        raise ValueError(f"{path}: more than {MAX_BYTES} bytes once inflated: no brain volume.")
+    try:
+        image = nib.Nifti1Image.from_bytes(content)
+        dtype = image.get_data_dtype()
+        if len(image.shape) != 3 or min(image.shape) < 1:
+            raise ValueError(f"expected a 3D volume, found shape {image.shape}")
+        if dtype.kind not in "iuf":
+            raise ValueError(f"expected real numbers, found {dtype}")
+        whole = image.dataobj.offset + dtype.itemsize * math.prod(image.shape)
+        if len(content) < whole:
+            raise ValueError(f"truncated: expected {whole} bytes, found {len(content)}")
+        if image.header["sform_code"] == 0 and image.header["qform_code"] == 0:
+            raise ValueError("no affine (sform and qform codes are 0): left and right are unknown")
+        affine = image.affine
+        if (
+            not np.isfinite(affine).all()
+            or abs(np.linalg.det(affine[:3, :3])) < 1e-6
+            or np.isnan(nib.io_orientation(affine)).any()
+        ):
+            raise ValueError(f"its affine is singular: {affine.tolist()}")
+        image = nib.as_closest_canonical(image)
+        volume = np.ascontiguousarray(image.dataobj, dtype=np.float32)
+    except NOT_NIFTI as error:
+        raise ValueError(f"{path}: not a NIfTI-1 file ({error}).") from error
+    except (ValueError, OSError, np.linalg.LinAlgError) as error:
+        raise ValueError(f"{path}: {error}.") from error
+    return volume, image.affine
+
+
+@lru_cache(maxsize=32)
+def _operator(old: int, new: int) -> np.ndarray:
+    """(new, old) float32 matrix of anti-aliasing and linear interpolation along one axis."""
+    factor = old / new
+    smooth = np.eye(old)
+    if factor > 1:
+        smooth = gaussian_filter1d(smooth, (factor - 1) / 2, axis=0, mode="mirror")
+    columns = zoom(smooth, (new / old, 1), order=1, mode="mirror", grid_mode=True)
+    return columns.astype(np.float32)
+
+
+def resample(
+    volume: np.ndarray, affine: np.ndarray, shape: tuple[int, int, int] = SHAPE
+) -> tuple[np.ndarray, np.ndarray]:
+    """Reduce a volume to `shape` over the same field of view, without aliasing.
+
+    Equal to ``skimage.transform.resize(volume, shape)`` up to float32 rounding.
+
+    Parameters
+    ----------
+    volume : (X, Y, Z), finite.
+    affine : (4, 4), voxel indices to mm.
+    shape : voxels wanted along X, Y, Z.
+
+    Returns
+    -------
+    volume : `shape`, float32, within the values it had.
+    affine : (4, 4), the same millimetres from the new indices: voxel faces stay aligned.
+
+    Raises
+    ------
+    ValueError
+        Not 3D, or not finite (`clean` it first).
+    """
+    if volume.ndim != 3 or len(shape) != 3 or min(shape) < 1:
+        raise ValueError(f"expected a 3D volume and shape, found {volume.shape} and {shape}.")
+    low, high = volume.min(), volume.max()
+    if not np.isfinite([low, high]).all():
+        raise ValueError(f"expected finite values, found {low} to {high}. Clean it first.")
+    x, y, z = (_operator(old, new) for old, new in zip(volume.shape, shape))
+    reduced = np.tensordot(x, volume.astype(np.float32, copy=False), 1)  # (x, Y, Z)
+    reduced = y @ reduced @ z.T
+    factors = np.divide(volume.shape, shape)
+    to_old = np.diag([*factors, 1.0])
+    to_old[:3, 3] = (factors - 1) / 2
+    return reduced.clip(low, high), affine @ to_old
+
+
+def clean(volume: np.ndarray) -> tuple[np.ndarray, dict[str, int]]:
+    """Bring an FA volume into [0, 1]: non-finite and negative voxels to 0, others to 1 at most.
+
+    Returns
+    -------
+    volume : (X, Y, Z) float32 in [0, 1].
+    counts : voxels changed: ``non_finite``, ``negative``, ``above_one``.
+
+    Raises
+    ------
+    ValueError
+        If nothing is left, or if more than 1 % of the non-zero voxels were out of range:
+        then it is no FA map.
+    """
+    finite = np.isfinite(volume)
+    values = np.where(finite, volume, 0).astype(np.float32, copy=False)
+    changed = {"non_finite": ~finite, "negative": values < 0, "above_one": values > 1}
+    counts = {name: int(np.count_nonzero(where)) for name, where in changed.items()}
+    cleaned = values.clip(0, 1)
+    brain = np.count_nonzero(cleaned)
+    if brain == 0:
+        raise ValueError("no voxel above 0: an empty volume.")
+    if counts["negative"] + counts["above_one"] > MAX_OUT_OF_RANGE * brain:
+        raise ValueError(
+            f"values from {values.min():.4g} to {values.max():.4g}, expected fractional "
+            "anisotropy in [0, 1]: another kind of image, or scaled."
+        )
+    return cleaned, counts
+
+
+def brain_volume(volume: np.ndarray, affine: np.ndarray) -> float:
+    """Volume in ml of the voxels with FA above 0.02; in native space, a measure of brain size."""
+    return float(np.count_nonzero(volume > BRAIN_FA) * abs(np.linalg.det(affine[:3, :3])) / 1000)

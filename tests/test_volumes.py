@@ -1,0 +1,699 @@
+"""Volumes: read in RAS, reduced as the study does, a folder to one array, whatever is in it."""
+
+import errno
+import gzip
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.ndimage import center_of_mass, gaussian_filter, zoom
+from skimage.transform import resize
+
+from brainsex import cohort, volumes
+from brainsex.volumes import brain_volume, clean, convert, identifier, load, resample
+
+SHAPE = (23, 28, 25)
+LAS = np.array([[-2.5, 0, 0, 29], [0, 2.25, 0, -31], [0, 0, 2.0, -24], [0, 0, 0, 1]])
+RAS = np.array([[2.5, 0, 0, 29 - 2.5 * 22], [0, 2.25, 0, -31], [0, 0, 2.0, -24], [0, 0, 0, 1]])
+"""The affine of the same voxels once the first axis is reversed."""
+SMALL = (10, 12, 9)
+
+
+def save(path, data, affine=LAS, *, code=2, **header):
+    """A NIfTI file with header fields as given; `path` says whether it is compressed."""
+    image = nib.Nifti1Image(data, affine)
+    image.set_sform(affine, code)
+    image.set_qform(affine, code)
+    for name, value in header.items():
+        image.header[name] = value
+    content = image.to_bytes()
+    path.write_bytes(gzip.compress(content, 1, mtime=0) if path.suffix == ".gz" else content)
+    return path
+
+
+def fa(seed=0, shape=SHAPE):
+    """An FA map: an ellipsoid of values in [0.05, 0.95], zero outside."""
+    axes = np.meshgrid(*(np.linspace(-1.1, 1.1, n) for n in shape), indexing="ij")
+    inside = sum(axis**2 for axis in axes) < 1
+    values = np.random.default_rng(seed).uniform(0.05, 0.95, shape)
+    return np.where(inside, values, 0).astype(np.float32)
+
+
+# ------------------------------------------------------------------------------------------- load
+
+
+@pytest.mark.parametrize("code", ["LAS", "RAS", "PIR", "SAL", "IRP", "LPI"])
+def test_load_finds_a_point_at_its_millimetres_in_any_orientation(tmp_path, code):
+    axis = {"R": (0, 1), "L": (0, -1), "A": (1, 1), "P": (1, -1), "S": (2, 1), "I": (2, -1)}
+    affine = np.eye(4)
+    for column, letter in enumerate(code):
+        row, sign = axis[letter]
+        affine[:3, column] = 0
+        affine[row, column] = sign * (1.5, 2.0, 3.0)[column]
+    affine[:3, 3] = -7, 11, 5
+    data = np.zeros((5, 6, 7), np.float32)
+    data[1, 4, 2], data[3, 1, 6] = 0.8, 0.3
+    points = {0.8: affine @ (1, 4, 2, 1), 0.3: affine @ (3, 1, 6, 1)}
+    volume, found = load(save(tmp_path / "v.nii.gz", data, affine))
+    assert volume.dtype == np.float32
+    assert volume.flags.c_contiguous
+    assert "".join(nib.aff2axcodes(found)) == "RAS"
+    assert np.count_nonzero(volume) == 2
+    for value, point in points.items():
+        (where,) = np.argwhere(volume == np.float32(value))
+        np.testing.assert_allclose(found @ (*where, 1), point, atol=1e-6)
+
+
+def test_load_tells_left_from_right(tmp_path):
+    data = np.zeros(SHAPE, np.float32)
+    data[4, 9, 12] = 0.9  # x = 29 - 2.5 * 4 = 19 mm: to the right
+    volume, affine = load(save(tmp_path / "v.nii.gz", data))
+    assert np.unravel_index(volume.argmax(), SHAPE) == (18, 9, 12)
+    np.testing.assert_allclose(affine, RAS, atol=1e-6)
+    mirrored, _ = load(save(tmp_path / "m.nii.gz", data[::-1]))
+    assert mirrored[4, 9, 12] == volume[18, 9, 12] != mirrored[18, 9, 12]
+
+
+def test_load_keeps_an_oblique_affine(tmp_path):
+    turn = np.eye(4)
+    turn[:2, :2] = [[0.96, -0.28], [0.28, 0.96]]
+    data = fa()
+    volume, affine = load(save(tmp_path / "v.nii", data, turn @ LAS))
+    np.testing.assert_array_equal(volume, data[::-1])
+    np.testing.assert_allclose(affine @ (22, 3, 4, 1), turn @ LAS @ (0, 3, 4, 1), atol=1e-5)
+
+
+def test_load_scales_integers(tmp_path):
+    data = np.arange(np.prod(SHAPE)).reshape(SHAPE).astype(np.int16)
+    path = save(tmp_path / "v.nii.gz", data, scl_slope=0.0001, scl_inter=-0.25)
+    volume, _ = load(path)
+    np.testing.assert_allclose(volume, data[::-1] * 0.0001 - 0.25, atol=2e-7)
+
+
+def broken(tmp_path, kind):
+    """A path to something that is no FA volume."""
+    path = save(tmp_path / "v.nii.gz", fa())
+    content = path.read_bytes()
+    plain = gzip.decompress(content)
+    if kind == "missing":
+        path.unlink()
+    elif kind == "truncated gzip":
+        path.write_bytes(content[: len(content) // 2])
+    elif kind == "empty file":
+        path.write_bytes(b"")
+    elif kind == "flipped byte":  # inside a stored block: only the checksum can tell
+        content = bytearray(gzip.compress(plain, 0))
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    elif kind == "not gzip":
+        path.write_bytes(plain)
+    elif kind == "not NIfTI":
+        path.write_bytes(gzip.compress(b"Subject,Gender\n" * 100))
+    elif kind == "truncated NIfTI":
+        path.write_bytes(gzip.compress(plain[:-4]))
+    elif kind == "header only":
+        path.write_bytes(gzip.compress(plain[:200]))
+    elif kind == "claims more than memory":
+        image = nib.Nifti1Image.from_bytes(plain)
+        image.header["dim"][1:4] = 32767
+        path.write_bytes(gzip.compress(image.header.binaryblock + b"\0\0\0\0" + plain[352:]))
+    elif kind == "bomb":
+        path.write_bytes(gzip.compress(plain + bytes(10_000)))
+    elif kind == "4D":
+        save(path, fa()[..., None].repeat(2, axis=3))
+    elif kind == "2D":
+        save(path, fa()[..., 0])
+    elif kind == "no affine":
+        save(path, fa(), code=0)
+    elif kind == "singular":
+        save(path, fa())
+        plain = bytearray(gzip.decompress(path.read_bytes()))
+        plain[280:296] = plain[296:312]  # the sform's first row is its second
+        path.write_bytes(gzip.compress(bytes(plain)))
+    elif kind == "NaN in the affine":
+        plain = bytearray(plain)
+        plain[280:284] = np.float32(np.nan).tobytes()
+        path.write_bytes(gzip.compress(bytes(plain)))
+    elif kind == "complex":
+        save(path, fa().astype(np.complex64))
+    elif kind == "colours":
+        rgb = np.zeros(SHAPE, [("R", "u1"), ("G", "u1"), ("B", "u1")])
+        save(path, rgb)
+    elif kind == "folder":
+        path.unlink()
+        path.mkdir()
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "message"),
+    [
+        ("missing", FileNotFoundError, "no such volume.*DATA_ACCESS"),
+        ("folder", FileNotFoundError, "no such volume"),
+        ("truncated gzip", ValueError, "damaged gzip"),
+        ("empty file", ValueError, "not a NIfTI-1 file"),
+        ("flipped byte", ValueError, "damaged gzip.*CRC"),
+        ("not gzip", ValueError, "damaged gzip"),
+        ("not NIfTI", ValueError, "not a NIfTI-1 file"),
+        ("truncated NIfTI", ValueError, r"truncated: expected \d+ bytes, found \d+"),
+        ("header only", ValueError, "not a NIfTI-1 file"),
+        ("claims more than memory", ValueError, "truncated"),
+        ("bomb", ValueError, "more than 70000 bytes"),
+        ("4D", ValueError, r"expected a 3D volume, found shape \(23, 28, 25, 2\)"),
+        ("2D", ValueError, r"expected a 3D volume, found shape \(23, 28\)"),
+        ("no affine", ValueError, "no affine"),
+        ("singular", ValueError, "singular"),
+        ("NaN in the affine", ValueError, "singular"),
+        ("complex", ValueError, "real numbers, found complex64"),
+        ("colours", ValueError, "real numbers"),
+    ],
+)
+def test_load_refuses(tmp_path, monkeypatch, kind, error, message):
+    if kind == "bomb":
+        monkeypatch.setattr("brainsex.nifti.MAX_BYTES", 70_000)  # a good one has 64,752
+    path = broken(tmp_path, kind)
+    with pytest.raises(error, match=message) as caught:
+        load(path)
+    assert str(path) in str(caught.value)
+
+
+def test_load_survives_any_damage_to_the_header(tmp_path):
+    """A volume that could not be meant is refused; nothing else is ever raised."""
+    rng = np.random.default_rng(0)
+    whole = save(tmp_path / "v.nii", fa()).read_bytes()
+    refused = 0
+    for _ in range(300):
+        content = bytearray(whole)
+        for place in rng.integers(0, 352, rng.integers(1, 5)):
+            content[place] = rng.integers(256)
+        (tmp_path / "v.nii").write_bytes(content)
+        try:
+            volume, affine = load(tmp_path / "v.nii")
+        except ValueError:
+            refused += 1
+        else:
+            assert volume.ndim == 3
+            assert 0 < abs(np.linalg.det(affine)) < np.inf
+    assert 30 < refused < 300
+
+
+# --------------------------------------------------------------------------------------- resample
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ((31, 37, 29), (12, 14, 13)),
+        ((73, 87, 73), (58, 70, 58)),
+        ((20, 37, 29), (24, 14, 29)),  # one axis enlarged, one kept
+    ],
+)
+def test_resample_is_the_study_s_resize(old, new):
+    volume = np.random.default_rng(1).random(old, np.float32)
+    found, _ = resample(volume, np.eye(4), new)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, resize(volume, new), atol=1e-6)
+    factors = np.divide(old, new)
+    smooth = gaussian_filter(
+        volume.astype(float), np.maximum(0, (factors - 1) / 2), mode="mirror", truncate=4
+    )
+    expected = zoom(smooth, 1 / factors, order=1, mode="mirror", grid_mode=True)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_resample_s_affine_on_hcp_s_grid():
+    hcp = np.diag([1.25, 1.25, 1.25, 1])
+    hcp[:3, 3] = 90 - 144 * 1.25, -126, -72
+    volume, affine = resample(np.ones((145, 174, 145), np.float32), hcp)
+    assert volume.shape == (58, 70, 58)
+    np.testing.assert_allclose(np.diag(affine), [3.125, 3.1071, 3.125, 1], atol=5e-5)
+    np.testing.assert_allclose(affine[:3, 3], [-89.0625, -125.0714, -71.0625], atol=5e-5)
+    assert volume.max() == 1  # rounding does not lift FA above what there was
+
+
+def test_resample_keeps_a_point_s_millimetres():
+    point = np.array([11.0, -4.0, 6.5])  # mm
+    turn = np.eye(4)
+    turn[1:3, 1:3] = [[0.96, -0.28], [0.28, 0.96]]
+    affine = turn @ np.diag([-1.25, 1.5, 1.0, 1])
+    affine[:3, 3] = 60, -50, -40
+    shape = (80, 70, 90)
+    indices = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1)
+    millimetres = indices @ affine[:3, :3].T + affine[:3, 3]
+    blob = np.exp(-((millimetres - point) ** 2).sum(-1) / 2 / 5**2)
+    found, small = resample(blob, affine, (32, 29, 37))
+    np.testing.assert_allclose(small @ (*center_of_mass(found), 1), (*point, 1), atol=0.02)
+
+
+def test_resample_leaves_a_fifth_of_the_noise():
+    noise = np.random.default_rng(2).standard_normal((145, 87, 70))
+    found, _ = resample(noise, np.eye(4), (58, 35, 28))
+    assert 0.185 < found.std() < 0.195
+
+
+@pytest.mark.parametrize(
+    ("volume", "shape", "message"),
+    [
+        (np.ones((4, 5)), (2, 2, 2), "3D volume"),
+        (np.ones((4, 5, 6)), (2, 2), "3D volume and shape"),
+        (np.ones((4, 5, 6)), (2, 0, 2), "3D volume and shape"),
+        (np.full((4, 5, 6), np.nan), (2, 2, 2), "finite"),
+        (np.full((4, 5, 6), np.inf), (2, 2, 2), "finite"),
+    ],
+)
+def test_resample_refuses(volume, shape, message):
+    with pytest.raises(ValueError, match=message):
+        resample(volume, np.eye(4), shape)
+
+
+# ------------------------------------------------------------------------------------------ clean
+
+
+def test_clean_counts_what_it_changes():
+    volume = np.full((9, 10, 11), 0.5, np.float32)
+    volume[0, 0, :4] = np.nan, np.inf, -np.inf, np.nan
+    volume[1, 1, :3] = -0.1, -2, -1e-6
+    volume[2, 2, :2] = 1.2, 3
+    volume[3, 3, :3] = 0, 1, 0.999
+    before = volume.copy()
+    cleaned, counts = clean(volume)
+    assert counts == {"non_finite": 4, "negative": 3, "above_one": 2}
+    expected = np.full((9, 10, 11), 0.5, np.float32)
+    expected[0, 0, :4] = 0
+    expected[1, 1, :3] = 0
+    expected[2, 2, :2] = 1
+    expected[3, 3, :3] = 0, 1, 0.999
+    np.testing.assert_array_equal(cleaned, expected)
+    assert cleaned.dtype == np.float32
+    np.testing.assert_array_equal(volume, before)
+
+
+@pytest.mark.parametrize(
+    ("volume", "message"),
+    [
+        (fa() * 10_000, r"values from 0 to 9\d\d\d, expected fractional anisotropy in \[0, 1\]"),
+        (fa() * 1.1, "another kind of image, or scaled"),  # 9 % above 1
+        (-fa() + 0.5 * (fa() > 0), "values from -0.4"),
+        (np.zeros(SHAPE), "empty volume"),
+        (np.full(SHAPE, np.nan), "empty volume"),
+        (-fa(), "empty volume"),
+    ],
+)
+def test_clean_refuses_what_is_no_fa(volume, message):
+    with pytest.raises(ValueError, match=message):
+        clean(volume)
+
+
+def test_brain_volume_in_millilitres():
+    volume = np.zeros(SHAPE, np.float32)
+    volume[:10, :10, :10] = 0.5
+    volume[10, 0, :2] = 0.02, 0.021  # not above 0.02; above
+    assert brain_volume(volume, LAS) == pytest.approx(1001 * 2.5 * 2.25 * 2.0 / 1000)
+
+
+def test_identifier():
+    names = ("012345.nii.gz", "012345_FA.nii.gz", "012345.nii", "012345_FA.nii")
+    assert {identifier(Path("fa") / name) for name in names} == {"012345"}
+
+
+# ---------------------------------------------------------------------------------------- convert
+
+
+def make(folder, count=5, *, shape=SHAPE, rows=()):
+    """A cohort's folder: volumes 000001, 000002, … and a table of them and of `rows` besides."""
+    (folder / "fa").mkdir(parents=True)
+    subjects = [f"{n:06d}" for n in range(1, count + 1)]
+    for n, subject in enumerate(subjects):
+        save(folder / "fa" / f"{subject}.nii.gz", fa(n, shape))
+    table = [(s, "FM"[n % 2], "26-30") for n, s in enumerate(subjects)] + list(rows)
+    table = pd.DataFrame(table, columns=["Subject", "Gender", "Age"])
+    table.to_csv(folder / "unrestricted_behavioral.csv", index=False)
+    return folder
+
+
+def run(folder, out=None, **options):
+    options = {"shape": SMALL, "workers": 1} | options
+    return convert(folder / "fa", folder, out or folder, **options)
+
+
+def rejected(folder):
+    table = pd.read_csv(folder / "rejected.csv", dtype=str)
+    return dict(zip(table["Subject"], table["reason"]))
+
+
+FILES = {"tensors.npy", "labels.npy", "subjects.csv", "grid.json", "rejected.csv"}
+
+
+def contents(folder):
+    """Every file of a converted cohort, and nothing else lies there."""
+    found = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert set(found) == FILES
+    return found
+
+
+def test_convert_writes_the_cohort(tmp_path, capsys):
+    folder = make(tmp_path / "c", rows=[("900000", "F", "31-35")])
+    assert run(folder) == folder / "tensors.npy"
+    tensors = np.load(folder / "tensors.npy")
+    labels = np.load(folder / "labels.npy")
+    assert tensors.dtype == np.float32
+    assert labels.dtype == np.int64
+    for n in range(5):  # stored in LAS, so reversed in RAS
+        np.testing.assert_allclose(tensors[n], resize(fa(n)[::-1], SMALL), atol=1e-6)
+    assert labels.tolist() == [0, 1, 0, 1, 0]
+    table = pd.read_csv(folder / "subjects.csv", dtype=str)
+    assert table["Subject"].tolist() == ["000001", "000002", "000003", "000004", "000005"]
+    assert table["Gender"].tolist() == list("FMFMF")
+    assert table["age"].tolist() == ["26-30"] * 5
+    for n, volume in enumerate(table["brain_volume_ml"].astype(float)):
+        assert volume == pytest.approx((fa(n) > 0).sum() * 11.25 / 1000, abs=6e-4)
+    grid = json.loads((folder / "grid.json").read_text())
+    factors = np.divide(SHAPE, SMALL)
+    assert grid["shape"] == list(SMALL)
+    np.testing.assert_allclose(np.diag(grid["affine"])[:3], factors * (2.5, 2.25, 2), rtol=1e-6)
+    corner = RAS @ (*((factors - 1) / 2), 1)
+    np.testing.assert_allclose(np.array(grid["affine"])[:, 3], corner, rtol=1e-6)
+    assert rejected(folder) == {"900000": "a row, but no volume"}
+    assert "5 subjects; 0 volumes rejected, 1 rows without a volume" in capsys.readouterr().out
+
+
+def test_convert_leaves_out_every_bad_subject_and_does_the_rest(tmp_path, capsys):
+    folder = make(tmp_path / "c", 3, rows=[("900000", "F", ""), ("000014", "U", "")])
+    volumes_dir, table = folder / "fa", folder / "unrestricted_behavioral.csv"
+    bad = {"000011": "truncated gzip", "000012": "flipped byte", "000013": "4D"}
+    bad |= {"000015": "no affine", "000016": "not NIfTI", "000020": "folder"}
+    names = [*bad, "000017", "000018", "000021", "000022", "000023"]
+    with table.open("a") as file:
+        file.writelines(f"{name},M,\n" for name in names)
+        file.write("000019,,\n")
+    for name, kind in bad.items():
+        path = broken(tmp_path, kind)
+        path.rename(volumes_dir / f"{name}.nii.gz")
+    save(volumes_dir / "000014.nii.gz", fa(14))
+    save(volumes_dir / "000017.nii.gz", fa(17, (24, 28, 25)))
+    save(volumes_dir / "000018.nii.gz", fa(18))
+    save(volumes_dir / "000018_FA.nii", fa(18))
+    save(volumes_dir / "000019.nii.gz", fa(19))
+    save(volumes_dir / "000021.nii.gz", fa(21) * 10_000)
+    save(volumes_dir / "000022.nii.gz", fa(22)[::-1], RAS)  # the same brain, stored in RAS
+    save(volumes_dir / "000023.nii.gz", fa(23), RAS)  # the same brain seen from below: refused
+    shifted = LAS.copy()
+    shifted[:3, 3] += 40
+    save(volumes_dir / "000023.nii.gz", fa(23), shifted)
+    save(volumes_dir / "800000.nii.gz", fa(80))
+    (volumes_dir / "800001.nii.gz").symlink_to("nowhere")
+    run(folder, workers=2)
+    reasons = rejected(folder)
+    for subject, reason in {
+        "000011": "damaged gzip",
+        "000012": "CRC",
+        "000013": "expected a 3D volume, found shape (23, 28, 25, 2)",
+        "000014": "Gender is 'U', expected M or F",
+        "000015": "no affine",
+        "000016": "not a NIfTI-1 file",
+        "000017": "its grid (24, 28, 25)",
+        "000018": "two volumes: 000018.nii.gz, 000018_FA.nii",
+        "000019": "Gender is nan, expected M or F",
+        "000020": "no file behind its name",
+        "000021": "expected fractional anisotropy in [0, 1]",
+        "000023": "is not the cohort's (23, 28, 25)",
+        "800000": "a volume, but no row in the table",
+        "800001": "a volume, but no row in the table",
+        "900000": "a row, but no volume",
+    }.items():
+        assert reason in reasons.pop(subject)
+    assert not reasons
+    kept = pd.read_csv(folder / "subjects.csv", dtype=str)
+    assert kept["Subject"].tolist() == ["000001", "000002", "000003", "000022"]
+    tensors = np.load(folder / "tensors.npy")
+    for tensor, n in zip(tensors, (0, 1, 2, 22), strict=True):
+        np.testing.assert_allclose(tensor, resize(fa(n)[::-1], SMALL), atol=1e-6)
+    assert np.load(folder / "labels.npy").tolist() == [0, 1, 0, 1]
+    assert "4 subjects; 14 volumes rejected, 1 rows without" in capsys.readouterr().out
+
+
+def test_convert_gives_the_same_bytes_whatever_the_workers_and_the_order_of_files(
+    tmp_path, monkeypatch
+):
+    folder = make(tmp_path / "c", 8)
+    (folder / "fa" / "000003.nii.gz").write_bytes(b"not a volume")
+    run(folder, tmp_path / "one", workers=1)
+    glob = Path.glob
+    monkeypatch.setattr(Path, "glob", lambda *a: reversed(list(glob(*a))))
+    run(folder, tmp_path / "four", workers=4)
+    assert contents(tmp_path / "one") == contents(tmp_path / "four")
+
+
+def test_a_second_run_does_nothing(tmp_path, monkeypatch, capsys):
+    folder = make(tmp_path / "c", 3)
+    out = tmp_path / "out"
+    run(folder, out)
+    capsys.readouterr()
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    monkeypatch.setattr(volumes, "load", lambda path: pytest.fail(f"{path} was read"))
+    run(folder, out)
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
+    assert "3 subjects" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", sorted(FILES - {"tensors.npy"}))
+def test_convert_restores_a_file_that_was_lost(tmp_path, name):
+    folder = make(tmp_path / "c", 3)
+    run(folder, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    (tmp_path / "out" / name).unlink()
+    run(folder, tmp_path / "out")
+    assert contents(tmp_path / "out") == before
+
+
+def test_convert_anew_when_table_volume_or_options_changed(tmp_path):
+    folder = make(tmp_path / "c", 3)
+    table = folder / "unrestricted_behavioral.csv"
+    run(folder)
+    table.write_text(table.read_text().replace("000001,F", "000001,M"))
+    run(folder)
+    assert np.load(folder / "labels.npy").tolist() == [1, 1, 0]
+    save(folder / "fa" / "000002.nii.gz", fa(77))
+    run(folder)
+    tensors = np.load(folder / "tensors.npy")
+    np.testing.assert_allclose(tensors[1], resize(fa(77)[::-1], SMALL), atol=1e-6)
+    (folder / "fa" / "000003.nii.gz").unlink()
+    run(folder)
+    assert len(np.load(folder / "tensors.npy")) == len(np.load(folder / "labels.npy")) == 2
+    run(folder, shape=(7, 8, 9))
+    assert np.load(folder / "tensors.npy").shape == (2, 7, 8, 9)
+
+
+def test_convert_resamples_other_grids_when_asked(tmp_path):
+    folder = make(tmp_path / "c", 4)
+    fine_shape = (46, 56, 50)
+    fine = LAS @ np.diag([0.5, 0.5, 0.5, 1])
+    fine[:3, 3] = LAS[:3, 3] - LAS[:3, :3] @ (0.25, 0.25, 0.25)  # the same field of view
+    wave = [np.cos(np.linspace(-1.5, 1.5, n)) for n in fine_shape]
+    smooth = 0.9 * np.einsum("i,j,k->ijk", *wave)
+    smooth *= np.linspace(0.5, 1, 46)[:, None, None]  # left and right differ
+    noise = np.random.default_rng(5).uniform(-0.05, 0.05, fine_shape)
+    save(folder / "fa" / "000002.nii.gz", np.float32(smooth), fine)
+    save(folder / "fa" / "000003.nii.gz", np.float32(0.5 + noise), fine)
+    away = LAS.copy()
+    away[:3, 3] += 300
+    save(folder / "fa" / "000004.nii.gz", fa(3), away)
+    run(folder, regrid=True)
+    tensors = np.load(folder / "tensors.npy")
+    direct = resize(smooth[::-1], SMALL, order=1)
+    inner = (slice(1, -1),) * 3  # at the edge, there is nothing to interpolate from
+    assert abs(tensors[1] - direct)[inner].max() < 0.02
+    np.testing.assert_allclose(tensors[0], resize(fa(0)[::-1], SMALL), atol=1e-6)
+    assert tensors[2][inner].std() < 0.0045  # aliased, it would be about 0.006
+    assert rejected(folder) == {
+        "000004": "more than half of its brain lies outside the cohort's grid."
+    }
+    table = pd.read_csv(folder / "subjects.csv")
+    expected = (smooth.astype(np.float32) > 0.02).sum() * 11.25 / 8 / 1000
+    assert table["brain_volume_ml"][1] == pytest.approx(expected, abs=1e-3)  # in native space
+
+
+def test_convert_when_nothing_is_usable(tmp_path):
+    folder = make(tmp_path / "c", 3)
+    run(folder)
+    for path in (folder / "fa").iterdir():
+        path.write_bytes(b"nothing")
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match=r"not one of 3 volumes.*rejected\.csv.*000001: .*gzip"
+        ):
+            run(folder)
+        assert not (folder / "tensors.npy").exists()
+    assert len(rejected(folder)) == 3
+    assert not list(folder.glob(".*"))
+    with pytest.raises(FileNotFoundError):
+        cohort.load(folder)
+    (folder / "unrestricted_behavioral.csv").write_text("Subject,Gender\n5,F\n")
+    with pytest.raises(ValueError, match=r"not one of 3 volumes.*no row"):
+        run(folder)
+
+
+def test_convert_without_volumes_or_table(tmp_path):
+    folder = make(tmp_path / "c", 1)
+    with pytest.raises(FileNotFoundError, match=r"found none.*extract"):
+        convert(tmp_path / "nowhere", folder, tmp_path / "out")
+    with pytest.raises(FileNotFoundError, match=r"unrestricted_behavioral\.csv.*DATA_ACCESS"):
+        convert(folder / "fa", tmp_path, tmp_path / "out")
+    with pytest.raises(FileNotFoundError, match="no such table"):
+        convert(folder / "fa", tmp_path / "t.csv", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_leaves_nothing_under_a_final_name(tmp_path, monkeypatch):
+    folder = make(tmp_path / "c", 5)
+    run(folder, tmp_path / "whole")
+    savez, calls = np.savez, itertools.count()
+
+    def full(file, **arrays):
+        if next(calls) == 3:
+            file.write(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        savez(file, **arrays)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "savez", full)
+        with pytest.raises(OSError, match="No space left"):
+            run(folder, tmp_path / "out", workers=2)
+    assert not FILES & {path.name for path in (tmp_path / "out").iterdir()}
+    run(folder, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+KILLED = """
+import os, resource, sys
+from pathlib import Path
+from brainsex import volumes
+
+folder, out, log = map(Path, sys.argv[1:])
+plain_load, plain_replace = volumes.load, os.replace
+
+def run(kill_load=None, kill_replace=None, after=False, limit=None):
+    "Convert in a process that dies at the given call of load or of os.replace."
+    pid = os.fork()
+    if pid:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    loads, replaced = [], []
+    def load(path):
+        if len(loads) == kill_load:
+            os._exit(9)
+        loads.append(path)
+        with log.open("a") as file:
+            file.write(f"{path.name} ")
+        return plain_load(path)
+    def replace(*paths):
+        replaced.append(paths)
+        dies = len(replaced) - 1 == kill_replace
+        if dies and not after:
+            os._exit(9)
+        plain_replace(*paths)
+        if dies:
+            os._exit(9)
+    volumes.load, os.replace = load, replace
+    if limit:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    try:
+        volumes.convert(folder / "fa", folder, out, shape=(10, 12, 9), workers=1)
+    except OSError as error:
+        os._exit(error.errno)
+    os._exit(0)
+
+def attempt(name, code, **kill):
+    global out, log
+    out, log = out.parent / name, out.parent / f"{name}.log"
+    assert run(**kill) == code, (name, kill)
+    present = sorted(path.name for path in out.glob("[!.]*"))
+    with log.open("a") as file:
+        file.write("| ")
+    assert run() == 0
+    print(name, *present)
+
+attempt("load", 9, kill_load=3)
+attempt("full", 27, limit=20_000)  # tensors.npy has 21,728 bytes
+for number in range(10):
+    for after in (False, True):
+        attempt(f"replace-{number}-{after}", 9, kill_replace=number, after=after)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork to die in the middle")
+def test_a_kill_anywhere_changes_nothing_in_the_end(tmp_path):
+    """Killed while reading, before and after each file gets its name, and on a full disk."""
+    folder = make(tmp_path / "c", 5)
+    run(folder, tmp_path / "whole")
+    expected = contents(tmp_path / "whole")
+    work = tmp_path / "work"
+    work.mkdir()
+    command = [sys.executable, "-c", KILLED, folder, work / "out", work / "log"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    lines = [
+        line.split() for line in done.stdout.splitlines() if not line.endswith("(rejected.csv)")
+    ]
+    assert len(lines) == 22
+    for name, *present in lines:
+        # What stands under a final name is whole, and tensors.npy comes last.
+        assert "tensors.npy" not in present or set(present) == FILES
+        assert contents(work / name) == expected
+        before, after = (work / f"{name}.log").read_text().split("|")
+        subjects = before.split() + after.split()
+        assert sorted(set(subjects)) == [f"{n:06d}.nii.gz" for n in range(1, 6)]
+        # No subject whose part was finished is read again: at most the one being written.
+        lost = name.startswith("replace") and name.endswith("False") and int(name[8]) < 5
+        assert len(subjects) == 5 + lost
+
+
+MEMORY = """
+import sys
+from brainsex import volumes
+folder, out = sys.argv[1:]
+volumes.convert(f"{folder}/fa", folder, out, workers=2)
+print([line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")][0])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_memory_does_not_grow_with_the_number_of_subjects(tmp_path):
+    peak = {}
+    volume = save(tmp_path / "v.nii", fa(0, (60, 72, 64)))
+    for count in (20, 200):
+        folder = make(tmp_path / str(count), 0)
+        subjects = [f"{n:06d}" for n in range(count)]
+        for subject in subjects:
+            os.link(volume, folder / "fa" / f"{subject}.nii")
+        pd.DataFrame({"Subject": subjects, "Gender": "F"}).to_csv(
+            folder / "unrestricted_behavioral.csv", index=False
+        )
+        # VmHWM, as ru_maxrss of a child starts at its parent's.
+        command = [sys.executable, "-c", MEMORY, folder, tmp_path / "out"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+        peak[count] = int(done.stdout.split()[-1])
+        assert np.load(tmp_path / "out" / "labels.npy").shape == (count,)
+        shutil.rmtree(tmp_path / "out")
+    assert abs(peak[200] / peak[20] - 1) < 0.1  # 200 small volumes are 190 MB
+
+
+def test_convert_reads_freesurfer_s_and_the_restricted_table_beside(tmp_path):
+    folder = make(tmp_path / "c", 2)
+    (folder / "unrestricted_hcp_freesurfer.csv").write_text(
+        "Subject,Gender,FS_InterCranial_Vol\n000001,F,1300500\n000002,M,1600250.5\n"
+    )
+    (folder / "restricted.csv").write_text("Subject,Family_ID,Age_in_Yrs\n000001,9_8,27\n")
+    run(folder)
+    table = pd.read_csv(folder / "subjects.csv", dtype=str)
+    assert table["intracranial_volume_ml"].astype(float).tolist() == [1300.5, 1600.2505]
+    assert table["group"].tolist()[0] == "9_8"
+    assert table["age"].tolist()[0] == "27"
+    assert table.isna().sum().sum() == 2  # the second's family and age are unknown

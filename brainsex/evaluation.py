@@ -43,7 +43,8 @@ def wilson(correct: int, n: int, *, level: float = 0.95) -> tuple[float, float]:
     z = norm.ppf(0.5 + level / 2)
     centre = (correct + z**2 / 2) / (n + z**2)
     half = z / (n + z**2) * math.sqrt(correct * (n - correct) / n + z**2 / 4)
-    return centre - half, centre + half
+    share = correct / n  # rounding must not put it, or 0 and 1, outside
+    return float(np.clip(centre - half, 0, share)), float(np.clip(centre + half, share, 1))
 
 
 def corrected_t(
@@ -57,11 +58,18 @@ def corrected_t(
     Parameters
     ----------
     scores : (J,), one a fold and repetition.
-    folds : k.
+    folds : k, so that n_test / n_train is 1 / (k - 1).
+
+    Returns
+    -------
+    mean, lower and upper limit.
     """
     scores = np.asarray(scores, float)
-    if len(scores) < 2:
-        raise ValueError(f"expected at least two scores, got {len(scores)}.")
+    if len(scores) < 2 or folds < 2:
+        raise ValueError(
+            f"expected at least two scores and at least two folds, got {len(scores)} and {folds}."
+        )
     error = math.sqrt((1 / len(scores) + 1 / (folds - 1)) * scores.var(ddof=1))
-    half = t.ppf(0.5 + level / 2, len(scores) - 1) * error
-    return scores.mean(), scores.mean() - half, scores.mean() + half
+    half = float(t.ppf(0.5 + level / 2, len(scores) - 1)) * error
+    mean = float(scores.mean())
+    return mean, mean - half, mean + half

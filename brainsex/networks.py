@@ -2,7 +2,13 @@
 
 import copy
 import math
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
+import joblib
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -82,7 +88,84 @@ def folded(network: MriNet3d) -> MriNet3d:
     network = copy.deepcopy(network).eval().requires_grad_(False)
     for name in ("hidden1", "hidden2", "hidden3"):
         convolution, norm, relu, pooling = getattr(network, name)
-        setattr(
-            network, name, nn.Sequential(fuse_conv_bn_eval(convolution, norm), pooling, relu)
-        )
+        setattr(network, name, nn.Sequential(fuse_conv_bn_eval(convolution, norm), pooling, relu))
     return network
+
+
+@contextmanager
+def one_thread_each(device: torch.device) -> Iterator[int]:
+    """How many subjects to work on at once: one a CPU core, each on one thread; one batch on a GPU.
+
+    Small convolutions gain less from two threads than two subjects do, results no longer depend
+    on the number of cores, and a busy core delays one subject instead of all.
+    """
+    threads = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield threads if device.type == "cpu" else 1
+    finally:
+        torch.set_num_threads(threads)
+
+
+def batch(volumes: np.ndarray, rows: np.ndarray, device: torch.device) -> Tensor:
+    """Volumes (n, 1, X, Y, Z) of some rows, read in the order they lie on disk."""
+    order = np.argsort(rows)
+    stacked = np.empty((len(rows), 1, *volumes.shape[1:]), np.float32)
+    stacked[order, 0] = volumes[rows[order]]
+    return torch.from_numpy(stacked).to(device, memory_format=torch.channels_last_3d)
+
+
+def logits(network: nn.Module, volumes: Tensor, dtype: torch.dtype) -> Tensor:
+    """The network's float32 output, computed in `dtype` where that is safe."""
+    with torch.autocast(volumes.device.type, dtype=dtype, enabled=dtype != torch.float32):
+        return network(volumes).float()
+
+
+def evaluate(network: nn.Module, volumes: np.ndarray, dtype: torch.dtype) -> Tensor:
+    """Logits (N, 2) of volumes (N, X, Y, Z) in evaluation mode, without gradients.
+
+    A fixed few subjects at a time: one's logits do not depend on how many there are. The
+    network's mode is put back.
+    """
+    device = next(network.parameters()).device
+    size = 32 if device.type == "cuda" else 1
+    mode = network.training
+    network.eval()
+
+    @torch.no_grad()
+    def some(rows: np.ndarray) -> Tensor:
+        return logits(network, batch(volumes, rows, device), dtype).cpu()
+
+    try:
+        with one_thread_each(device) as workers:
+            return torch.cat(
+                joblib.Parallel(workers, require="sharedmem")(
+                    joblib.delayed(some)(rows)
+                    for rows in np.array_split(np.arange(len(volumes)), -(-len(volumes) // size))
+                )
+            )
+    finally:
+        network.train(mode)
+
+
+def load(path: str | Path, shape: tuple[int, int, int] = SHAPE) -> MriNet3d:
+    """The 3D network of a state dict, in evaluation mode; its channels are read off the weights.
+
+    Raises
+    ------
+    FileNotFoundError
+        No such file: notebook 04 (``python -m brainsex train``) writes it.
+    ValueError
+        No state dict of `MriNet3d` for volumes of `shape`. Nothing in the file is executed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such network. Run notebook 04_cnn_3d first.")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        network = MriNet3d(len(state["hidden1.0.weight"]), shape)
+        network.load_state_dict(state)
+    except (RuntimeError, LookupError, TypeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path}: no state dict of MriNet3d for {shape} ({error}).") from error
+    return network.eval()

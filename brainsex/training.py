@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import joblib
 import numpy as np
 import pandas as pd
 import torch
@@ -26,19 +27,6 @@ class History:
     weights move), validation_loss, validation_accuracy (after the epoch, in evaluation mode)."""
 
     epochs: pd.DataFrame
-
-
-def _batch(volumes: np.ndarray, rows: np.ndarray, device: torch.device) -> Tensor:
-    """Volumes (n, 1, X, Y, Z) of some rows, read in the order they lie on disk."""
-    order = np.argsort(rows)
-    batch = np.empty((len(rows), 1, *volumes.shape[1:]), np.float32)
-    batch[order, 0] = volumes[rows[order]]
-    return torch.from_numpy(batch).to(device, memory_format=torch.channels_last_3d)
-
-
-def _logits(network: nn.Module, batch: Tensor, dtype: torch.dtype) -> Tensor:
-    with torch.autocast(batch.device.type, dtype=dtype, enabled=dtype != torch.float32):
-        return network(batch).float()
 
 
 def _check(volumes: np.ndarray, sex: np.ndarray) -> None:
@@ -90,111 +78,90 @@ def fit(
         The loss is not finite.
     """
     _check(volumes, sex)
+    if validation is not None:
+        _check(*validation)
     device = networks.device()
     dtype = precision or networks.precision(device)
-    settings = {
-        "n": len(sex),
-        "epochs": epochs,
-        "batch_size": batch_size,
-        "lr": lr,
-        "weight_decay": weight_decay,
-        "milestones": list(milestones),
-        "seed": seed,
-        "precision": str(dtype),
-    }
+    labels = torch.as_tensor(np.array(sex), dtype=torch.long)
+    options = (epochs, batch_size, lr, weight_decay, tuple(milestones), seed, dtype)
+    call = repr((str(network), tuple(volumes.shape), labels.tolist(), *options))
     network.to(device, memory_format=torch.channels_last_3d)
     optimiser = torch.optim.Adam(network.parameters(), lr=lr, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimiser, list(milestones))
+    parts = {"network": network, "optimiser": optimiser, "schedule": schedule}
     history: list[dict] = []
     if checkpoint is not None and Path(checkpoint).is_file():
         saved = torch.load(checkpoint, map_location=device, weights_only=True)
-        if saved["settings"] != settings:
-            raise ValueError(f"{checkpoint} is of another run: {saved['settings']}. Delete it.")
-        network.load_state_dict(saved["network"])
-        optimiser.load_state_dict(saved["optimiser"])
-        schedule.load_state_dict(saved["schedule"])
+        if saved["call"] != call:
+            raise ValueError(f"{checkpoint} is of another call. Delete it, or name another file.")
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
         history = saved["history"]
-    labels = torch.as_tensor(np.asarray(sex), dtype=torch.long)
-    batches = -(-len(sex) // batch_size)
     bar = tqdm(range(epochs), initial=len(history), desc="fit", unit="epoch", disable=not progress)
-    with torch.random.fork_rng():
+    with bar, torch.random.fork_rng():
         for epoch in range(len(history), epochs):
             torch.manual_seed((seed << 20) + epoch)
-            network.train()
-            loss_sum = correct = 0.0
-            for rows in torch.randperm(len(sex)).tensor_split(batches):
-                target = labels[rows].to(device)
-                logits = _logits(network, _batch(volumes, rows.numpy(), device), dtype)
-                loss = nn.functional.cross_entropy(logits, target)
-                optimiser.zero_grad()
-                loss.backward()
-                optimiser.step()
-                loss_sum += loss.item() * len(rows)
-                correct += (logits.argmax(1) == target).sum().item()
-            if not np.isfinite(loss_sum):
-                raise FloatingPointError(f"epoch {epoch}: the loss is {loss_sum}; lower lr.")
+            row = {"epoch": epoch + 1}
+            row |= _epoch(network, optimiser, volumes, labels, batch_size, dtype)
+            if not np.isfinite(row["train_loss"]):
+                raise FloatingPointError(f"epoch {epoch + 1}: the loss is not finite. Lower lr.")
             schedule.step()
-            row = {
-                "epoch": epoch + 1,
-                "train_loss": loss_sum / len(sex),
-                "train_accuracy": correct / len(sex),
-            }
             if validation is not None:
                 row |= _evaluate(network, *validation, dtype)
             history.append(row)
             if checkpoint is not None:
+                saved = {name: part.state_dict() for name, part in parts.items()}
                 with replacing(Path(checkpoint)) as path:
-                    torch.save(
-                        {
-                            "settings": settings,
-                            "network": network.state_dict(),
-                            "optimiser": optimiser.state_dict(),
-                            "schedule": schedule.state_dict(),
-                            "history": history,
-                        },
-                        path,
-                    )
+                    torch.save({"call": call, "history": history, **saved}, path)
             bar.update()
-            bar.set_postfix({k: f"{v:.3f}" for k, v in row.items() if k != "epoch"})
-    bar.close()
+            bar.set_postfix({name: f"{value:.3f}" for name, value in row.items()})
     network.eval().to("cpu", memory_format=torch.contiguous_format)
     return History(pd.DataFrame(history))
 
 
-def _evaluate(network, volumes, sex, dtype) -> dict[str, float]:
-    """Loss and accuracy of one pass."""
-    logits = _forward(network, volumes, dtype)
-    loss = nn.functional.cross_entropy(logits, torch.as_tensor(np.asarray(sex)).long())
-    accuracy = (logits.argmax(1).numpy() == sex).mean()
-    return {"validation_loss": loss.item(), "validation_accuracy": float(accuracy)}
-
-
-@torch.no_grad()
-def _forward(network: nn.Module, volumes: np.ndarray, dtype: torch.dtype) -> Tensor:
-    """Logits (N, 2) in evaluation mode, a fixed few subjects at a time."""
+def _epoch(network, optimiser, volumes, labels: Tensor, batch_size: int, dtype) -> dict[str, float]:
+    """One pass over the volumes in random order; running loss and accuracy."""
     device = next(network.parameters()).device
-    size = 32 if device.type == "cuda" else 1  # larger batches are slower on a CPU: page faults
-    mode = network.training
-    network.eval()
-    try:
-        return torch.cat(
-            [
-                _logits(network, _batch(volumes, rows, device), dtype).cpu()
-                for rows in np.array_split(np.arange(len(volumes)), -(-len(volumes) // size))
-            ]
-        )
-    finally:
-        network.train(mode)
+    network.train()
+    loss_sum = correct = 0.0
+    for rows in torch.randperm(len(labels)).tensor_split(-(-len(labels) // batch_size)):
+        target = labels[rows].to(device)
+        logits = networks.logits(network, networks.batch(volumes, rows.numpy(), device), dtype)
+        loss = nn.functional.cross_entropy(logits, target)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        loss_sum += loss.item() * len(rows)
+        correct += (logits.argmax(1) == target).sum().item()
+    return {"train_loss": loss_sum / len(labels), "train_accuracy": correct / len(labels)}
+
+
+def _evaluate(network, volumes, sex, dtype) -> dict[str, float]:
+    """Loss and accuracy of one pass in evaluation mode."""
+    logits = networks.evaluate(network, volumes, dtype)
+    labels = torch.as_tensor(np.array(sex), dtype=torch.long)
+    loss = nn.functional.cross_entropy(logits, labels)
+    accuracy = (logits.argmax(1) == labels).double().mean()
+    return {"validation_loss": loss.item(), "validation_accuracy": accuracy.item()}
 
 
 def predict(network: nn.Module, volumes: np.ndarray) -> np.ndarray:
     """Probabilities (N, 2) of woman and man, float32, of volumes (N, X, Y, Z).
 
-    The network runs in float32, in evaluation mode, where it lies; its mode is put back.
+    The network runs in float32, in evaluation mode, where it lies; its mode is put back. However
+    many volumes there are in a call, on a CPU each one's probabilities are the same to the bit.
+
+    Raises
+    ------
+    ValueError
+        No volumes, or volumes that are not finite or not of the network's shape.
     """
     if len(volumes) == 0:
         raise ValueError("expected volumes (N, X, Y, Z), found none.")
-    return _forward(network, volumes, torch.float32).softmax(1).numpy()
+    probabilities = networks.evaluate(network, volumes, torch.float32).softmax(1).numpy()
+    if bad := np.flatnonzero(~np.isfinite(probabilities).all(1)).tolist():
+        raise ValueError(f"volumes {bad[:10]}: no finite probability. Clean the volumes first.")
+    return probabilities
 
 
 def cross_validate(
@@ -203,84 +170,109 @@ def cross_validate(
     *,
     folds: int = 10,
     seed: int = 0,
+    milestones: Sequence[int] = (5, 15),
     out: str | Path | None = None,
     **settings,
 ) -> pd.DataFrame:
     """Fit and test one network a fold; a test fold is scored once, after the last epoch.
+
+    On a CPU as many folds as there are cores run at once, each in a process of its own.
 
     Parameters
     ----------
     cohort : volumes, sex and, where known, groups, which then never span folds.
     make_network : called under ``torch.manual_seed``, once a fold.
     folds, seed : of `evaluation.folds`: the same folds as every other classifier's.
-    out : folder for ``fold-K.pt`` (state dicts), ``folds.csv`` (Subject, fold) and
-        ``predictions.csv``; what is finished there is kept, what is half done resumes.
+    out : folder for ``fold-K.pt`` (state dicts) and ``folds.csv`` (Subject, fold). Folds that are
+        finished there, over the same data with the same settings, are kept; half done, resumed.
     settings : of `fit`.
 
     Returns
     -------
     One row a subject, in the cohort's order: Subject, fold, sex, probability (of man). The
-    curves of all folds are in ``.attrs["history"]``, a list of one row a fold and epoch.
+    curves are in ``.attrs["history"]``: `History.epochs` of all folds as records, with the fold.
     """
     assignment = evaluation.folds(cohort.sex, groups=cohort.groups, folds=folds, seed=seed)
-    out = None if out is None else Path(out)
-    key = hashlib.sha256(
-        json.dumps(
-            [
-                *(cohort.subjects.tolist(), cohort.sex.tolist(), assignment.tolist(), seed),
-                {k: str(v) for k, v in settings.items()},
-                str(make_network()),
-                hashlib.sha256(np.ascontiguousarray(cohort.volumes[:: len(cohort) - 1])).hexdigest(),
-            ]
-        ).encode()
-    ).hexdigest()
+    settings["milestones"] = tuple(milestones)
+    with torch.random.fork_rng():
+        parts = [str(make_network()), seed, *map(str, sorted(settings.items()))]
+    parts += [cohort.subjects.tolist(), cohort.sex.tolist(), assignment.tolist()]
+    digest = hashlib.sha256(json.dumps(parts).encode())
+    for volume in cohort.volumes:
+        digest.update(np.ascontiguousarray(volume))
+    key = digest.hexdigest()
     if out is not None:
+        out = Path(out)
+        _discard(out, key)
         with replacing(out / "folds.csv") as path:
             pd.DataFrame({"Subject": cohort.subjects, "fold": assignment}).to_csv(path, index=False)
-    probability = np.empty(len(cohort))
-    history = []
-    for fold in range(folds):
-        train, test = (np.flatnonzero(m) for m in (assignment != fold, assignment == fold))
-        done = None if out is None else out / f"fold-{fold}.json"
-        if done is not None and done.is_file() and (r := json.loads(done.read_text()))["key"] == key:
-            probability[test], epochs = r["probability"], r["history"]
-        else:
-            with torch.random.fork_rng():
-                torch.manual_seed(seed * 1000 + fold)
-                network = make_network()
-            checkpoint = None if out is None else out / f".fold-{fold}-{key[:12]}.checkpoint"
-            fitted = fit(
-                network,
-                _Rows(cohort.volumes, train),
-                cohort.sex[train],
-                validation=(_Rows(cohort.volumes, test), cohort.sex[test]),
-                seed=seed * 1000 + fold,
-                checkpoint=checkpoint,
-                **settings,
-            )
-            probability[test] = predict(network, _Rows(cohort.volumes, test))[:, 1]
-            epochs = fitted.epochs.assign(fold=fold).to_dict("records")
-            if out is not None:
-                with replacing(out / f"fold-{fold}.pt") as path:
-                    torch.save(network.state_dict(), path)
-                record = {"key": key, "probability": probability[test].tolist(), "history": epochs}
-                with replacing(done) as path:
-                    path.write_text(json.dumps(record))
-                checkpoint.unlink()
-        history += epochs
-    predictions = pd.DataFrame(
-        {
-            "Subject": cohort.subjects,
-            "fold": assignment,
-            "sex": cohort.sex,
-            "probability": probability,
-        }
+    cores = joblib.cpu_count()
+    jobs = 1 if networks.device().type == "cuda" else min(folds, cores)
+    threads = torch.get_num_threads() if jobs == 1 else max(1, cores // jobs)
+    done = joblib.Parallel(jobs, return_as="generator")(
+        joblib.delayed(_fold)(
+            cohort, make_network, assignment, fold, seed, out, key, threads, settings
+        )
+        for fold in range(folds)
     )
+    probability, history = np.empty(len(cohort)), []
+    for fold, record in enumerate(tqdm(done, "cross-validate", total=folds, unit="fold")):
+        probability[assignment == fold] = record["probability"]
+        history += record["history"]
+    columns = {"Subject": cohort.subjects, "fold": assignment, "sex": cohort.sex}
+    predictions = pd.DataFrame({**columns, "probability": probability})
     predictions.attrs["history"] = history
-    if out is not None:
-        with replacing(out / "predictions.csv") as path:
-            predictions.to_csv(path, index=False)
     return predictions
+
+
+def _discard(out: Path, key: str) -> None:
+    """Delete networks of other data or settings: they may have seen what is now held out."""
+    for record in out.glob("fold-*.json"):
+        if json.loads(record.read_text())["key"] != key:
+            record.with_suffix(".pt").unlink(missing_ok=True)
+            record.unlink()
+    for checkpoint in out.glob(".fold-*.checkpoint"):
+        if key[:12] not in checkpoint.name:
+            checkpoint.unlink()
+
+
+def _fold(
+    cohort, make_network, assignment, fold, seed, out: Path | None, key, threads, settings
+) -> dict:
+    """Train and test one fold, unless it is done."""
+    if out is not None:
+        result, weights = out / f"fold-{fold}.json", out / f"fold-{fold}.pt"
+        checkpoint = out / f".fold-{fold}-{key[:12]}.checkpoint"
+        if result.is_file() and weights.is_file():
+            return json.loads(result.read_text())
+    torch.set_num_threads(threads)
+    train, test = (np.flatnonzero(rows) for rows in (assignment != fold, assignment == fold))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed * 1000 + fold)
+        network = make_network()
+    held_out = _Rows(cohort.volumes, test)
+    fitted = fit(
+        network,
+        _Rows(cohort.volumes, train),
+        cohort.sex[train],
+        validation=(held_out, cohort.sex[test]),
+        seed=seed * 1000 + fold,
+        checkpoint=None if out is None else checkpoint,
+        progress=False,
+        **settings,
+    )
+    record = {
+        "key": key,
+        "probability": predict(network, held_out)[:, 1].tolist(),
+        "history": fitted.epochs.assign(fold=fold).to_dict("records"),
+    }
+    if out is not None:
+        with replacing(result) as path:
+            path.write_text(json.dumps(record))
+        with replacing(weights) as path:
+            torch.save(network.state_dict(), path)
+        checkpoint.unlink(missing_ok=True)
+    return record
 
 
 class _Rows:

@@ -5,15 +5,11 @@ picture. Figures are returned for the caller to save; `title` stands at their he
 cohort's name and n ("synthetic cohort, n=200"), at their foot.
 """
 
-import itertools
-from functools import partial
-from math import prod
+from textwrap import fill
 
 import numpy as np
-import torch
 from matplotlib import pyplot as plt
-from matplotlib.collections import PolyCollection
-from matplotlib.colors import ListedColormap, to_rgb
+from matplotlib.colors import ListedColormap
 from nibabel import aff2axcodes
 from nibabel.affines import apply_affine, voxel_sizes
 from scipy.ndimage import center_of_mass
@@ -24,14 +20,20 @@ PALETTE = {"women": "#D55E00", "men": "#0072B2"}
 ACCENT, OUTLINE, PALE, DARK = "#009E73", "#56B4E9", "#999999", "#222222"
 ENDS = "LRPAIS"  # the low and the high end of X, Y, Z
 GLOW = plt.get_cmap("inferno")(np.linspace(0.35, 0.97, 256))
-GLOW[:, 3] = np.linspace(0, 1, 256)
-STYLE = plt.rc_context(
-    {"font.family": "sans-serif", "font.size": 9, "axes.titlesize": 9, "text.color": DARK}
-    | {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
-)
+GLOW[:, 3] = np.clip(np.linspace(0, 4, 256), 0, 1)  # what is faint shows the brain beneath
+STYLE = {
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "text.color": DARK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+}
+"""Matplotlib settings of every figure, for ``plt.rc_context``."""
 
 
-@STYLE
+@plt.rc_context(STYLE)
 def slices(panels, *, title, cohort, at=None):
     """Sagittal, coronal and axial slices through one point, a row a volume, all to one scale.
 
@@ -59,7 +61,7 @@ def slices(panels, *, title, cohort, at=None):
     return finish(figure, title, cohort)
 
 
-@STYLE
+@plt.rc_context(STYLE)
 def overlay(background, saliency, affine, *, title, cohort, outlines=None, vmax=None, n_slices=7):
     """Mosaics of a mean mask over the mean FA, cut where the mask and the outlined regions lie.
 
@@ -80,7 +82,11 @@ def overlay(background, saliency, affine, *, title, cohort, outlines=None, vmax=
     low, high = _box(background, affine)
     heights, width = (high - low)[[1, 2, 2]], max((high - low)[:2])
     figure, axes = grid(heights, [width] * n_slices, 11 / width / n_slices)
-    grey = {"cmap": "gray", "vmin": 0, "vmax": np.percentile(background[background > 0], 99.5)}
+    grey = {
+        "cmap": "gray",
+        "vmin": 0,
+        "vmax": 1.4 * np.percentile(background[background > 0], 99.5),
+    }
     glow = {"cmap": ListedColormap(GLOW), "vmin": 0, "vmax": vmax or saliency.max() or 1}
     for row, axis, height in zip(axes, (2, 1, 0), heights):
         for ax, index in zip(row, _telling(weight if weight.any() else background, axis, n_slices)):
@@ -99,7 +105,7 @@ def overlay(background, saliency, affine, *, title, cohort, outlines=None, vmax=
     return finish(figure, title, foot)
 
 
-@STYLE
+@plt.rc_context(STYLE)
 def curves(history, *, title, cohort):
     """Loss and accuracy over epochs, each fold thin and their mean bold.
 
@@ -108,7 +114,7 @@ def curves(history, *, title, cohort):
     history : DataFrame
         Columns fold, epoch, train_loss, validation_loss, train_accuracy, validation_accuracy.
     """
-    figure, axes = _open(1, 2, figsize=(8.4, 3.4))
+    figure, axes = opened(1, 2, figsize=(8.4, 3.4))
     for ax, measure, chance in zip(axes, ("loss", "accuracy"), (np.log(2), 0.5)):
         for part, colour in (("train", PALE), ("validation", ACCENT)):
             table = history.pivot(index="epoch", columns="fold", values=f"{part}_{measure}")
@@ -122,7 +128,7 @@ def curves(history, *, title, cohort):
     return finish(figure, title, f"{cohort} · thin: each of {folds} folds, bold: their mean")
 
 
-@STYLE
+@plt.rc_context(STYLE)
 def fold_accuracies(table, intervals, *, title, cohort, published=None):
     """Accuracy of every fold, the mean and its interval, beside published values.
 
@@ -135,7 +141,7 @@ def fold_accuracies(table, intervals, *, title, cohort, published=None):
     published : dict, optional
         Model -> (mean, standard deviation).
     """
-    figure, ax = _open(1, 1, figsize=(8.4, 1.2 + 0.7 * len(intervals)))
+    figure, ax = opened(1, 1, figsize=(8.4, 1.2 + 0.7 * len(intervals)))
     for row, (model, (mean, low, high, name)) in enumerate(intervals.items()):
         folds = table.loc[table["model"] == model, "accuracy"]
         ax.plot(folds, row - np.linspace(0.14, 0.3, len(folds)), "o", color=ACCENT, ms=4, alpha=0.6)
@@ -153,41 +159,6 @@ def fold_accuracies(table, intervals, *, title, cohort, published=None):
     return finish(figure, title, foot + grey)
 
 
-@STYLE
-def architecture(network, *, title):
-    """Layers, their sizes and parameters, drawn from the network itself by a forward pass.
-
-    Parameters
-    ----------
-    network : nn.Module
-        With `shape` (X, Y, Z); takes (N, 1, X, Y, Z), and is left as it was found.
-    """
-    blocks, children = _trace(network), dict(network.named_children())
-    counts = {name: sum(p.numel() for p in child.parameters()) for name, child in children.items()}
-    hues = itertools.cycle(("#56B4E9", "#009E73", "#E69F00", "#CC79A7"))
-    colours = {name: next(hues) if counts[name] else PALE for name in counts} | {"input": PALE}
-    figure, ax = _open(1, 1, figsize=(1.42 * len(blocks), 3.6))
-    small = {"ha": "center", "fontsize": 8}
-    for place, (name, layers, shape) in enumerate(blocks):
-        _block(ax, place, shape, 0.6 / max(network.shape) ** 0.5, colours[name])
-        ax.text(place, -0.58, " × ".join(f"{size:,}" for size in shape), **small)
-        if layers:
-            ax.text(place - 0.5, 0.5, "\n".join(layers), color="#555555", **small)
-            arrow = {"arrowstyle": "->", "color": "#777777"}
-            ax.annotate("", (place - 0.42, 0), (place - 0.58, 0), arrowprops=arrow)
-    for name, group in itertools.groupby(range(len(blocks)), lambda place: blocks[place][0]):
-        start, *_, end = [place + side for place in group for side in (-0.42, 0.42)]
-        ax.plot([start, end], [-0.66] * 2, color=colours[name], linewidth=3)
-        ax.text((start + end) / 2, -0.82, name, weight="bold", ha="center")
-        if counts.get(name):
-            ax.text((start + end) / 2, -0.95, f"{counts[name]:,} parameters", **small)
-    ax.set(xlim=(-0.55, len(blocks) - 0.45), ylim=(-1, 0.9), aspect="equal")
-    ax.axis("off")
-    total = sum(p.numel() for p in network.parameters())
-    scale = "channels × X × Y × Z in voxels (edges drawn as their square roots)"
-    return finish(figure, title, f"{scale} · {total:,} parameters in all")
-
-
 def _box(volume, affine):
     """Lowest and highest corner in mm of what stands out from zero, with a margin."""
     if (axes := "".join(aff2axcodes(affine))) != "RAS":
@@ -201,7 +172,7 @@ def grid(heights, widths, inches):
     """Rows and columns of axes, at so many inches a mm."""
     size = (sum(widths) * inches + 1.2, sum(heights) * inches + 0.7)
     ratios = {"height_ratios": heights, "width_ratios": widths, "figsize": size}
-    return _open(len(heights), len(widths), squeeze=False, **ratios)
+    return opened(len(heights), len(widths), squeeze=False, **ratios)
 
 
 def _slice(ax, volume, affine, axis, at, **look):
@@ -243,7 +214,7 @@ def _telling(weight, axis, count):
     return sorted([*chosen, *others[: count - len(chosen)]])
 
 
-def _open(rows, columns, **options):
+def opened(rows, columns, **options):
     """A figure and its axes; pyplot forgets it at once, so that a notebook shows it once."""
     figure, axes = plt.subplots(rows, columns, layout="constrained", **options)
     plt.close(figure)
@@ -253,53 +224,6 @@ def _open(rows, columns, **options):
 def finish(figure, title, foot):
     """Write head and foot."""
     figure.suptitle(title, weight="bold", fontsize=11)
-    figure.supxlabel(foot, fontsize=8, color="#555555")
+    width = int(15 * figure.get_figwidth())  # characters of this size in a line
+    figure.supxlabel(fill(foot, width), fontsize=8, color="#555555")
     return figure
-
-
-def _trace(network):
-    """Blocks (child, layers, output shape) that a zero volume meets, a new one at each new size."""
-    blocks = [("input", [], (1, *network.shape))]
-
-    def note(name, layer, inputs, output):
-        before, given, made = blocks[-1][2], tuple(inputs[0].shape[1:]), tuple(output.shape[1:])
-        if given == (prod(before),) != before:
-            blocks.append((name, ["flatten"], given))
-        if (name, made) != (blocks[-1][0], blocks[-1][2]):
-            blocks.append((name, [], made))
-        size = getattr(layer, "kernel_size", getattr(layer, "p", ""))
-        size = "×".join(map(str, size)) if isinstance(size, tuple) else size
-        blocks[-1][1].append(f"{type(layer).__name__} {size}".strip())
-
-    modes = [(module, module.training) for module in network.modules()]
-    handles = [
-        layer.register_forward_hook(partial(note, name))
-        for name, child in network.named_children()
-        for layer in child.modules()
-        if not list(layer.children())
-    ]
-    try:
-        with torch.no_grad():
-            network.eval()(next(network.parameters()).new_zeros(1, 1, *network.shape))
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, mode in modes:
-            module.training = mode
-    return blocks
-
-
-def _block(ax, place, shape, scale, colour):
-    """Draw a (channels, X, Y, Z) output as a stack of cuboids, a (features,) one as a bar."""
-    bits = np.log2(shape[0])
-    width, *depth, height = scale * np.sqrt(shape[1:]) if shape[1:] else (0.05, 0.05 + 0.06 * bits)
-    right, up = 0.35 * sum(depth), 0.28 * sum(depth)
-    front = np.array([(0, 0), (width, 0), (width, height), (0, height)])
-    back = front + np.array([right, up])
-    top, side = (np.array([*front[[i, 2]], *back[[2, i]]]) for i in (3, 1))
-    shifts = np.linspace(0, 0.016 * bits, 1 + round(bits / 1.75)) if shape[1:] else np.zeros(1)
-    corner = np.array([place - (width + right + shifts[-1]) / 2, -(height + up + shifts[-1]) / 2])
-    faces = [face + corner + shift for shift in shifts[::-1] for face in (front, top, side)]
-    rgb = np.array(to_rgb(colour))
-    tones = [0.25 + 0.75 * rgb, 0.5 + 0.5 * rgb, 0.85 * rgb] * len(shifts)
-    ax.add_collection(PolyCollection(faces, facecolors=tones, edgecolors="white", linewidths=0.7))

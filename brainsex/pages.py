@@ -13,6 +13,7 @@ from pathlib import Path
 
 import nilearn
 import numpy as np
+from matplotlib import pyplot as plt
 from matplotlib.colors import to_rgb
 from matplotlib.patches import Patch
 from nibabel.affines import apply_affine
@@ -60,7 +61,7 @@ def surface(volume, affine, level, *, smooth=1.0, max_faces=40_000):
     return Mesh(vertices.astype(np.float32), faces.astype(np.int32))
 
 
-@figures.STYLE
+@plt.rc_context(figures.STYLE)
 def preview(meshes, *, title, cohort):
     """A still picture of what `page` shows, from the left, the front and the top."""
     low, high = _reach(meshes)
@@ -77,6 +78,7 @@ def preview(meshes, *, title, cohort):
         ax.axis("off")
     handles = [Patch(color=colour, label=name) for name, (_, colour, _) in meshes.items()]
     axes[1].legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=len(handles))
+    figure.set_figheight(figure.get_figheight() + 0.8)
     return figures.finish(figure, title, cohort)
 
 

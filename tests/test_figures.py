@@ -17,7 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 from torch import nn
 
-from brainsex import figures, networks, pages
+from brainsex import architecture, figures, networks, pages
 
 matplotlib.use("Agg")
 
@@ -266,7 +266,7 @@ class Toy(nn.Module):
 
 
 def test_architecture_says_what_the_network_is():
-    written = texts(figures.architecture(Toy(), title="A toy"))
+    written = texts(architecture.draw(Toy(), title="A toy"))
     # 9×13×11 less 2, 4, 2; halved, rounded down; flattened
     for size in ("1 × 9 × 13 × 11", "4 × 7 × 9 × 9", "4 × 3 × 4 × 4", "192", "6", "2"):
         assert size in written
@@ -281,7 +281,7 @@ def test_architecture_says_what_the_network_is():
 
 
 def test_architecture_of_the_study():
-    written = texts(figures.architecture(networks.MriNet3d(), title="CNN"))
+    written = texts(architecture.draw(networks.MriNet3d(), title="CNN"))
     for size in ("32 × 56 × 68 × 56", "64 × 13 × 16 × 13", "128 × 5 × 7 × 5", "22,400"):
         assert size in written
     assert any("322,818 parameters in all" in text for text in written)
@@ -294,7 +294,7 @@ def test_architecture_leaves_the_network_as_it_was(broken):
     before = {name: value.clone() for name, value in network.state_dict().items()}
     modes = [module.training for module in network.modules()]
     try:
-        figures.architecture(network, title="A toy")
+        architecture.draw(network, title="A toy")
     except RuntimeError:
         assert broken
     assert [module.training for module in network.modules()] == modes

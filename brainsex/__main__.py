@@ -1,0 +1,131 @@
+"""The commands for what runs for hours or on many machines: ``python -m brainsex COMMAND -h``."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+from brainsex import archives, cohort, networks, perturbation, synthetic, training, volumes
+
+
+def synthesize(arguments) -> None:
+    synthetic.write_cohort(**vars(arguments))
+
+
+def extract(arguments) -> None:
+    archives.extract(**vars(arguments))
+
+
+def convert(arguments) -> None:
+    folder = arguments.cohort
+    volumes.convert(
+        arguments.fa or folder / "fa", arguments.table or folder, folder, regrid=arguments.regrid
+    )
+
+
+def train(arguments) -> None:
+    settings = vars(arguments)
+    data, channels = cohort.load(settings.pop("cohort")), settings.pop("channels")
+
+    def make_network() -> networks.MriNet3d:
+        return networks.MriNet3d(channels, data.volumes.shape[1:])
+
+    table = training.cross_validate(data, make_network, **settings)
+    correct = (table["probability"] > 0.5) == table["sex"]
+    print(correct.groupby(table["fold"]).mean().to_string())
+    print(f"accuracy {correct.mean():.4f} over {len(table)} subjects")
+
+
+def predict(arguments) -> None:
+    network = networks.load(arguments.network)
+    rows = []
+    for path in arguments.volumes:
+        volume, affine = volumes.load(path)
+        small, _ = volumes.resample(volumes.clean(volume)[0], affine)
+        rows.append((volumes.identifier(path), training.predict(network, small[None])[0, 1]))
+    pd.DataFrame(rows, columns=["Subject", "probability_of_man"]).to_csv(sys.stdout, index=False)
+
+
+def masks(arguments) -> None:
+    data = cohort.load(arguments.cohort)
+    table = perturbation.mask_cohort(data, arguments.networks, arguments.out, seed=arguments.seed)
+    print(table[["before", "after", "volume"]].describe().loc[["mean", "min", "max"]].to_string())
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="python -m brainsex", description=__doc__)
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(function, about: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            function.__name__,
+            help=about,
+            description=about,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+        sub.set_defaults(function=function)
+        return sub
+
+    sub = command(synthesize, "write a synthetic cohort, as HCP's would lie on disk")
+    sub.add_argument("folder", type=Path)
+    sub.add_argument("--subjects", type=int, default=200)
+    sub.add_argument("--spacing", type=float, default=2.5, help="mm; 1.25 is HCP's grid")
+    sub.add_argument(
+        "--head-size",
+        type=float,
+        default=synthetic.HEAD_SIZE,
+        help="men's mean head volume over women's, minus one",
+    )
+    sub.add_argument("--template", type=Path, help="a real FA map to start from")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--workers", type=int)
+
+    sub = command(extract, "take each subject's FA map out of its archives")
+    sub.add_argument("source", type=Path)
+    sub.add_argument("target", type=Path)
+    sub.add_argument("--member", nargs="+", default=archives.FA_MEMBERS, help="patterns of names")
+    sub.add_argument("--workers", type=int)
+    sub.add_argument("--overwrite", action="store_true")
+
+    sub = command(convert, "turn COHORT/fa and its tables into tensors.npy")
+    sub.add_argument("cohort", type=Path)
+    sub.add_argument("--fa", type=Path, help="folder of <ID>.nii.gz; COHORT/fa by default")
+    sub.add_argument("--table", type=Path, help="behavioural CSV; the one in COHORT by default")
+    sub.add_argument("--regrid", action="store_true", help="resample volumes on other grids")
+
+    sub = command(train, "cross-validate the 3D CNN; fold-K.pt and folds.csv go to OUT")
+    sub.add_argument("cohort", type=Path)
+    sub.add_argument("out", type=Path)
+    sub.add_argument("--channels", type=int, default=32)
+    sub.add_argument("--folds", type=int, default=10)
+    sub.add_argument("--epochs", type=int, default=20)
+    sub.add_argument("--batch-size", type=int, default=45)
+    sub.add_argument("--lr", type=float, default=3e-4)
+    sub.add_argument("--milestones", type=int, nargs="*", default=(5, 15))
+    sub.add_argument("--seed", type=int, default=0)
+
+    sub = command(predict, "the probability of man for FA volumes, as CSV")
+    sub.add_argument("network", type=Path, help="fold-K.pt")
+    sub.add_argument("volumes", type=Path, nargs="+", help="<ID>.nii.gz")
+
+    sub = command(masks, "perturbation masks of held-out subjects, as NIfTI")
+    sub.add_argument("cohort", type=Path)
+    sub.add_argument("networks", type=Path, help="folder that train wrote")
+    sub.add_argument("out", type=Path)
+    sub.add_argument("--seed", type=int, default=0)
+    return top
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parsed = parser().parse_args(arguments)
+    function = parsed.function
+    del parsed.function
+    try:
+        function(parsed)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

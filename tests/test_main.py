@@ -1,0 +1,85 @@
+"""The commands, from archives to masks, on a small synthetic cohort."""
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+
+from brainsex import cohort, networks, training
+from brainsex.__main__ import main
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A cohort of ten that went through synthesize, extract and convert."""
+    folder = tmp_path_factory.mktemp("data") / "synthetic"
+    main(["synthesize", str(folder), "--subjects", "10", "--spacing", "5"])
+    main(["extract", str(folder), str(folder / "fa")])
+    main(["convert", str(folder)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(folder):
+    out = folder.parent / "cnn3d"
+    options = "--channels 2 --folds 2 --epochs 1 --batch-size 5 --milestones".split()
+    main(["train", str(folder), str(out), *options])
+    return out
+
+
+def test_convert_leaves_a_cohort_of_all_who_have_a_volume(folder):
+    data = cohort.load(folder)
+    table = pd.read_csv(folder / "unrestricted_behavioral.csv", dtype=str).set_index("Subject")
+    assert len(data) == 10
+    assert data.synthetic
+    assert list(table.loc[data.subjects, "Gender"]) == ["FM"[label] for label in data.sex]
+
+
+def test_predict_prints_what_the_network_says_of_each_file(folder, trained, capsys):
+    data = cohort.load(folder)
+    files = [str(folder / "fa" / f"{subject}.nii.gz") for subject in data.subjects[:2]]
+    capsys.readouterr()
+    main(["predict", str(trained / "fold-0.pt"), *files])
+    printed = [line.split(",") for line in capsys.readouterr().out.split()]
+    assert [row[0] for row in printed] == ["Subject", *data.subjects[:2]]
+    expected = training.predict(networks.load(trained / "fold-0.pt"), data.volumes[:2])[:, 1]
+    np.testing.assert_allclose([float(row[1]) for row in printed[1:]], expected, atol=1e-6)
+
+
+def test_masks_are_nifti_in_the_cohorts_space_and_resume(folder, trained, capsys):
+    data, out = cohort.load(folder), folder.parent / "masks"
+    main(["masks", str(folder), str(trained), str(out)])
+    table = pd.read_csv(out / "masks.csv", dtype={"Subject": str})
+    assert sorted(table["Subject"]) == sorted(data.subjects)
+    image = nib.load(out / f"{data.subjects[3]}.nii.gz")
+    np.testing.assert_allclose(image.affine, data.affine, atol=1e-4)
+    assert image.shape == data.volumes.shape[1:]
+    volume = table.set_index("Subject").loc[data.subjects[3], "volume"]
+    assert image.get_fdata().mean() == pytest.approx(volume, abs=1e-6)
+    stamps = {path: path.stat().st_mtime_ns for path in out.glob("*.nii.gz")}
+    main(["masks", str(folder), str(trained), str(out)])
+    assert stamps == {path: path.stat().st_mtime_ns for path in out.glob("*.nii.gz")}
+    main(["masks", str(folder), str(trained), str(out), "--seed", "1"])
+    assert all(path.stat().st_mtime_ns > stamp for path, stamp in stamps.items())
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("convert nowhere", "nowhere"),
+        ("extract nowhere target", "DATA_ACCESS.md"),
+        ("train nowhere out", "notebook 02"),
+        ("predict nowhere.pt x.nii.gz", "notebook 04_cnn_3d"),
+        ("masks {folder} nowhere out", "notebook 04_cnn_3d"),
+    ],
+)
+def test_bad_input_ends_with_one_line_that_says_what_to_do(folder, command, message):
+    with pytest.raises(SystemExit, match=message) as stopped:
+        main(command.format(folder=folder).split())
+    assert str(stopped.value).startswith("error: ")
+
+
+def test_predict_refuses_a_file_that_is_no_network(folder, tmp_path):
+    (tmp_path / "bad.pt").write_bytes(b"not a network")
+    with pytest.raises(SystemExit, match="no state dict"):
+        main(["predict", str(tmp_path / "bad.pt"), "x.nii.gz"])

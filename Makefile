@@ -7,7 +7,7 @@ BIN := .venv/bin
 .DELETE_ON_ERROR:
 
 .venv/.installed: requirements.txt pyproject.toml
-	test -d .venv || $(PYTHON) -m venv .venv
+	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --requirement requirements.txt
 	touch $@
 
@@ -15,16 +15,17 @@ BIN := .venv/bin
 	$(BIN)/pip install --quiet --editable '.[test]'
 	touch $@
 
-data/synthetic/SYNTHETIC: | .venv/.installed
+# The table is written last: where it is, the cohort is whole.
+data/synthetic/unrestricted_behavioral.csv: | .venv/.installed
 	$(BIN)/python -m brainsex synthesize data/synthetic
 
 # A cohort of one's own must exist; only the default one is written when absent.
-NEEDS := $(if $(filter data/synthetic,$(COHORT)),data/synthetic/SYNTHETIC)
+NEEDS := $(if $(filter data/synthetic,$(COHORT)),data/synthetic/unrestricted_behavioral.csv)
 
 figures: .venv/.installed $(NEEDS)
 	$(BIN)/python notebooks/run.py --cohort $(COHORT) --profile $(PROFILE)
 
-notebooks: .venv/.installed data/synthetic/SYNTHETIC
+notebooks: .venv/.installed data/synthetic/unrestricted_behavioral.csv
 	$(BIN)/python notebooks/run.py --in-place
 
 test: .venv/.tested

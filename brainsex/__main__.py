@@ -1,4 +1,4 @@
-"""The commands for what runs for hours or on many machines: ``python -m brainsex COMMAND -h``."""
+"""The commands for what runs for hours: ``python -m brainsex COMMAND -h``."""
 
 import argparse
 import sys
@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from brainsex import archives, cohort, networks, perturbation, synthetic, training, volumes
+from brainsex import archives, cohort, networks, synthetic, training, volumes
+from brainsex import masks as held_out
 
 
 def synthesize(arguments) -> None:
@@ -49,7 +50,7 @@ def predict(arguments) -> None:
 
 def masks(arguments) -> None:
     data = cohort.load(arguments.cohort)
-    table = perturbation.mask_cohort(data, arguments.networks, arguments.out, seed=arguments.seed)
+    table = held_out.explain(data, arguments.networks, arguments.out, seed=arguments.seed)
     print(table[["before", "after", "volume"]].describe().loc[["mean", "min", "max"]].to_string())
 
 
@@ -104,6 +105,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--lr", type=float, default=3e-4)
     sub.add_argument("--milestones", type=int, nargs="*", default=(5, 15))
     sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--workers", type=int, help="folds at once; about 5 GB each at these sizes")
 
     sub = command(predict, "the probability of man for FA volumes, as CSV")
     sub.add_argument("network", type=Path, help="fold-K.pt")
@@ -123,7 +125,7 @@ def main(arguments: list[str] | None = None) -> None:
     del parsed.function
     try:
         function(parsed)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
 
 

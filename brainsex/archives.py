@@ -79,10 +79,12 @@ def extract(
     source, target = Path(source), Path(target)
     patterns = (member,) if isinstance(member, str) else tuple(member)
     archives: dict[str, list[Path]] = {}
-    for path in sorted(source.rglob("*.[zZ][iI][pP]")):
-        if (subject := re.match("[0-9A-Za-z]+", path.name)) and not path.is_dir():
+    for path in sorted(_zips(source)):
+        if subject := re.match("[0-9A-Za-z]+", path.name):
             archives.setdefault(subject[0], []).append(path)
-    volumes = (re.fullmatch(r"([0-9A-Za-z]+)\.nii(\.gz)?", each.name) for each in target.glob("*"))
+    volumes = (
+        re.fullmatch(r"([0-9A-Za-z]+)(_FA)?\.nii(\.gz)?", each.name) for each in target.glob("*")
+    )
     outcome = {volume[1]: ("present", "") for volume in volumes if volume}
     if not source.is_dir() or not (archives or outcome):
         found = "none in it" if source.is_dir() else "no such folder"
@@ -119,6 +121,17 @@ def extract(
         rejected.to_csv(partial, index=False)
     print(f"{len(table)} subjects, {len(rejected)} of them rejected (rejected.csv says why)")
     return table
+
+
+def _zips(source: Path) -> Iterator[Path]:
+    """Archives at any depth, behind links too: a download folder is often one, to a large disk."""
+    seen = set()
+    for folder, folders, names in os.walk(source, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:  # a link to a folder above
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (Path(folder, name) for name in names if name.lower().endswith(".zip"))
 
 
 def _extract_one(

@@ -1,6 +1,7 @@
 """The one loader: volumes, sex, subjects, groups and affine of a converted cohort."""
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,7 @@ class Cohort:
     subjects: np.ndarray
     """(N,) str."""
     groups: np.ndarray | None
-    """(N,) str, families; None where unknown."""
+    """(N,) str, families, who has none known being one alone; None where all are unknown."""
     affine: np.ndarray | None
     """(4, 4), voxel indices to mm; None where unknown."""
     table: pd.DataFrame
@@ -30,6 +31,20 @@ class Cohort:
 
     def __len__(self) -> int:
         return len(self.sex)
+
+
+class Rows:
+    """Some rows of a memory-mapped array (N, …), read when they are asked for."""
+
+    def __init__(self, volumes: np.ndarray, rows: np.ndarray):
+        self.volumes, self.rows = volumes, rows
+        self.shape = (len(rows), *volumes.shape[1:])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index) -> np.ndarray:
+        return self.volumes[self.rows[index]]
 
 
 def load(folder: str | Path, *, affine: np.ndarray | None = None) -> Cohort:
@@ -74,9 +89,11 @@ def load(folder: str | Path, *, affine: np.ndarray | None = None) -> Cohort:
         affine = np.asarray(affine, float)
         if affine.shape != (4, 4):
             raise ValueError(f"expected an affine (4, 4), found {affine.shape}.")
-    known = "group" in table and table["group"].notna().all()
+    known = "group" in table and table["group"].notna().any()
+    if known:  # whose family is unknown counts as a family of its own
+        table["group"] = table["group"].fillna("subject " + table["Subject"])
     synthetic = (folder / "SYNTHETIC").is_file()
-    name = folder.resolve().name
+    name = Path(os.path.abspath(folder)).name  # a link keeps its own
     return Cohort(
         name=name if not synthetic or "synthetic" in name else f"{name} (synthetic)",
         synthetic=synthetic,

@@ -75,7 +75,11 @@ def device() -> torch.device:
 def precision(device: torch.device) -> torch.dtype:
     """bfloat16 where the hardware multiplies it faster than float32, otherwise float32."""
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        return (
+            torch.bfloat16
+            if torch.cuda.is_bf16_supported(including_emulation=False)
+            else torch.float32
+        )
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
 
 

@@ -54,8 +54,8 @@ def read(table: str | Path) -> pd.DataFrame:
     table = Path(table)
     rows = _columns(table, {"Gender": "Gender"}, {"Age": "age", "QC_Issue": "qc_issue"})
     for name, wanted in BESIDE.items():
-        path = table.parent / name
-        if path.is_file() and name != table.name:
+        path = _beside(table.parent, name)
+        if path is not None and path != table:
             more = _columns(path, {}, wanted)
             if "intracranial_volume_ml" in more:
                 try:
@@ -63,8 +63,23 @@ def read(table: str | Path) -> pd.DataFrame:
                 except ValueError as error:
                     raise ValueError(f"{path}: the intracranial volume: {error}.") from error
                 more["intracranial_volume_ml"] /= 1000
-            rows = rows.drop(columns=more.columns, errors="ignore").join(more)
+            more = more.reindex(rows.index)
+            for column in more:  # where years are unknown, a band of age stays
+                known = rows.get(column, more[column])
+                rows[column] = more[column].combine_first(known)
     return rows
+
+
+def _beside(folder: Path, name: str) -> Path | None:
+    """A table under the project's name, or the restricted one as HCP exports it."""
+    found = [folder / name] if (folder / name).is_file() else []
+    if not found and name == "restricted.csv":
+        found = sorted(folder.glob("RESTRICTED_*.csv"))
+    if len(found) > 1:
+        raise ValueError(
+            f"{folder}: several restricted tables, {[p.name for p in found]}: keep one."
+        )
+    return found[0] if found else None
 
 
 def match(

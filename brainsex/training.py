@@ -6,6 +6,7 @@ the same weights as one that was not.
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from brainsex import evaluation, networks, replacing
-from brainsex.cohort import Cohort
+from brainsex.cohort import Cohort, Rows
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,11 @@ class History:
 
 
 def _check(volumes: np.ndarray, sex: np.ndarray) -> None:
-    if len(volumes) != len(sex) or len(sex) == 0:
+    if len(volumes) != len(sex) or len(sex) == 0 or not np.isin(sex, (0, 1)).all():
         raise ValueError(
-            f"expected as many volumes as labels, and some: {len(volumes)} and {len(sex)}."
+            "expected volumes, and as many labels 0 or 1: "
+            f"found {len(volumes)} and {len(sex)}, which are {np.unique(sex)}."
         )
-    if not np.isin(sex, (0, 1)).all():
-        raise ValueError(f"expected labels 0 and 1, found {np.unique(sex)}.")
 
 
 def fit(
@@ -101,8 +101,8 @@ def fit(
     with bar, torch.random.fork_rng():
         for epoch in range(len(history), epochs):
             torch.manual_seed((seed << 20) + epoch)
-            row = {"epoch": epoch + 1}
-            row |= _epoch(network, optimiser, volumes, labels, batch_size, dtype)
+            scores = _epoch(network, optimiser, volumes, labels, batch_size, dtype)
+            row = {"epoch": epoch + 1, **scores}
             if not np.isfinite(row["train_loss"]):
                 raise FloatingPointError(f"epoch {epoch + 1}: the loss is not finite. Lower lr.")
             schedule.step()
@@ -172,9 +172,10 @@ def cross_validate(
     seed: int = 0,
     milestones: Sequence[int] = (5, 15),
     out: str | Path | None = None,
+    workers: int | None = None,
     **settings,
 ) -> pd.DataFrame:
-    """Fit and test one network a fold; a test fold is scored once, after the last epoch.
+    """Fit and test one network a fold. The last epoch's is kept, so no test fold chooses anything.
 
     On a CPU as many folds as there are cores run at once, each in a process of its own.
 
@@ -183,36 +184,32 @@ def cross_validate(
     cohort : volumes, sex and, where known, groups, which then never span folds.
     make_network : called under ``torch.manual_seed``, once a fold.
     folds, seed : of `evaluation.folds`: the same folds as every other classifier's.
-    out : folder for ``fold-K.pt`` (state dicts) and ``folds.csv`` (Subject, fold). Folds that are
-        finished there, over the same data with the same settings, are kept; half done, resumed.
-    settings : of `fit`.
+    milestones, settings : of `fit`.
+    out : folder for ``fold-K.pt`` (state dicts), ``folds.csv`` (Subject, fold) and ``run.json``.
+        Folds that are finished there, over the same data with the same settings, are kept; half
+        done, they are resumed; of other data or settings, they are deleted.
+    workers : folds at once on a CPU, as many as cores by default. Each holds a batch's activations:
+        about 5 GB at the study's sizes.
 
     Returns
     -------
     One row a subject, in the cohort's order: Subject, fold, sex, probability (of man). The
-    curves are in ``.attrs["history"]``: `History.epochs` of all folds as records, with the fold.
+    curves are in ``.attrs["history"]``: `History.epochs` of all folds as records, with the fold;
+    a fold's validation is its test fold.
     """
+    if out is None:
+        with tempfile.TemporaryDirectory() as folder:
+            options = {"folds": folds, "seed": seed, "milestones": milestones, **settings}
+            return cross_validate(cohort, make_network, out=folder, workers=workers, **options)
     assignment = evaluation.folds(cohort.sex, groups=cohort.groups, folds=folds, seed=seed)
     settings["milestones"] = tuple(milestones)
-    with torch.random.fork_rng():
-        parts = [str(make_network()), seed, *map(str, sorted(settings.items()))]
-    parts += [cohort.subjects.tolist(), cohort.sex.tolist(), assignment.tolist()]
-    digest = hashlib.sha256(json.dumps(parts).encode())
-    for volume in cohort.volumes:
-        digest.update(np.ascontiguousarray(volume))
-    key = digest.hexdigest()
-    if out is not None:
-        out = Path(out)
-        _discard(out, key)
-        with replacing(out / "folds.csv") as path:
-            pd.DataFrame({"Subject": cohort.subjects, "fold": assignment}).to_csv(path, index=False)
+    out = Path(out)
+    _prepare(out, cohort, assignment, make_network, {"folds": folds, "seed": seed, **settings})
     cores = joblib.cpu_count()
-    jobs = 1 if networks.device().type == "cuda" else min(folds, cores)
+    jobs = 1 if networks.device().type == "cuda" else min(folds, workers or cores)
     threads = torch.get_num_threads() if jobs == 1 else max(1, cores // jobs)
     done = joblib.Parallel(jobs, return_as="generator")(
-        joblib.delayed(_fold)(
-            cohort, make_network, assignment, fold, seed, out, key, threads, settings
-        )
+        joblib.delayed(_fold)(cohort, make_network, assignment, fold, seed, out, threads, settings)
         for fold in range(folds)
     )
     probability, history = np.empty(len(cohort)), []
@@ -225,65 +222,54 @@ def cross_validate(
     return predictions
 
 
-def _discard(out: Path, key: str) -> None:
-    """Delete networks of other data or settings: they may have seen what is now held out."""
-    for record in out.glob("fold-*.json"):
-        if json.loads(record.read_text())["key"] != key:
-            record.with_suffix(".pt").unlink(missing_ok=True)
-            record.unlink()
-    for checkpoint in out.glob(".fold-*.checkpoint"):
-        if key[:12] not in checkpoint.name:
-            checkpoint.unlink()
+def _prepare(out: Path, cohort, assignment: np.ndarray, make_network, settings: dict) -> None:
+    """Record the run; delete what another left: its networks may have seen what is held out now."""
+    with torch.random.fork_rng():
+        network = str(make_network())
+    data = hashlib.sha256(repr((*cohort.subjects, *cohort.sex, *assignment)).encode())
+    for volume in cohort.volumes:
+        data.update(np.ascontiguousarray(volume))
+    settings = {name: str(value) for name, value in settings.items()}
+    run = json.dumps({"data": data.hexdigest(), "network": network, **settings}, indent=1)
+    if not (out / "run.json").is_file() or (out / "run.json").read_text() != run:
+        for pattern in ("fold-*.pt", "fold-*.json", ".fold-*.checkpoint"):
+            for stale in out.glob(pattern):
+                stale.unlink()
+    with replacing(out / "run.json") as path:
+        path.write_text(run)
+    with replacing(out / "folds.csv") as path:
+        pd.DataFrame({"Subject": cohort.subjects, "fold": assignment}).to_csv(path, index=False)
 
 
 def _fold(
-    cohort, make_network, assignment, fold, seed, out: Path | None, key, threads, settings
+    cohort, make_network, assignment, fold, seed, out: Path, threads: int, settings: dict
 ) -> dict:
     """Train and test one fold, unless it is done."""
-    if out is not None:
-        result, weights = out / f"fold-{fold}.json", out / f"fold-{fold}.pt"
-        checkpoint = out / f".fold-{fold}-{key[:12]}.checkpoint"
-        if result.is_file() and weights.is_file():
-            return json.loads(result.read_text())
+    result, weights = out / f"fold-{fold}.json", out / f"fold-{fold}.pt"
+    if result.is_file() and weights.is_file():
+        return json.loads(result.read_text())
     torch.set_num_threads(threads)
     train, test = (np.flatnonzero(rows) for rows in (assignment != fold, assignment == fold))
+    seed = seed * 1000 + fold
     with torch.random.fork_rng():
-        torch.manual_seed(seed * 1000 + fold)
+        torch.manual_seed(seed)
         network = make_network()
-    held_out = _Rows(cohort.volumes, test)
+    held_out, checkpoint = Rows(cohort.volumes, test), out / f".fold-{fold}.checkpoint"
     fitted = fit(
         network,
-        _Rows(cohort.volumes, train),
+        Rows(cohort.volumes, train),
         cohort.sex[train],
         validation=(held_out, cohort.sex[test]),
-        seed=seed * 1000 + fold,
-        checkpoint=None if out is None else checkpoint,
+        seed=seed,
+        checkpoint=checkpoint,
         progress=False,
         **settings,
     )
-    record = {
-        "key": key,
-        "probability": predict(network, held_out)[:, 1].tolist(),
-        "history": fitted.epochs.assign(fold=fold).to_dict("records"),
-    }
-    if out is not None:
-        with replacing(result) as path:
-            path.write_text(json.dumps(record))
-        with replacing(weights) as path:
-            torch.save(network.state_dict(), path)
-        checkpoint.unlink(missing_ok=True)
-    return record
-
-
-class _Rows:
-    """Some rows of a memory-mapped array, read when they are asked for."""
-
-    def __init__(self, volumes: np.ndarray, rows: np.ndarray):
-        self.volumes, self.rows = volumes, rows
-        self.shape = (len(rows), *volumes.shape[1:])
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index) -> np.ndarray:
-        return self.volumes[self.rows[index]]
+    probability = predict(network, held_out)[:, 1].tolist()
+    history = fitted.epochs.assign(fold=fold).to_dict("records")
+    with replacing(weights) as path:
+        torch.save(network.state_dict(), path)
+    with replacing(result) as path:
+        path.write_text(json.dumps({"probability": probability, "history": history}))
+    checkpoint.unlink(missing_ok=True)
+    return {"probability": probability, "history": history}

@@ -84,7 +84,8 @@ def convert(
             reasons.to_csv(path, index=False)
         kept = {s: record for s, record in records.items() if "reason" not in record}
         if kept:
-            _write(out_dir, key, known.loc[list(kept)], kept, parts)
+            again = any("again" in record for record in records.values())
+            _write(out_dir, "" if again else key, known.loc[list(kept)], kept, parts)
     shutil.rmtree(parts, ignore_errors=True)
     if not target.is_file():
         raise ValueError(
@@ -133,8 +134,10 @@ def _part(path: Path, part: Path, shape, regrid: bool, first: dict | None) -> di
     if not part.is_file():
         try:
             content = _reduced(path, shape, regrid, first)
-        except (ValueError, OSError) as error:
+        except ValueError as error:
             content = {"reason": str(error)}
+        except OSError as error:  # a disk's fault, not the file's: the next run tries again
+            return {"reason": f"cannot be read now: {error}", "again": True}
         with replacing(part) as partial, partial.open("wb") as file:
             np.savez(file, **content)
     with np.load(part, allow_pickle=False) as saved:

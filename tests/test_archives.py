@@ -233,7 +233,7 @@ def test_overwrite_extracts_anew_and_keeps_one_volume_a_subject(source, target):
 def test_volumes_without_archives_are_present(source, target):
     source.mkdir()
     target.mkdir()
-    for name in ("000002.nii.gz", "900001.nii", ".900003.nii.gz.partial", "mean_FA.nii.gz"):
+    for name in ("000002.nii.gz", "900001.nii", ".900003.nii.gz.partial", "mean-of-all.nii.gz"):
         (target / name).write_bytes(b"")
     table = extract(source, target)
     assert table.values.tolist() == [["000002", "present", ""], ["900001", "present", ""]]
@@ -545,3 +545,27 @@ def test_documented_fsl_recipe_selects_the_inner_shell(source, target, tmp_path)
         ["-0", "-1", "-3", "-5"],
         ["data"],
     ]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a privilege on Windows")
+def test_archives_behind_a_link_are_found_once(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    with zipfile.ZipFile(disk / "000001.zip", "w") as archive:
+        archive.writestr("FA.nii.gz", b"volume")
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "archives").symlink_to(disk)
+    (disk / "back").symlink_to(source)
+    table = extract(source, tmp_path / "fa")
+    assert table[["Subject", "status"]].values.tolist() == [["000001", "extracted"]]
+    assert (tmp_path / "fa" / "000001.nii.gz").read_bytes() == b"volume"
+
+
+def test_a_volume_the_user_named_id_fa_is_present(tmp_path):
+    (tmp_path / "fa").mkdir()
+    (tmp_path / "fa" / "000001_FA.nii.gz").write_bytes(b"volume")
+    with zipfile.ZipFile(tmp_path / "000001.zip", "w") as archive:
+        archive.writestr("FA.nii.gz", b"another")
+    assert extract(tmp_path, tmp_path / "fa")["status"].tolist() == ["present"]
+    assert [path.name for path in (tmp_path / "fa").glob("*.nii*")] == ["000001_FA.nii.gz"]

@@ -31,7 +31,7 @@ def folder(path, count=6, **columns):
 
 
 def test_load_opens_what_convert_wrote(tmp_path):
-    families = ["7", "7", "8_1", "9", "9", "10"]
+    families = ["07", "07", "08", "09", "09", "10"]
     found = cohort.load(folder(tmp_path / "hcp", group=families, brain_volume_ml=1234.5))
     assert len(found) == 6
     assert found.name == "hcp"
@@ -72,9 +72,13 @@ def test_load_takes_two_arrays_from_elsewhere(tmp_path):
         cohort.load(tmp_path / "c", affine=AFFINE[:3, :3])
 
 
-def test_groups_are_unknown_as_soon_as_one_is(tmp_path):
-    found = cohort.load(folder(tmp_path / "c", 3, group=["7", None, "8"]))
-    assert found.groups is None
+def test_who_has_no_known_family_is_one_alone(tmp_path):
+    found = cohort.load(folder(tmp_path / "c", 5, group=["7", None, "8", None, "7"]))
+    first, second, third, fourth, fifth = found.groups
+    assert (first, third, fifth) == ("7", "8", "7")
+    assert len({first, second, third, fourth}) == 4
+    unknown = cohort.load(folder(tmp_path / "d", 3, group=[None, None, None]))
+    assert unknown.groups is None
 
 
 @pytest.mark.parametrize(
@@ -183,8 +187,9 @@ def test_read_is_not_misled_by_a_comma_at_the_end_of_each_row(tmp_path):
     }
 
 
+@pytest.mark.parametrize("restricted", ["restricted.csv", "RESTRICTED_me_7_7_2024.csv"])
 @pytest.mark.parametrize("spelling", ["FS_InterCranial_Vol", "FS_IntraCranial_Vol"])
-def test_read_joins_the_tables_beside(tmp_path, spelling):
+def test_read_joins_the_tables_beside(tmp_path, spelling, restricted):
     (tmp_path / "unrestricted_behavioral.csv").write_text(
         "Subject,Gender,Age\n000001,F,22-25\n000002,M,26-30\n000003,M,31-35\n"
     )
@@ -192,7 +197,7 @@ def test_read_joins_the_tables_beside(tmp_path, spelling):
         f"Subject,Release,Gender,{spelling},FS_Mask_Vol\n"
         "000003,S900,M,1650250.5,9\n000001,S900,F,1400000,9\n999999,S900,F,1,9\n"
     )
-    (tmp_path / "restricted.csv").write_text(
+    (tmp_path / restricted).write_text(
         "Subject,Age_in_Yrs,Family_ID,Mother_ID\n000002,29,0052_81,5\n000001,24,0052_82,6\n"
     )
     rows = tables.read(tables.find(tmp_path))
@@ -200,8 +205,17 @@ def test_read_joins_the_tables_beside(tmp_path, spelling):
     assert rows["Gender"].tolist() == ["F", "M", "M"]
     np.testing.assert_array_equal(rows["intracranial_volume_ml"], [1400, np.nan, 1650.2505])
     assert rows["group"].tolist()[:2] == ["0052_82", "0052_81"]
-    assert rows["age"].tolist()[:2] == ["24", "29"]
-    assert rows.loc["000003", ["age", "group"]].isna().all()
+    assert rows["age"].tolist() == ["24", "29", "31-35"]  # the band where years are unknown
+    assert pd.isna(rows.at["000003", "group"])
+
+
+def test_two_restricted_tables_are_refused(tmp_path):
+    table = tmp_path / "unrestricted_behavioral.csv"
+    table.write_text("Subject,Gender\n000001,F\n")
+    for name in ("RESTRICTED_a.csv", "RESTRICTED_b.csv"):
+        (tmp_path / name).write_text("Subject,Family_ID\n000001,9\n")
+    with pytest.raises(ValueError, match="several restricted tables"):
+        tables.read(table)
 
 
 def test_find_knows_the_project_s_name_and_hcp_s(tmp_path):

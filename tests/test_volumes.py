@@ -17,7 +17,7 @@ import pytest
 from scipy.ndimage import center_of_mass, gaussian_filter, zoom
 from skimage.transform import resize
 
-from brainsex import cohort, volumes
+from brainsex import cohort, replacing, volumes
 from brainsex.volumes import brain_volume, clean, convert, identifier, load, resample
 
 SHAPE = (23, 28, 25)
@@ -45,6 +45,21 @@ def fa(seed=0, shape=SHAPE):
     inside = sum(axis**2 for axis in axes) < 1
     values = np.random.default_rng(seed).uniform(0.05, 0.95, shape)
     return np.where(inside, values, 0).astype(np.float32)
+
+
+def test_what_fails_half_way_leaves_what_was_there(tmp_path):
+    path = tmp_path / "new" / "t.txt"
+
+    def write(text, fails=False):
+        with replacing(path) as partial:
+            partial.write_text(text)
+            assert not fails, "boom"
+
+    write("old")
+    with pytest.raises(AssertionError, match="boom"):
+        write("ne", fails=True)
+    assert path.read_text() == "old"
+    assert list(path.parent.iterdir()) == [path]
 
 
 # ------------------------------------------------------------------------------------------- load
@@ -185,12 +200,18 @@ def test_load_refuses(tmp_path, monkeypatch, kind, error, message):
     assert str(path) in str(caught.value)
 
 
-def test_load_survives_any_damage_to_the_header(tmp_path):
+SOME_OR_MANY = pytest.mark.parametrize(
+    "count", [300, pytest.param(20_000, marks=pytest.mark.soak)], ids=["some", "many"]
+)
+
+
+@SOME_OR_MANY
+def test_load_survives_any_damage_to_the_header(tmp_path, count):
     """A volume that could not be meant is refused; nothing else is ever raised."""
     rng = np.random.default_rng(0)
     whole = save(tmp_path / "v.nii", fa()).read_bytes()
     refused = 0
-    for _ in range(300):
+    for _ in range(count):
         content = bytearray(whole)
         for place in rng.integers(0, 352, rng.integers(1, 5)):
             content[place] = rng.integers(256)
@@ -202,7 +223,31 @@ def test_load_survives_any_damage_to_the_header(tmp_path):
         else:
             assert volume.ndim == 3
             assert 0 < abs(np.linalg.det(affine)) < np.inf
-    assert 30 < refused < 300
+    assert 0.1 < refused / count < 0.9
+
+
+@SOME_OR_MANY
+def test_load_gives_the_right_volume_or_none_whatever_happens_to_its_bytes(tmp_path, count):
+    """Cut off, or a byte changed: gzip's checksum sees it, or (in gzip's header) it is harmless."""
+    rng = np.random.default_rng(1)
+    shape = (7, 9, 8)
+    whole = save(tmp_path / "v.nii.gz", fa(0, shape)).read_bytes()
+    refused = 0
+    for _ in range(count):
+        content = bytearray(whole)
+        if rng.random() < 0.2:
+            del content[rng.integers(len(content)) :]
+        else:
+            content[rng.integers(len(content))] ^= rng.integers(1, 256)
+        (tmp_path / "v.nii.gz").write_bytes(content)
+        try:
+            volume, affine = load(tmp_path / "v.nii.gz")
+        except ValueError:
+            refused += 1
+        else:
+            np.testing.assert_array_equal(volume, fa(0, shape)[::-1])
+            assert affine[0, 0] == 2.5
+    assert 0.95 < refused / count < 1
 
 
 # --------------------------------------------------------------------------------------- resample
@@ -398,7 +443,7 @@ def test_convert_leaves_out_every_bad_subject_and_does_the_rest(tmp_path, capsys
         path = broken(tmp_path, kind)
         path.rename(volumes_dir / f"{name}.nii.gz")
     save(volumes_dir / "000014.nii.gz", fa(14))
-    save(volumes_dir / "000017.nii.gz", fa(17, (24, 28, 25)))
+    save(volumes_dir / "000017.nii.gz", fa(17, (23, 28, 26)))
     save(volumes_dir / "000018.nii.gz", fa(18))
     save(volumes_dir / "000018_FA.nii", fa(18))
     save(volumes_dir / "000019.nii.gz", fa(19))
@@ -419,7 +464,7 @@ def test_convert_leaves_out_every_bad_subject_and_does_the_rest(tmp_path, capsys
         "000014": "Gender is 'U', expected M or F",
         "000015": "no affine",
         "000016": "not a NIfTI-1 file",
-        "000017": "its grid (24, 28, 25)",
+        "000017": "its grid (23, 28, 26)",
         "000018": "two volumes: 000018.nii.gz, 000018_FA.nii",
         "000019": "Gender is nan, expected M or F",
         "000020": "no file behind its name",
@@ -445,11 +490,27 @@ def test_convert_gives_the_same_bytes_whatever_the_workers_and_the_order_of_file
 ):
     folder = make(tmp_path / "c", 8)
     (folder / "fa" / "000003.nii.gz").write_bytes(b"not a volume")
+    shutil.copy(folder / "fa" / "000005.nii.gz", folder / "fa" / "000005_FA.nii.gz")
     run(folder, tmp_path / "one", workers=1)
     glob = Path.glob
     monkeypatch.setattr(Path, "glob", lambda *a: reversed(list(glob(*a))))
     run(folder, tmp_path / "four", workers=4)
     assert contents(tmp_path / "one") == contents(tmp_path / "four")
+
+
+def test_convert_goes_on_where_a_file_cannot_be_read(tmp_path, monkeypatch):
+    folder = make(tmp_path / "c", 3)
+
+    def failing(path):
+        if path.name == "000002.nii.gz":
+            raise OSError(errno.EIO, "Input/output error")
+        return load(path)
+
+    monkeypatch.setattr(volumes, "load", failing)
+    run(folder)
+    assert list(rejected(folder)) == ["000002"]
+    assert "Input/output error" in rejected(folder)["000002"]
+    assert len(np.load(folder / "tensors.npy")) == 2
 
 
 def test_a_second_run_does_nothing(tmp_path, monkeypatch, capsys):
@@ -494,12 +555,12 @@ def test_convert_anew_when_table_volume_or_options_changed(tmp_path):
 
 def test_convert_resamples_other_grids_when_asked(tmp_path):
     folder = make(tmp_path / "c", 4)
-    fine_shape = (46, 56, 50)
-    fine = LAS @ np.diag([0.5, 0.5, 0.5, 1])
-    fine[:3, 3] = LAS[:3, 3] - LAS[:3, :3] @ (0.25, 0.25, 0.25)  # the same field of view
+    fine_shape = (69, 84, 75)
+    fine = LAS @ np.diag([1 / 3, 1 / 3, 1 / 3, 1])
+    fine[:3, 3] = LAS[:3, 3] - LAS[:3, :3] @ (1 / 3, 1 / 3, 1 / 3)  # the same field of view
     wave = [np.cos(np.linspace(-1.5, 1.5, n)) for n in fine_shape]
     smooth = 0.9 * np.einsum("i,j,k->ijk", *wave)
-    smooth *= np.linspace(0.5, 1, 46)[:, None, None]  # left and right differ
+    smooth *= np.linspace(0.5, 1, 69)[:, None, None]  # left and right differ
     noise = np.random.default_rng(5).uniform(-0.05, 0.05, fine_shape)
     save(folder / "fa" / "000002.nii.gz", np.float32(smooth), fine)
     save(folder / "fa" / "000003.nii.gz", np.float32(0.5 + noise), fine)
@@ -512,12 +573,12 @@ def test_convert_resamples_other_grids_when_asked(tmp_path):
     inner = (slice(1, -1),) * 3  # at the edge, there is nothing to interpolate from
     assert abs(tensors[1] - direct)[inner].max() < 0.02
     np.testing.assert_allclose(tensors[0], resize(fa(0)[::-1], SMALL), atol=1e-6)
-    assert tensors[2][inner].std() < 0.0045  # aliased, it would be about 0.006
+    assert tensors[2][inner].std() < 0.002  # aliased, it would be about 0.006
     assert rejected(folder) == {
         "000004": "more than half of its brain lies outside the cohort's grid."
     }
     table = pd.read_csv(folder / "subjects.csv")
-    expected = (smooth.astype(np.float32) > 0.02).sum() * 11.25 / 8 / 1000
+    expected = (smooth.astype(np.float32) > 0.02).sum() * 11.25 / 27 / 1000
     assert table["brain_volume_ml"][1] == pytest.approx(expected, abs=1e-3)  # in native space
 
 
@@ -696,4 +757,20 @@ def test_convert_reads_freesurfer_s_and_the_restricted_table_beside(tmp_path):
     assert table["intracranial_volume_ml"].astype(float).tolist() == [1300.5, 1600.2505]
     assert table["group"].tolist()[0] == "9_8"
     assert table["age"].tolist()[0] == "27"
-    assert table.isna().sum().sum() == 2  # the second's family and age are unknown
+    assert table.at[1, "group"] != table.at[1, "group"]  # unknown
+
+
+def test_a_disk_that_fails_for_a_moment_is_asked_again(tmp_path, monkeypatch):
+    folder, load = make(tmp_path / "c", 3), volumes.load
+
+    def failing(path):
+        if path.name.startswith("000002"):
+            raise OSError(5, "Input/output error")
+        return load(path)
+
+    monkeypatch.setattr(volumes, "load", failing)
+    run(folder)
+    assert "cannot be read now" in (folder / "rejected.csv").read_text()
+    monkeypatch.setattr(volumes, "load", load)
+    run(folder)
+    assert np.load(folder / "labels.npy").shape == (3,)

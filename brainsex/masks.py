@@ -1,0 +1,89 @@
+"""Perturbation masks of a cohort's held-out subjects, saved one by one as NIfTI."""
+
+import gzip
+import hashlib
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+from tqdm.auto import tqdm
+
+from brainsex import networks, perturbation, replacing
+from brainsex.cohort import Cohort
+
+
+def explain(
+    cohort: Cohort,
+    networks_folder: str | Path,
+    out: str | Path,
+    *,
+    rows: Sequence[int] | None = None,
+    **settings,
+) -> pd.DataFrame:
+    """Masks of held-out subjects, each by the network that did not see it, saved one by one.
+
+    Parameters
+    ----------
+    cohort : with an affine.
+    networks_folder : ``fold-K.pt`` and ``folds.csv``, as `training.cross_validate` leaves them.
+    out : gets ``<ID>.nii.gz``, the masks in the cohort's space, and ``masks.csv``. What is there
+        of the same networks and settings is kept: an interrupted run goes on.
+    rows : which subjects, by their place in the cohort; all by default.
+    settings : of `perturbation.optimise_masks`; none that is one a volume.
+
+    Returns
+    -------
+    One row a subject, in the order of `rows`: Subject, sex, fold, target, before, after, volume.
+
+    Raises
+    ------
+    FileNotFoundError
+        No networks there: run notebook 04.
+    ValueError
+        The cohort has no affine, or a subject that ``folds.csv`` does not know.
+    """
+    networks_folder, out = Path(networks_folder), Path(out)
+    if cohort.affine is None:
+        raise ValueError("the cohort has no affine: masks would lie nowhere. Give cohort.load one.")
+    if not (networks_folder / "folds.csv").is_file():
+        raise FileNotFoundError(f"{networks_folder}: no folds.csv. Run notebook 04_cnn_3d first.")
+    folds = pd.read_csv(networks_folder / "folds.csv", dtype={"Subject": str})
+    folds = folds.set_index("Subject")["fold"]
+    rows = np.arange(len(cohort)) if rows is None else np.asarray(rows)
+    subjects = cohort.subjects[rows]
+    if unknown := sorted(set(subjects) - set(folds.index)):
+        raise ValueError(f"{networks_folder}: folds.csv does not know {', '.join(unknown[:10])}.")
+    held_out = folds[subjects].to_numpy()
+    record = out / "masks.csv"
+    done = pd.read_csv(record, dtype={"Subject": str}) if record.is_file() else pd.DataFrame()
+    how = [inspect.getsource(perturbation), *sorted(settings.items())]
+    how = repr((*how, networks.precision(networks.device())))
+    bar = tqdm(total=len(rows), desc="masks", unit="subject")
+    for fold in np.unique(held_out):
+        path = networks_folder / f"fold-{fold}.pt"
+        network = networks.load(path, cohort.volumes.shape[1:])
+        key = hashlib.sha256(path.read_bytes() + how.encode()).hexdigest()[:16]
+        same = done[done["key"] == key]["Subject"] if len(done) else []
+        same = [subject for subject in same if (out / f"{subject}.nii.gz").is_file()]
+        here = rows[(held_out == fold) & ~np.isin(subjects, same)]
+        bar.update((held_out == fold).sum() - len(here))
+        for some in np.array_split(here, -(-len(here) // 64)) if len(here) else []:
+            names = cohort.subjects[some]
+            found = perturbation.optimise_masks(
+                network, cohort.volumes[some], subjects=names, progress=False, **settings
+            )
+            for name, mask in zip(names, found.masks):
+                image = nib.Nifti1Image(mask, cohort.affine)
+                with replacing(out / f"{name}.nii.gz") as path:
+                    path.write_bytes(gzip.compress(image.to_bytes(), mtime=0))
+            more = found.history.assign(Subject=names, sex=cohort.sex[some], fold=fold, key=key)
+            done = pd.concat([done, more]).drop_duplicates("Subject", keep="last")
+            with replacing(record) as path:
+                done.to_csv(path, index=False)
+            bar.update(len(some))
+    bar.close()
+    columns = ["sex", "fold", "target", "before", "after", "volume"]
+    return done.set_index("Subject").loc[subjects, columns].reset_index()

@@ -1,0 +1,73 @@
+"""The notebooks themselves: all of them in their smoke size, and as they are committed."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from brainsex import synthetic
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+FIGURES = {
+    "fa_volumes.png", "brain_volume.png",
+    "CNN_arch.png", "training_curves.png", "fold_accuracies.png",
+    "man.png", "woman.png", "both.png", "regions.png",
+    "brain.html", "brain.png", "mask.html", "mask.png",
+}  # fmt: skip
+
+
+def texts(notebook) -> str:
+    """Everything the code cells printed or displayed as text."""
+    found = []
+    for cell in notebook.cells:
+        for output in cell.get("outputs", ()):
+            found.append(output.get("text", ""))
+            found += [v for k, v in output.get("data", {}).items() if k.startswith("text/")]
+    return "\n".join(found)
+
+
+def test_smoke_profile_runs_every_notebook_and_writes_every_figure(tmp_path):
+    cohort = synthetic.write_cohort(tmp_path / "synthetic-small", subjects=16, spacing=5)
+    images = {path: path.stat().st_mtime_ns for path in (ROOT / "image").glob("*")}
+    run = [sys.executable, ROOT / "notebooks" / "run.py", "--profile", "smoke"]
+    run += ["--cohort", cohort, "--out", tmp_path / "out"]
+    done = subprocess.run(run, capture_output=True, text=True, encoding="utf-8", check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    written = {path.name for path in (tmp_path / "out" / "image").iterdir()}
+    assert written == FIGURES
+    for source in NOTEBOOKS:
+        copy = nbformat.read(tmp_path / "out" / source.name, as_version=4)
+        assert "synthetic-small" in texts(copy), source.name
+    masks = list((tmp_path / "out" / "masks").glob("*.nii.gz"))
+    assert len(masks) == 4, "one a fold and sex"
+    assert images == {path: path.stat().st_mtime_ns for path in (ROOT / "image").glob("*")}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_committed_notebook_is_executed_and_clean(path):
+    notebook = nbformat.read(path, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    outputs = [output for cell in code for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == "error"]
+    assert sum("parameters" in cell.metadata.get("tags", ()) for cell in code) == 1
+    assert "synthetic" in texts(notebook), "the cohort's name is shown"
+    assert path.stat().st_size < 1.5e6
+    text = "\n".join(cell.source for cell in notebook.cells) + texts(notebook)
+    assert not re.search(r"(^|[\s'\"(=])(/[a-z]+/[a-z]|[A-Z]:\\)", text, re.M), "an absolute path"
+    assert not re.search(r"^\s*class \w+|nn\.Module", text, re.M), "models live in the package"
+
+
+def test_runner_names_a_missing_cohort_and_a_missing_profile(tmp_path):
+    def error(*arguments):
+        run = [sys.executable, ROOT / "notebooks" / "run.py", *arguments]
+        done = subprocess.run(run, capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        return done.stderr
+
+    assert "DATA_ACCESS.md" in error("--cohort", tmp_path / "absent")
+    assert "smoke" in error("--cohort", tmp_path, "--profile", "absent")

@@ -1,0 +1,445 @@
+"""Masks: right where the answer is known by hand, scored as said, the same whatever runs them."""
+
+import copy
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy.ndimage import binary_dilation, gaussian_filter
+
+from brainsex import networks, perturbation
+from brainsex.cohort import Cohort
+from brainsex.masks import explain
+from brainsex.networks import MriNet3d
+from brainsex.perturbation import blurred, optimise_masks
+
+SMALL = (22, 24, 26)
+FULL = (58, 70, 58)
+BOX, DECOY = np.zeros((2, *FULL), bool)
+BOX[10:18, 40:48, 30:38] = True
+DECOY[36:44, 16:24, 12:20] = True
+QUICK = {"iterations": 6, "lr": 0.1, "area": 1.0, "smoothness": 1.0}
+
+
+class BoxMean(MriNet3d):
+    """Man where the mean of `BOX` is above 0.45: no other voxel counts."""
+
+    def __init__(self, gain=30.0):
+        super().__init__(2, FULL)
+        self.gain = gain
+        self.register_buffer("box", torch.from_numpy(BOX / BOX.sum()).float())
+
+    def forward(self, volumes):
+        evidence = self.gain * ((volumes[:, 0] * self.box).sum((1, 2, 3)) - 0.45)
+        return torch.stack([-evidence / 2, evidence / 2], 1)
+
+
+class Blind(MriNet3d):
+    """The same logits for whatever it is shown."""
+
+    def __init__(self, logits=(-1.0, 1.0)):
+        super().__init__(2, FULL)
+        self.logits = logits
+
+    def forward(self, volumes):
+        return torch.tensor([self.logits], dtype=volumes.dtype).expand(len(volumes), 2)
+
+
+@pytest.fixture
+def bright():
+    """One volume: evidence in `BOX`, as bright a box elsewhere, some noise."""
+    volume = 0.15 + 0.02 * np.random.default_rng(0).standard_normal(FULL)
+    volume[BOX | DECOY] = 0.8
+    return volume[None].astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def volumes():
+    rng = np.random.default_rng(1)
+    found = rng.uniform(0, 0.3, (4, *SMALL)).astype(np.float32)
+    found[:, 3:9, 12:18, 14:20] += 0.5
+    return found
+
+
+@pytest.fixture(scope="module")
+def network(volumes):
+    """Random convolutions, batch norms as after training; men by what their blur has not."""
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        network = MriNet3d(2, SMALL)
+        smooth = np.stack([gaussian_filter(v, 5, mode="nearest") for v in volumes])
+        both = torch.from_numpy(np.stack([volumes, smooth]))[:, :, None]
+        for _ in range(30):
+            network(both.flatten(0, 1))
+        network.eval()
+        sharp, blunt = (network.hidden3(network.hidden2(network.hidden1(b))) for b in both)
+        sharp, blunt = sharp.flatten(1).mean(0), blunt.flatten(1).mean(0)
+        evidence = 3 * (sharp - blunt) / (sharp - blunt).square().sum()
+        network.linear.weight.copy_(torch.stack([-evidence, evidence]))
+        middle = evidence @ (sharp + blunt) / 2
+        network.linear.bias.copy_(torch.stack([middle, -middle]))
+    return network
+
+
+def masks_of(network, volumes, **options):
+    """A few steps under light penalties: masks of a small volume, neither empty nor full."""
+    return optimise_masks(network, volumes, **QUICK | {"progress": False} | options)
+
+
+def in_precision(monkeypatch, dtype):
+    monkeypatch.setattr(networks, "precision", lambda device: dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_mask_covers_the_evidence_and_leaves_the_rest(bright, monkeypatch, dtype):
+    in_precision(monkeypatch, dtype)
+    found = optimise_masks(BoxMean(), bright, progress=False)
+    mask, (record,) = found.masks[0], found.history.to_dict("records")
+    assert record["target"] == 1
+    assert record["before"] > 0.999
+    assert record["after"] < 0.1
+    assert mask[BOX].mean() > 0.75
+    beside = ~binary_dilation(BOX, iterations=3)  # the mask's grid is half as fine, and moves
+    assert mask[beside].max() < 0.05
+    assert mask[DECOY].max() == 0
+
+
+def test_a_network_that_is_very_sure_is_explained_too(bright):
+    """Log-odds of 350: the probability is 1 whatever the mask, until it is nearly done."""
+    expected = optimise_masks(BoxMean(), bright, progress=False)
+    sure = optimise_masks(BoxMean(gain=1000.0), bright, progress=False)
+    assert sure.history["after"][0] < 1e-6
+    assert np.corrcoef(sure.masks.ravel(), expected.masks.ravel())[0, 1] > 0.95
+
+
+def test_without_evidence_nothing_is_removed(bright):
+    found = optimise_masks(Blind(), bright, progress=False)
+    assert found.masks.max() == 0
+    expected = 1 / (1 + np.exp(-2))
+    np.testing.assert_allclose(found.history[["before", "after"]], expected, rtol=1e-6)
+    assert found.history["volume"].tolist() == [0]
+
+
+def test_removal_stops_where_the_evidence_is_gone(bright):
+    """Full removal would leave far less than the floor; the mask takes no more than it must."""
+    cheap = optimise_masks(BoxMean(), bright, progress=False)
+    lenient = optimise_masks(BoxMean(), bright, floor=0.6, progress=False)
+    (low,), (high,) = cheap.history["after"], lenient.history["after"]
+    assert low < 0.1 < high
+    assert lenient.history["volume"][0] < cheap.history["volume"][0]
+
+
+def test_target(bright):
+    """Without a target the predicted class; a class without evidence needs no removal."""
+    dark = np.full_like(bright, 0.15)
+    both = np.concatenate([bright, dark])
+    network = BoxMean()
+    predicted = optimise_masks(network, both, progress=False)
+    assert predicted.history["target"].tolist() == [1, 0]
+    assert predicted.history["before"].min() > 0.99
+    women = optimise_masks(network, both, target=0, progress=False)
+    assert women.history["target"].tolist() == [0, 0]
+    assert women.history["before"][0] < 0.01
+    assert women.masks[0].max() == 0
+    np.testing.assert_array_equal(women.masks[1], predicted.masks[1])
+    each = optimise_masks(network, both, target=np.array([1, 0]), progress=False)
+    np.testing.assert_array_equal(each.masks, predicted.masks)
+
+
+def test_the_returned_mask_is_the_one_that_was_scored(network, volumes):
+    sigma = 3.0
+    found = masks_of(network, volumes, sigma=sigma)
+    assert found.masks.dtype == np.float32
+    assert 0 <= found.masks.min() < 0.1 < found.masks.max() <= 1
+    table = found.history
+    assert table.columns.tolist() == ["target", "before", "after", "volume"]
+    for volume, mask, row in zip(volumes, found.masks, table.itertuples()):
+        smooth = gaussian_filter(volume, sigma, mode="nearest", truncate=4)
+        shown = torch.from_numpy(np.stack([volume, volume * (1 - mask) + smooth * mask]))
+        with torch.no_grad():
+            before, after = network(shown[:, None]).softmax(1)[:, row.target].tolist()
+        assert row.before == pytest.approx(before, abs=1e-5)
+        assert row.after == pytest.approx(after, abs=1e-4)
+        assert row.volume == pytest.approx(mask.mean(dtype=float), abs=1e-6)
+    assert (table["before"] > 0.5).all()
+    assert (table["after"] < table["before"] - 0.01).all()
+
+
+def test_scored_in_float32_whatever_the_search_ran_in(network, volumes, monkeypatch):
+    in_precision(monkeypatch, torch.bfloat16)
+    coarse = masks_of(network, volumes).history["before"]
+    in_precision(monkeypatch, torch.float32)
+    np.testing.assert_array_equal(masks_of(network, volumes).history["before"], coarse)
+
+
+def test_bfloat16_finds_what_float32_finds(bright, monkeypatch):
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        in_precision(monkeypatch, dtype)
+        found[dtype] = optimise_masks(BoxMean(), bright, progress=False).masks.ravel()
+    assert np.corrcoef(*found.values())[0, 1] > 0.95
+
+
+def state(network):
+    return (
+        {name: value.clone() for name, value in network.state_dict().items()},
+        [module.training for module in network.modules()],
+        [(p.requires_grad, p.grad, p.dtype, p.device) for p in network.parameters()],
+        [len(module._forward_hooks) for module in network.modules()],
+        [type(module) for module in network.modules()],
+        (torch.get_num_threads(), torch.is_grad_enabled(), torch.get_rng_state().tolist()),
+    )
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("raising", [True, False])
+def test_the_network_is_left_as_it_was(network, volumes, training, raising, monkeypatch):
+    network = copy.deepcopy(network).train(training)
+    network.hidden1[0].bias.requires_grad_(False)
+    network.linear.register_forward_hook(lambda *_: None)
+    before = state(network)
+    if raising:
+
+        def fail(*_, **__):
+            raise RuntimeError("out of memory")
+
+        monkeypatch.setattr(perturbation, "_objective", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            masks_of(network, volumes)
+    else:
+        masks_of(network, volumes)
+    after = state(network)
+    assert after[1:] == before[1:]
+    for name, value in before[0].items():
+        assert torch.equal(after[0][name], value), name
+
+
+def test_volumes_are_left_as_they_were(network, volumes):
+    given = volumes.copy()
+    given.flags.writeable = False  # as a memory-mapped cohort's are
+    masks_of(network, given)
+    np.testing.assert_array_equal(given, volumes)
+
+
+def test_a_network_in_training_mode_is_explained_in_evaluation(network, volumes):
+    expected = masks_of(network, volumes[:2])
+    found = masks_of(copy.deepcopy(network).train(), volumes[:2])
+    np.testing.assert_array_equal(found.masks, expected.masks)
+    pd.testing.assert_frame_equal(found.history, expected.history)
+
+
+def test_same_bits_in_any_order_company_and_number_of_threads(network, volumes):
+    names, threads = ["000010", "000011", "000012", "000013"], torch.get_num_threads()
+    expected = masks_of(network, volumes, subjects=names)
+    order = [2, 0, 3, 1]
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            again = masks_of(network, volumes[order], subjects=[names[i] for i in order])
+            np.testing.assert_array_equal(again.masks, expected.masks[order])
+            shuffled = expected.history.iloc[order].reset_index(drop=True)
+            pd.testing.assert_frame_equal(again.history, shuffled)
+    finally:
+        torch.set_num_threads(threads)
+    alone = masks_of(network, volumes[1:2], subjects=names[1:2])
+    np.testing.assert_array_equal(alone.masks[0], expected.masks[1])
+
+
+def test_seed_and_subject_choose_the_draws(network, volumes):
+    same = np.repeat(volumes[:1], 3, 0)
+    one = masks_of(network, same, subjects=["a", "b", "a"]).masks
+    np.testing.assert_array_equal(one[0], one[2])
+    assert np.abs(one[0] - one[1]).max() > 1e-3
+    other = masks_of(network, same[:1], subjects=["a"], seed=1).masks
+    assert np.abs(other[0] - one[0]).max() > 1e-3
+    assert len(np.unique(masks_of(network, same).masks[:, 3:9].sum((1, 2, 3)))) == 3
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"iterations": 7},
+        {"lr": 0.05},
+        {"area": 300.0},
+        {"smoothness": 300.0},
+        {"floor": 0.9},
+        {"sigma": 1.0},
+    ],
+)
+def test_no_option_is_ignored(network, volumes, option):
+    plain, changed = (masks_of(network, volumes[:1], **o).masks for o in ({}, option))
+    assert np.abs(plain - changed).max() > 1e-3
+
+
+def _with(volumes, value):
+    volumes = volumes.copy()
+    volumes[2, 3, 4, 5] = value
+    return volumes
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        (lambda v: v[0], {}, r"\(N, X, Y, Z\) and N subjects, found \(22, 24, 26\)"),
+        (lambda v: v[..., :25], {}, r"expected volumes \(N, 1, 22, 24, 26\)"),
+        (lambda v: _with(v, np.nan), {}, "of subject 2 .* finite"),
+        (lambda v: _with(v, np.inf), {"subjects": list("abcd")}, "of subject c .* finite"),
+        (lambda v: v, {"target": 2}, "target of 0 or 1.* found 2"),
+        (lambda v: v, {"target": 0.5}, r"target of 0 or 1.* found 0\.5"),
+        (lambda v: v, {"target": [0, 1]}, r"each of 4 volumes, found \[0, 1\]"),
+        (lambda v: v, {"target": np.zeros((4, 1), int)}, "each of 4 volumes"),
+        (lambda v: v, {"subjects": ["a"]}, "N subjects, found .* and 1"),
+    ],
+)
+def test_bad_input(network, volumes, change, options, message):
+    with pytest.raises(ValueError, match=message):
+        masks_of(network, change(volumes), **options)
+
+
+def test_no_volumes_give_no_masks(network):
+    found = masks_of(network, np.empty((0, *SMALL), np.float32))
+    assert found.masks.shape == (0, *SMALL)
+    assert len(found.history) == 0
+
+
+@pytest.mark.parametrize("sigma", [5.0, 1.3])
+def test_the_reference_is_a_gaussian_blur(volumes, sigma):
+    found = blurred(torch.from_numpy(volumes)[:, None], sigma)
+    assert found.dtype == torch.float32
+    assert found.shape == (4, 1, *SMALL)
+    for volume, one in zip(volumes, found):
+        expected = gaussian_filter(volume.astype(float), sigma, mode="nearest", truncate=4)
+        np.testing.assert_allclose(one[0], expected, atol=1e-6)
+
+
+def test_a_constant_stays_what_it_is():
+    constant = torch.full((1, 1, *SMALL), 0.37)
+    np.testing.assert_allclose(blurred(constant), constant, rtol=1e-6)
+
+
+def test_an_impulse_stays_where_it_is():
+    impulse = torch.zeros(1, 1, 41, 43, 45)
+    centre = (19, 21, 23)
+    impulse[0, 0][centre] = 1
+    found = blurred(impulse, 2.0)[0, 0].double().numpy()
+    assert np.unravel_index(found.argmax(), found.shape) == centre
+    assert found.sum() == pytest.approx(1, abs=1e-6)
+    for axis, expected in enumerate(centre):
+        profile = found.sum(tuple(a for a in range(3) if a != axis))
+        mean = (profile * np.arange(len(profile))).sum()
+        assert mean == pytest.approx(expected, abs=1e-5)
+        spread = (profile * (np.arange(len(profile)) - mean) ** 2).sum()
+        assert spread == pytest.approx(4.0, abs=0.03)  # variance, cut off at 4 sigma
+
+
+def test_the_objective_by_hand():
+    """One mask of 2 x 2 x 3 with a single step, one of zeros; worked out on paper."""
+    coarse = torch.zeros(2, 1, 2, 2, 3)
+    coarse[0, ..., 2] = 1.0  # mean 1/3; squared gradient along z: 0, 1 -> mean 1/2; none in x, y
+    evidence = torch.tensor([0.85, 0.0])
+    found = perturbation._objective(evidence, coarse, area=3.0, smoothness=2.0)
+    assert found.item() == pytest.approx(0.85 + (3 / 3 + 2 / 2) + 0)
+
+
+def test_together_as_alone(network, volumes):
+    """A batch, as a GPU has it: every volume minimises its own objective, no mean over all."""
+    shifts = [perturbation._shifts(str(n), 0, 8) for n in range(3)]
+    batch, target = torch.from_numpy(volumes[:3])[:, None], torch.tensor([0, 1, 1])
+    frozen, log_odds = networks.folded(network), torch.tensor([1.0, 30.0, -4.0])
+    options = {"lr": 0.1, "sigma": 5.0, "area": 3.0, "smoothness": 3.0, "floor": 0.05}
+    together = perturbation._optimise(frozen, batch, target, log_odds, shifts, **options)
+    for n in range(3):
+        some = slice(n, n + 1)
+        one = (batch[some], target[some], log_odds[some], shifts[some])
+        alone = perturbation._optimise(frozen, *one, **options)
+        np.testing.assert_allclose(together[some], alone, atol=2e-3)
+
+
+def test_shifts_reach_one_voxel_either_way():
+    moves = np.array(perturbation._shifts("000001", 0, 400))
+    assert moves.shape == (400, 3)
+    for axis in moves.T:
+        assert sorted(set(axis)) == [-1, 0, 1]
+        assert abs(axis.mean()) < 0.15
+
+
+@pytest.fixture
+def study(network, volumes, tmp_path):
+    """A cohort of four and the networks of two folds, as notebook 04 leaves them."""
+    affine = np.array([[3.0, 0, 0, -30], [0, 3.1, 0, -40], [0, 0, 3.2, -50], [0, 0, 0, 1]])
+    subjects = np.array(["000007", "000011", "000013", "000017"])
+    sex = np.array([0, 1, 0, 1])
+    table = pd.DataFrame({"Subject": subjects, "label": sex})
+    cohort = Cohort("toy", False, volumes, sex, subjects, None, affine, table)
+    folder = tmp_path / "cnn3d"
+    folder.mkdir()
+    other = copy.deepcopy(network)
+    torch.nn.init.normal_(other.linear.weight, generator=torch.Generator().manual_seed(5))
+    for fold, one in enumerate((network, other)):
+        torch.save(one.state_dict(), folder / f"fold-{fold}.pt")
+    folds = pd.DataFrame({"Subject": subjects[::-1], "fold": [0, 0, 1, 1]})
+    folds.to_csv(folder / "folds.csv", index=False)
+    return cohort, folder, (network, other), [1, 1, 0, 0]
+
+
+def test_each_subject_by_the_network_that_did_not_see_it(study, tmp_path):
+    cohort, folder, fitted, held_out = study
+    table = explain(cohort, folder, tmp_path / "masks", **QUICK)
+    assert table["Subject"].tolist() == cohort.subjects.tolist()
+    assert table["fold"].tolist() == held_out
+    assert table["sex"].tolist() == cohort.sex.tolist()
+    for n, (subject, fold) in enumerate(zip(cohort.subjects, held_out)):
+        volume = cohort.volumes[n : n + 1]
+        expected = masks_of(fitted[fold], volume, subjects=[subject])
+        image = nib.load(tmp_path / "masks" / f"{subject}.nii.gz")
+        np.testing.assert_allclose(image.affine, cohort.affine, atol=1e-6)
+        np.testing.assert_array_equal(image.get_fdata(dtype=np.float32), expected.masks[0])
+        assert table.loc[n, "after"] == pytest.approx(expected.history["after"][0], abs=1e-6)
+    some = explain(cohort, folder, tmp_path / "some", rows=[2, 1], **QUICK)
+    assert some["Subject"].tolist() == ["000013", "000011"]
+    assert some["after"].tolist() == pytest.approx(table["after"][[2, 1]].tolist(), abs=1e-6)
+
+
+def test_masks_of_a_cohort_go_on_where_they_stopped(study, tmp_path, monkeypatch):
+    cohort, folder, fitted, _ = study
+    whole, calls = perturbation.optimise_masks, []
+
+    def counted(network, volumes, **options):
+        calls.extend(options["subjects"])
+        if len(calls) == limit:
+            raise KeyboardInterrupt
+        return whole(network, volumes, **options)
+
+    monkeypatch.setattr(perturbation, "optimise_masks", counted)
+    limit = 4  # in the second fold
+    with pytest.raises(KeyboardInterrupt):
+        explain(cohort, folder, tmp_path / "masks", **QUICK)
+    limit, done = None, calls[:2]
+    calls.clear()
+    table = explain(cohort, folder, tmp_path / "masks", **QUICK)
+    assert sorted([*done, *calls]) == cohort.subjects.tolist()
+    calls.clear()
+    again = explain(cohort, folder, tmp_path / "masks", **QUICK)
+    assert calls == []
+    pd.testing.assert_frame_equal(again, table)
+    torch.save(fitted[1].state_dict(), folder / "fold-0.pt")  # another network in fold 0
+    explain(cohort, folder, tmp_path / "masks", **QUICK)
+    assert sorted(calls) == ["000013", "000017"]
+    calls.clear()
+    explain(cohort, folder, tmp_path / "masks", **QUICK | {"seed": 1})
+    assert len(calls) == 4  # other settings
+
+
+def test_a_cohort_without_networks_or_affine(study, tmp_path):
+    cohort, folder, *_ = study
+    with pytest.raises(FileNotFoundError, match="04_cnn_3d"):
+        explain(cohort, tmp_path / "absent", tmp_path / "masks")
+    nowhere = Cohort(**{**vars(cohort), "affine": None})
+    with pytest.raises(ValueError, match="no affine"):
+        explain(nowhere, folder, tmp_path / "masks")
+    pd.DataFrame({"Subject": ["000007"], "fold": [0]}).to_csv(folder / "folds.csv", index=False)
+    with pytest.raises(ValueError, match="does not know 000011"):
+        explain(cohort, folder, tmp_path / "masks")
+    assert not (tmp_path / "masks").exists()

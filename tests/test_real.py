@@ -1,0 +1,118 @@
+"""Real FA volumes go the whole way, and their left stays their left.
+
+Where BRAINSEX_REAL_FA names a folder with two maps of TractSeg: template_FA_1.25mm.nii.gz, a
+group template on HCP's own grid, and subject_FA_2.5mm.nii.gz, one subject's.
+"""
+
+import gzip
+import os
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy.ndimage import center_of_mass
+from skimage.transform import resize
+
+from brainsex import cohort, volumes
+from brainsex.networks import MriNet3d
+from brainsex.perturbation import optimise_masks
+from brainsex.training import predict
+
+FOLDER = os.environ.get("BRAINSEX_REAL_FA")
+NAMES = ("template_FA_1.25mm.nii.gz", "subject_FA_2.5mm.nii.gz")
+
+pytestmark = pytest.mark.skipif(
+    not FOLDER, reason="BRAINSEX_REAL_FA is not set: it names a folder with real FA volumes"
+)
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def path(request):
+    return Path(FOLDER) / request.param
+
+
+def flipped(path, target):
+    """The same file with its first axis reversed and its affine left as it was."""
+    image = nib.load(path)
+    nib.save(nib.Nifti1Image(image.get_fdata(dtype=np.float32)[::-1], image.affine), target)
+    return target
+
+
+def test_load(path):
+    """At any millimetre, what nibabel's own arithmetic finds in the file as it is stored."""
+    volume, affine = volumes.load(path)
+    stored = nib.load(path)
+    assert nib.aff2axcodes(stored.affine) == ("L", "A", "S")
+    assert nib.aff2axcodes(affine) == ("R", "A", "S")
+    data = stored.get_fdata()
+    indices = np.random.default_rng(0).integers(0, data.shape, (2000, 3))
+    millimetres = nib.affines.apply_affine(stored.affine, indices)
+    found = nib.affines.apply_affine(np.linalg.inv(affine), millimetres).round().astype(int)
+    np.testing.assert_allclose(volume[tuple(found.T)], data[tuple(indices.T)], atol=1e-6)
+    assert volume.max() <= 1
+    assert 1100 < volumes.brain_volume(volume, affine) < 2500  # ml
+
+
+def test_resample(path):
+    volume, affine = volumes.load(path)
+    small, small_affine = volumes.resample(volume, affine)
+    assert small.shape == (58, 70, 58)
+    np.testing.assert_allclose(small, resize(volume, (58, 70, 58)), atol=1e-6)
+    before = nib.affines.apply_affine(affine, center_of_mass(volume))
+    after = nib.affines.apply_affine(small_affine, center_of_mass(small))
+    np.testing.assert_allclose(after, before, atol=0.05)
+    if volume.shape == (145, 174, 145):
+        np.testing.assert_allclose(np.diag(small_affine)[:3], [3.125, 3.1071, 3.125], atol=5e-5)
+        origin = [-89.0625, -125.0714, -71.0625]
+        np.testing.assert_allclose(small_affine[:3, 3], origin, atol=5e-5)
+
+
+def test_from_convert_to_masks(path, tmp_path):
+    (tmp_path / "fa").mkdir()
+    (tmp_path / "fa" / "000001.nii.gz").write_bytes(path.read_bytes())
+    table = pd.DataFrame({"Subject": ["000001"], "Gender": ["F"]})
+    table.to_csv(tmp_path / "unrestricted_behavioral.csv", index=False)
+    volumes.convert(tmp_path / "fa", tmp_path, tmp_path)
+    assert len(pd.read_csv(tmp_path / "rejected.csv")) == 0
+    data = cohort.load(tmp_path)
+    small, affine = volumes.resample(*volumes.load(path))
+    np.testing.assert_allclose(data.volumes[0], small, atol=1e-6)
+    np.testing.assert_allclose(data.affine, affine)
+    assert data.subjects.tolist() == ["000001"]
+
+    torch.manual_seed(0)
+    network = MriNet3d(channels=2)
+    probabilities = predict(network, data.volumes)
+    assert probabilities.shape == (1, 2)
+    assert probabilities.sum() == pytest.approx(1)
+    found = optimise_masks(network, data.volumes, iterations=3)
+    assert found.masks.shape == data.volumes.shape
+    assert 0 <= found.masks.min() <= found.masks.max() <= 1
+    assert np.isfinite(found.masks).all()
+    assert len(found.history) == 1
+
+
+def test_a_flip_between_left_and_right_is_seen(path, tmp_path):
+    """Mirrored data are not the same brain; mirrored together with their affine, they are."""
+    volume, affine = volumes.load(path)
+    mirrored, same_affine = volumes.load(flipped(path, tmp_path / "flipped.nii.gz"))
+    np.testing.assert_array_equal(same_affine, affine)
+    np.testing.assert_array_equal(mirrored, volume[::-1])
+    # even a group template is not symmetric: the flip shows, and after the study's resize too
+    assert abs(mirrored - volume).max() > 0.1
+    small, mirror = volumes.resample(volume, affine)[0], volumes.resample(mirrored, affine)[0]
+    assert abs(mirror - small).max() > 0.1
+
+    image = nib.load(path)
+    reverse = np.diag([-1.0, 1, 1, 1])
+    reverse[0, 3] = image.shape[0] - 1
+    data = np.ascontiguousarray(image.get_fdata(dtype=np.float32)[::-1])
+    stored_in_ras = nib.Nifti1Image(data, image.affine @ reverse)
+    content = gzip.compress(stored_in_ras.to_bytes(), 1)
+    (tmp_path / "ras.nii.gz").write_bytes(content)
+    again, again_affine = volumes.load(tmp_path / "ras.nii.gz")
+    np.testing.assert_array_equal(again, volume)
+    np.testing.assert_allclose(again_affine, affine, atol=1e-5)

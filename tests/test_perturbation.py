@@ -131,6 +131,13 @@ def test_removal_stops_where_the_evidence_is_gone(bright):
     assert lenient.history["volume"][0] < cheap.history["volume"][0]
 
 
+def test_the_evidence_goes_however_dear_the_area(bright, monkeypatch):
+    dear = {"area": 1000.0, "progress": False}
+    assert optimise_masks(BoxMean(), bright, **dear).history["after"][0] < 0.1
+    monkeypatch.setattr(perturbation, "GROWTH", 1.0)
+    assert optimise_masks(BoxMean(), bright, **dear).history["after"][0] > 0.9
+
+
 def test_target(bright):
     """Without a target the predicted class; a class without evidence needs no removal."""
     dark = np.full_like(bright, 0.15)
@@ -345,16 +352,32 @@ def test_the_objective_by_hand():
 
 def test_together_as_alone(network, volumes):
     """A batch, as a GPU has it: every volume minimises its own objective, no mean over all."""
-    shifts = [perturbation._shifts(str(n), 0, 8) for n in range(3)]
+    count = perturbation.RAMP + 6  # weights grow, where the target is above the floor
+    shifts = [perturbation._shifts(str(n), 0, count) for n in range(3)]
     batch, target = torch.from_numpy(volumes[:3])[:, None], torch.tensor([0, 1, 1])
     frozen, log_odds = networks.folded(network), torch.tensor([1.0, 30.0, -4.0])
     options = {"lr": 0.1, "sigma": 5.0, "area": 3.0, "smoothness": 3.0, "floor": 0.05}
-    together = perturbation._optimise(frozen, batch, target, log_odds, shifts, **options)
-    for n in range(3):
-        some = slice(n, n + 1)
-        one = (batch[some], target[some], log_odds[some], shifts[some])
-        alone = perturbation._optimise(frozen, *one, **options)
-        np.testing.assert_allclose(together[some], alone, atol=2e-3)
+    with networks.one_thread_each(torch.device("cpu")):
+        together = perturbation._optimise(frozen, batch, target, log_odds, shifts, **options)
+        for n in range(3):
+            some = slice(n, n + 1)
+            one = (batch[some], target[some], log_odds[some], shifts[some])
+            alone = perturbation._optimise(frozen, *one, **options)
+            np.testing.assert_allclose(together[some], alone, atol=2e-3)
+
+
+def test_one_volume_above_the_floor_does_not_press_on_another(bright):
+    """Evidence of two strengths: the weaker is gone while the stronger's weight still grows."""
+    weaker = np.where(BOX, 0.55, bright[0]).astype(np.float32)
+    batch, target = torch.from_numpy(np.stack([bright[0], weaker]))[:, None], torch.tensor([1, 1])
+    log_odds = torch.tensor([30 * (0.8 - 0.45), 30 * (0.55 - 0.45)])
+    shifts = [perturbation._shifts(name, 0, perturbation.RAMP + 15) for name in "ab"]
+    options = {"lr": 0.3, "sigma": 5.0, "area": 300.0, "smoothness": 3.0, "floor": 0.02}
+    together = perturbation._optimise(BoxMean(), batch, target, log_odds, shifts, **options)
+    last = (batch[1:], target[1:], log_odds[1:], shifts[1:])
+    alone = perturbation._optimise(BoxMean(), *last, **options)
+    assert alone.max() > 0.1
+    np.testing.assert_allclose(together[1:], alone, atol=2e-3)
 
 
 def test_shifts_reach_one_voxel_either_way():

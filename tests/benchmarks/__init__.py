@@ -1,0 +1,1 @@
+"""How fast, and no worse: ``python -m tests.benchmarks``, see README.md here."""

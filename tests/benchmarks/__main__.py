@@ -1,0 +1,190 @@
+"""``python -m tests.benchmarks``: every figure beside its baseline's in the same run."""
+
+import argparse
+import gzip
+import json
+import statistics
+import sys
+import time
+from contextlib import redirect_stdout
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from sklearn.metrics import average_precision_score
+
+from brainsex import archives, cohort, networks, perturbation, synthetic, training, volumes
+from brainsex.nifti import BRAIN_FA
+from tests.benchmarks.measure import Table, machine, operations, peaks, seconds
+from tests.benchmarks.published import ITERATIONS, deleted, published_mask
+
+BUILD = Path("build")
+TRAINED = 160  # subjects of 200; the masks are of the others
+
+
+def prepare() -> tuple[cohort.Cohort, np.ndarray]:
+    """The benchmark's own cohort, without the confound of head size, and its planted regions."""
+    folder = BUILD / "benchmark-cohort"
+    synthetic.write_cohort(folder, head_size=0)
+    with redirect_stdout(sys.stderr):  # the table alone goes to the output
+        archives.extract(folder / "archives", folder / "fa")
+        volumes.convert(folder / "fa", folder, folder)
+    return cohort.load(folder), synthetic.load_truth(folder)[0] > 0
+
+
+def quality(table: Table, name: str, found, truth: np.ndarray, brain: np.ndarray) -> None:
+    """How well masks delete and localise: of each (masks, probabilities after), ours first.
+
+    The truth is given within the brain, where masks are judged.
+    """
+
+    def precision(masks):
+        return statistics.fmean(average_precision_score(truth, m[brain]) for m in masks)
+
+    rows = (
+        ("median probability after deletion", lambda _, after: float(np.median(after))),
+        ("share of subjects below 0.1", lambda _, after: float(np.mean(np.less(after, 0.1)))),
+        ("mean of the mask", lambda masks, _: float(np.mean(masks))),
+        ("average precision of single masks", lambda masks, _: precision(masks)),
+        ("the same over the base rate", lambda masks, _: precision(masks) / truth.mean()),
+        ("average precision of the mean mask", lambda masks, _: precision([np.mean(masks, 0)])),
+    )
+    for what, measure in rows:
+        table.add("masks", f"{name}: {what}", "", *(measure(*one) for one in found))
+
+
+def masks(data, truth, subjects: int, peak, table: Table) -> None:
+    """Our masks against the published loop, by one network, on subjects it has not seen."""
+    device = networks.device()
+    torch.manual_seed(0)
+    network = networks.MriNet3d(8)
+    options = {"epochs": 12, "batch_size": 10, "lr": 2e-3, "milestones": (8,)}
+    training.fit(network, data.volumes[:TRAINED], data.sex[:TRAINED], **options)
+    held_out, sex = np.array(data.volumes[TRAINED:]), data.sex[TRAINED:]
+    correct = (training.predict(network, held_out).argmax(1) == sex).mean()
+    brain = np.mean(data.volumes, 0) > BRAIN_FA
+    inside = truth[brain]
+    table.heading(
+        f"Masks: {subjects} held-out subjects, 8 channels, accuracy {correct:.2f} of {len(sex)}; "
+        f"base rate {inside.mean():.4f}"
+    )
+    network.to(device)
+    names = data.subjects[TRAINED:]
+
+    def masked(count, seed=0):
+        some, known = held_out[:count], names[:count]
+        return perturbation.optimise_masks(network, some, subjects=known, seed=seed)
+
+    masked(2)  # warm
+    start = time.perf_counter()
+    found = masked(len(held_out))
+    ours_s = (time.perf_counter() - start) / len(held_out)
+    chosen, after = found.history["target"], found.history["after"]
+    start = time.perf_counter()
+    plain = [published_mask(network, held_out[n], chosen[n], seed=n) for n in range(subjects)]
+    plain_s = (time.perf_counter() - start) / subjects
+    left = [deleted(network, held_out[n], plain[n], chosen[n]) for n in range(subjects)]
+    share = _share_of_peak(network, held_out, ours_s, peak)
+    table.add("masks", "8 channels: a mask", "s", ours_s, plain_s, share)
+    compared = (found.masks[:subjects], after[:subjects]), (plain, left)
+    quality(table, f"{subjects} subjects", compared, inside, brain)
+    quality(table, f"{len(held_out)} subjects", [(found.masks, after)], inside, brain)
+    with patch.object(networks, "precision", lambda device: torch.float32):
+        exact, other = (masked(subjects, seed).masks for seed in (0, 1))
+    pairs = ("float32 and this precision", found.masks[:subjects]), ("two seeds in float32", other)
+    for what, one in pairs:
+        both = np.corrcoef(one.ravel(), exact.ravel())[0, 1]
+        table.add("masks", f"{subjects} subjects: correlation of masks, {what}", "", both)
+
+
+def masks_at_full_width(held_out: np.ndarray, peak, table: Table) -> None:
+    """The time alone, at the study's 32 channels, which an untrained network shows as well."""
+    device = networks.device()
+    torch.manual_seed(0)
+    network = networks.MriNet3d(32).eval().to(device)
+    few, part = held_out[: 4 if device.type == "cpu" else None], 10
+    ours = seconds(lambda: perturbation.optimise_masks(network, few), 2) / len(few)
+    plain = seconds(lambda: published_mask(network, few[0], 1, iterations=part), 2)
+    share = _share_of_peak(network, few, ours, peak)
+    what = f"32 channels, untrained: a mask (the loop from {part} of its {ITERATIONS} iterations)"
+    table.add("masks", what, "s", ours, plain * ITERATIONS / part, share)
+
+
+def _share_of_peak(network, some, seconds_a_mask: float, peak) -> float:
+    """What the convolutions of a mask's iterations need, over what the machine could do."""
+    fast = networks.folded(network)
+    one = torch.from_numpy(some[:1])[:, None].to(networks.device()).requires_grad_()
+    count = operations(lambda: fast(one).sum().backward())
+    iterations = perturbation.optimise_masks.__kwdefaults__["iterations"]
+    return count * iterations / seconds_a_mask / peak[networks.precision(networks.device())]
+
+
+def convert(table: Table) -> None:
+    """Conversion of volumes on HCP's own grid against inflating the same files, one thread each."""
+    folder = BUILD / "benchmark-cohort-1.25mm"
+    synthetic.write_cohort(folder, subjects=8, spacing=1.25)
+    with redirect_stdout(sys.stderr):
+        archives.extract(folder / "archives", folder / "fa")
+    paths = sorted((folder / "fa").glob("*.nii.gz"))
+
+    def converted():
+        (folder / "out" / "tensors.npy").unlink(missing_ok=True)
+        with redirect_stdout(sys.stderr):
+            volumes.convert(folder / "fa", folder, folder / "out", workers=1)
+
+    def inflated():
+        for path in paths:
+            with gzip.open(path) as file:
+                file.read()
+
+    table.heading(
+        f"Conversion: {len(paths)} volumes of 1.25 mm, one worker, against inflating them"
+    )
+    both = [seconds(function) / len(paths) for function in (converted, inflated)]
+    table.add("convert", "a volume", "s", *both)
+
+
+def train(data, peak, table: Table) -> None:
+    """A training epoch in the machine's fast precision against float32."""
+    table.heading("Training: an epoch of 30 subjects in batches of 10, against float32")
+    rows = slice(0, 30)
+    few, sex = np.array(data.volumes[rows]), data.sex[rows]
+    dtype = networks.precision(networks.device())
+    for channels in (8, 32):
+        network = networks.MriNet3d(channels)
+        options = {"epochs": 1, "batch_size": 10, "progress": False}
+
+        def epoch(precision, network=network, options=options):
+            training.fit(network, few, sex, precision=precision, **options)
+
+        def step(network=network):
+            batch = torch.from_numpy(few[:10])[:, None]
+            network(batch).sum().backward()
+
+        ours, plain = (seconds(lambda p=p: epoch(p), 2) / len(sex) for p in (dtype, torch.float32))
+        share = operations(step) / 10 / ours / peak[dtype]
+        table.add("train", f"{channels} channels: a subject", "s", ours, plain, share)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
+    parser.add_argument("--subjects", type=int, default=4, help="of the published loop")
+    arguments = parser.parse_args()
+    about, table = machine(), Table()
+    print(", ".join(f"{name} {value}" for name, value in about.items()))
+    if about["gpu"] == "none":
+        print("No GPU here: everything below ran on the CPU.")
+    peak = peaks(networks.device(), table)
+    data, truth = prepare()
+    convert(table)
+    train(data, peak, table)
+    masks(data, truth, arguments.subjects, peak, table)
+    masks_at_full_width(np.array(data.volumes[TRAINED:]), peak, table)
+    report = json.dumps({"machine": about, "rows": table.rows}, indent=1)
+    (BUILD / "benchmarks.json").write_text(report + "\n")
+    print(f"\n{BUILD / 'benchmarks.json'} holds the same.")
+
+
+if __name__ == "__main__":
+    main()

@@ -78,6 +78,9 @@ def parser() -> argparse.ArgumentParser:
         default=synthetic.HEAD_SIZE,
         help="men's mean head volume over women's, minus one",
     )
+    sub.add_argument(
+        "--effect", type=float, default=1.0, help="multiplies the planted local differences"
+    )
     sub.add_argument("--template", type=Path, help="a real FA map to start from")
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--workers", type=int)

@@ -1,19 +1,21 @@
 """A cohort with planted sex differences, written to disk exactly as HCP's would lie there.
 
 Every subject starts from one `anatomy`, and has a head size, a smooth deformation, FA variation,
-Rician-like noise, and the bright rim of real maps.
+Rician-like noise, and the bright rim of real maps. Relatives share a part of all but noise and rim,
+and of what FreeSurfer would measure.
 
 The truth is kept in the template's space, where masks of different subjects are compared. Head
-size and deformation move a brain voxel by 2.6 mm (median; 2.8 mm with the default `head_size`),
+size and deformation move a brain voxel by 2.5 mm (median; 2.7 mm with the default `head_size`),
 one voxel at 2.5 mm, so that a subject's own regions overlap the template's with a Dice coefficient
-of 0.75 (0.67 to 0.80). Averaged over subjects, and after noise, the difference between men and
-women within a region is therefore 0.7 of what is planted there.
+of 0.76 (standard deviation 0.05). Averaged over subjects, and after noise, the difference between
+men and women within a region is therefore 0.7 of what is planted there.
 """
 
 import gzip
 import hashlib
 import io
 import json
+import math
 import os
 import zipfile
 from pathlib import Path
@@ -25,11 +27,9 @@ from joblib import Parallel, delayed
 from scipy.ndimage import binary_erosion, map_coordinates, zoom
 from tqdm.auto import tqdm
 
-from brainsex import LABELS, SHAPE, replacing, volumes
+from brainsex import LABELS, SHAPE, morphometry, population, replacing, volumes
 from brainsex.anatomy import Anatomy, anatomy, region_table
 
-ROWS, MEN = 1113, 507
-"""Subjects in HCP's tables, and the men among them."""
 HEAD_SIZE = 0.12
 """Men's mean head volume less women's, over the mean of both, as in life."""
 HEAD_SPREAD = 0.075
@@ -38,23 +38,37 @@ DEFORMATION = 1.5
 """Standard deviation of a subject's displacement along each axis, mm."""
 NOISE = 0.05
 """Standard deviation of either noise component of FA."""
+FIELD = (7, 8, 7)
+"""Control points of a smooth random field along X, Y, Z."""
+DRAWS = 2 + 4 * math.prod(FIELD)
+"""Anatomical numbers a subject: head, level of FA, three displacements, a field of FA."""
 
 
-def head_volume(sex: int, head_size: float, rng: np.random.Generator) -> float:
-    """A subject's head volume relative to the template; the first draw of its generator."""
-    return 1 + head_size * (sex - 0.5) + HEAD_SPREAD * np.clip(rng.standard_normal(), -2.5, 2.5)
+def head_volume(sex, head_size: float, draw):
+    """Head volume relative to the template, by sex and the first of the anatomical draws."""
+    return 1 + head_size * (sex - 0.5) + HEAD_SPREAD * np.clip(draw, -2.5, 2.5)
 
 
 def subject_volume(
-    base: Anatomy, sex: int, *, head_size: float, rng: np.random.Generator
+    base: Anatomy,
+    sex: int,
+    draws: np.ndarray,
+    *,
+    head_size: float,
+    effect: float,
+    rng: np.random.Generator,
 ) -> np.ndarray:
-    """One subject's FA, (X, Y, Z) float32 in [0, 1], on the template's grid."""
-    position = _position(base, sex, head_size, rng)
+    """One subject's FA, (X, Y, Z) float32 in [0, 1], on the template's grid.
+
+    `draws` are its anatomy (standard normal, `DRAWS` of them), `rng` is its noise.
+    """
+    *displacement, variation = draws[2:].reshape(4, *FIELD)
+    position = _position(base, head_volume(sex, head_size, draws[0]), displacement)
     fa = map_coordinates(base.fa, position, order=1)
-    effect = map_coordinates(base.effect, position, order=1)
+    difference = map_coordinates(base.effect, position, order=1)
     mask = map_coordinates(base.mask, position, order=1) > 0.5
-    fa *= 1 + 0.03 * rng.standard_normal() + 0.05 * _smooth_field(fa.shape, rng)
-    fa += (sex - 0.5) * effect
+    fa *= 1 + 0.03 * draws[1] + 0.05 * _smooth_field(fa.shape, variation)
+    fa += effect * (sex - 0.5) * difference
     noise = NOISE * rng.standard_normal((2, *fa.shape), np.float32)
     fa = np.hypot(0.9 * fa + noise[0], noise[1])
     rim = mask & ~binary_erosion(mask)
@@ -63,53 +77,24 @@ def subject_volume(
     return (np.clip(fa, 0, 1) * mask).astype(np.float32)
 
 
-def _position(base: Anatomy, sex: int, head_size: float, rng: np.random.Generator) -> list:
+def _position(base: Anatomy, head: float, displacement: list[np.ndarray]) -> list[np.ndarray]:
     """Where in the template each voxel of a subject lies: three (X, Y, Z) of voxel indices."""
     shape, spacing = base.fa.shape, base.affine[0, 0]
-    scale = head_volume(sex, head_size, rng) ** (1 / 3)
     centre = np.linalg.solve(base.affine[:3, :3], np.array([0, -18, 8]) - base.affine[:3, 3])
     return [
-        ((np.arange(n) - c) / scale + c).reshape([-1 if a == axis else 1 for a in range(3)])
-        + DEFORMATION / spacing * _smooth_field(shape, rng)
-        for axis, (n, c) in enumerate(zip(shape, centre))
+        ((np.arange(n) - c) / head ** (1 / 3) + c).reshape([-1 if a == x else 1 for a in range(3)])
+        + DEFORMATION / spacing * _smooth_field(shape, displacement[x])
+        for x, (n, c) in enumerate(zip(shape, centre))
     ]
 
 
-def _smooth_field(shape, rng: np.random.Generator) -> np.ndarray:
-    """A random field of unit standard deviation and about 30 mm correlation length."""
-    field = rng.standard_normal((7, 8, 7)).astype(np.float32)
+def _smooth_field(shape: tuple[int, ...], field: np.ndarray) -> np.ndarray:
+    """A field of unit standard deviation and about 30 mm correlation length, from `FIELD` draws."""
+    field = field.astype(np.float32)
     for axis, size in enumerate(shape):
         spline = zoom(np.eye(field.shape[axis], dtype=np.float32), (size / field.shape[axis], 1))
         field = np.moveaxis(np.tensordot(spline, field, (1, axis)), 0, axis)
     return field / field.std()
-
-
-def behavioural_table(subjects: int, seed: int) -> pd.DataFrame:
-    """HCP's behavioural table, as far as it matters here; its IDs begin with 0.
-
-    The subjects who have volumes are marked in ``3T_dMRI_Compl``; both sexes keep HCP's share.
-    """
-    rng = np.random.default_rng(seed)
-    rows = max(ROWS, subjects)
-    numbers = np.sort(rng.choice(np.arange(1000, 100_000), rows, replace=False))
-    men, imaged_men = (round(n * MEN / ROWS) for n in (rows, subjects))
-    sex = rng.permutation(np.arange(rows) < men).astype(int)
-    imaged = np.zeros(rows, bool)
-    for value, count in ((1, imaged_men), (0, subjects - imaged_men)):
-        imaged[rng.choice(np.flatnonzero(sex == value), count, replace=False)] = True
-    age = np.clip(np.round(rng.normal(28.9 - 1.4 * sex, 3.5)), 22, 37).astype(int)
-    bands = np.array(["22-25", "26-30", "31-35", "36+"])[np.digitize(age, (26, 31, 36))]
-    return pd.DataFrame(
-        {
-            "Subject": [f"{n:06d}" for n in numbers],
-            "Release": rng.choice(["S500", "S900", "S1200"], rows),
-            "Acquisition": [f"Q{n:02d}" for n in rng.integers(1, 14, rows)],
-            "Gender": np.array(list(LABELS))[sex],
-            "Age": bands,
-            "QC_Issue": "",
-            "3T_dMRI_Compl": np.where(imaged, "true", "false"),
-        }
-    )
 
 
 def _nifti(volume: np.ndarray, affine: np.ndarray) -> bytes:
@@ -138,6 +123,7 @@ def write_cohort(
     subjects: int = 200,
     spacing: float = 2.5,
     head_size: float = HEAD_SIZE,
+    effect: float = 1.0,
     template: str | Path | None = None,
     seed: int = 0,
     workers: int | None = None,
@@ -148,12 +134,15 @@ def write_cohort(
 
     Parameters
     ----------
-    folder : gets ``archives/<ID>_3T_Diffusion_FA.zip``, ``unrestricted_behavioral.csv``
-        (1113 rows or more), ``truth/regions.nii.gz``, ``truth/regions.csv`` and, before anything
-        else, the marker ``SYNTHETIC``.
-    subjects : how many of the rows have a volume.
+    folder : gets ``archives/<ID>_3T_Diffusion_FA.zip``, ``unrestricted_behavioral.csv``,
+        ``unrestricted_hcp_freesurfer.csv`` and ``restricted.csv`` (1113 rows or more),
+        ``truth/regions.nii.gz``, ``truth/regions.csv`` and, before anything else, the marker
+        ``SYNTHETIC``.
+    subjects : how many of the rows have a volume: whole families, as far as that goes.
     spacing : voxel size in mm; 1.25 gives HCP's own grid.
     head_size : men's mean head volume less women's, over the mean of both; 0 removes the confound.
+    effect : multiplies every difference planted beside it, in volumes and in FreeSurfer's table;
+        0 leaves head size alone.
     template : a real FA map in MNI space to start from.
     seed : a subject's volume depends on it and on the subject's row alone.
     workers : threads; all cores by default.
@@ -176,6 +165,7 @@ def write_cohort(
         "subjects": subjects,
         "spacing": float(spacing),
         "head_size": float(head_size),
+        "effect": float(effect),
         "template": None if template is None else _checksum(Path(template)),
         "seed": seed,
     }
@@ -185,28 +175,60 @@ def write_cohort(
             f"{marker}. Delete it or choose another folder."
         )
     base = anatomy(spacing, template)
-    table = behavioural_table(subjects, seed)
+    people = population.draw(subjects, seed)
     with replacing(marker) as path:  # first, so that nothing written here passes for real
         path.write_text(json.dumps(options))
     _write_truth(folder / "truth", base)
+    sexes = people.behavioural["Gender"].map(LABELS)
 
     def write(row: int) -> None:
-        subject, gender = table.loc[row, ["Subject", "Gender"]]
+        subject = people.behavioural.at[row, "Subject"]
         path = folder / "archives" / f"{subject}_3T_Diffusion_FA.zip"
         if not path.is_file():
             rng = np.random.default_rng([seed, row])
-            volume = subject_volume(base, LABELS[gender], head_size=head_size, rng=rng)
+            draws = population.anatomical_draws(people.kin.loc[row], seed, DRAWS)
+            sizes = {"head_size": head_size, "effect": effect}
+            volume = subject_volume(base, sexes[row], draws, rng=rng, **sizes)
             _write_archive(path, subject, volume, base.affine)
 
-    rows = table.index[table["3T_dMRI_Compl"] == "true"]
+    rows = sexes.index[people.behavioural["3T_dMRI_Compl"] == "true"]
     done = Parallel(workers or os.cpu_count(), prefer="threads", return_as="generator")(
         delayed(write)(row) for row in rows
     )
     for _ in tqdm(done, total=len(rows), desc="synthesize", unit="subject"):
         pass
-    with replacing(folder / "unrestricted_behavioral.csv") as path:
-        table.to_csv(path, index=False)
+    tables = {
+        "unrestricted_hcp_freesurfer.csv": freesurfer_table(
+            people, head_size=head_size, effect=effect, seed=seed
+        ),
+        "restricted.csv": people.restricted,
+        "unrestricted_behavioral.csv": people.behavioural,  # last: where it is, all is written
+    }
+    for name, table in tables.items():
+        with replacing(folder / name) as path:
+            table.to_csv(path, index=False)
     return folder
+
+
+def freesurfer_table(
+    people: population.People, *, head_size: float = HEAD_SIZE, effect: float = 1.0, seed: int = 0
+) -> pd.DataFrame:
+    """FreeSurfer's measures of everybody, whose heads are as large as in their volumes.
+
+    Returns
+    -------
+    As `morphometry.freesurfer`.
+    """
+    first = [population.anatomical_draws(kin, seed, 1)[0] for _, kin in people.kin.iterrows()]
+    sex = people.behavioural["Gender"].map(LABELS).to_numpy()
+    head = head_volume(sex, head_size, np.array(first))
+    rng = np.random.default_rng([seed, 1])
+    return morphometry.freesurfer(
+        people.behavioural,
+        head,
+        lambda count: population.correlated(people.kin, rng, count),
+        effect=effect,
+    )
 
 
 def _checksum(path: Path) -> str:

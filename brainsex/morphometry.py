@@ -1,0 +1,206 @@
+"""The FreeSurfer table of a synthetic cohort, with the columns of HCP's unrestricted export.
+
+Means and spreads are those of young adults, roughly; what is kept is what a classifier meets: sums
+of parts, measures that follow head size, left and right that agree, structures that vary together,
+relatives who resemble each other, and differences between the sexes that are small once head size
+is accounted for (Ritchie et al. 2018, Cereb. Cortex 28:2959).
+"""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+
+SEX_DIFFERENCE = 0.14
+"""Standard deviation, over structures and measures, of Cohen's d at equal head size."""
+FACTORS = {"volume": 0.35, "intensity": 0.45, "area": 0.4, "thickness": 0.4, "shape": 0.25}
+"""Correlation of two structures of one kind of measure, head size aside."""
+BILATERAL = 0.6
+"""Correlation of left and right in what is a structure's own."""
+
+# Name, mean volume in mm³, its coefficient of variation, mean intensity on FreeSurfer's scale.
+PAIRED = (
+    *(
+        ("LatVent", 7000, 0.45, 32),
+        ("InfLatVent", 280, 0.45, 45),
+        ("Cerebellum_WM", 15000, 0.1, 96),
+    ),
+    *(("Cerebellum_Cort", 56000, 0.08, 66), ("ThalamusProper", 8400, 0.08, 89)),
+    *(("Caudate", 3900, 0.1, 81), ("Putamen", 5500, 0.1, 88), ("Pallidum", 1500, 0.11, 101)),
+    *(("Hippo", 4400, 0.08, 72), ("Amygdala", 1650, 0.1, 71), ("AccumbensArea", 600, 0.15, 73)),
+    *(("VentDC", 4000, 0.08, 91), ("Vessel", 60, 0.55, 66), ("ChoroidPlexus", 1050, 0.22, 51)),
+)
+SINGLE = (
+    *(("3rdVent", 800, 0.25, 38), ("4thVent", 1800, 0.25, 37), ("BrainStem", 21500, 0.08, 86)),
+    *(("CSF", 950, 0.2, 43), ("5thVent", 1, 2.0, 50), ("WM_Hypointens", 900, 0.35, 77)),
+    *(("L_WM_Hypointens", 0, 0.0, 0), ("R_WM_Hypointens", 0, 0.0, 0)),
+    *(("L_Non-WM_Hypointens", 0, 0.0, 0), ("R_Non-WM_Hypointens", 0, 0.0, 0)),
+    *(("OpticChiasm", 200, 0.2, 68), ("CC_Posterior", 950, 0.13, 125)),
+    *(("CC_MidPosterior", 480, 0.16, 119), ("CC_Central", 500, 0.17, 116)),
+    *(("CC_MidAnterior", 500, 0.17, 117), ("CC_Anterior", 900, 0.13, 124)),
+)
+# Region, surface area in mm² and cortical thickness in mm of one hemisphere.
+CORTEX = {
+    "Bankssts": (1050, 2.55), "Caudalanteriorcingulate": (680, 2.65),
+    "Caudalmiddlefrontal": (2250, 2.6), "Cuneus": (1500, 1.95), "Entorhinal": (420, 3.3),
+    "Fusiform": (3300, 2.75), "Inferiorparietal": (4900, 2.55), "Inferiortemporal": (3400, 2.8),
+    "Isthmuscingulate": (1050, 2.45), "Lateraloccipital": (4900, 2.25),
+    "Lateralorbitofrontal": (2700, 2.7), "Lingual": (3100, 2.1), "Medialorbitofrontal": (1900, 2.5),
+    "Middletemporal": (3400, 2.9), "Parahippocampal": (700, 2.8), "Paracentral": (1450, 2.45),
+    "Parsopercularis": (1600, 2.65), "Parsorbitalis": (750, 2.75), "Parstriangularis": (1450, 2.5),
+    "Pericalcarine": (1400, 1.75), "Postcentral": (4200, 2.1), "Posteriorcingulate": (1250, 2.55),
+    "Precentral": (4900, 2.6), "Precuneus": (3900, 2.45), "Rostralanteriorcingulate": (800, 2.85),
+    "Rostralmiddlefrontal": (5900, 2.4), "Superiorfrontal": (7400, 2.75),
+    "Superiorparietal": (5400, 2.25), "Superiortemporal": (3800, 2.85),
+    "Supramarginal": (4000, 2.65), "Frontalpole": (240, 2.7), "Temporalpole": (470, 3.4),
+    "Transversetemporal": (430, 2.4), "Insula": (2300, 3.0),
+}  # fmt: skip
+
+
+def _segments() -> dict[str, tuple]:
+    """The 44 segmented structures in the export's order, and what is known of each."""
+    single = {name: row for name, *row in SINGLE}
+    left, right = ({f"{side}_{name}": row for name, *row in PAIRED} for side in "LR")
+    first, last = list(left)[:8], list(left)[8:10]
+    middle = [*first, "3rdVent", "4thVent", "BrainStem", *last, "CSF", *left]
+    known = {**left, **single, **right}
+    return {name: known[name] for name in dict.fromkeys([*middle, *right, *single])}
+
+
+def freesurfer(
+    subjects: pd.DataFrame,
+    head: np.ndarray,
+    draw: Callable[[int], np.ndarray],
+    *,
+    effect: float = 1.0,
+) -> pd.DataFrame:
+    """FreeSurfer's measures of N subjects.
+
+    Parameters
+    ----------
+    subjects : Subject, Release and Gender of each.
+    head : (N,) head volume relative to the template's.
+    draw : gives (N, count) standard normal numbers, in which relatives resemble each other.
+    effect : multiplies the differences between the sexes at equal head size.
+
+    Returns
+    -------
+    (N, 938): Subject, Release, Gender and 935 columns ``FS_…``; volumes in mm³, areas in mm²,
+    thickness in mm, intensities on FreeSurfer's scale. As in HCP's export, the right cerebellar
+    cortex is called left, so that seven names stand twice.
+    """
+    fixed = np.random.default_rng(0)  # the same differences in every cohort
+    men = (subjects["Gender"] == "M").to_numpy()[:, None] - 0.5
+
+    def vary(kind: str, names: list[str]) -> np.ndarray:
+        """(N, names), of unit variance within a sex at equal head size."""
+        structures, at = np.unique([name.split("_", 1)[-1] for name in names], return_inverse=True)
+
+        def sides(draw) -> np.ndarray:
+            own = math.sqrt(1 - BILATERAL) * draw(len(at))
+            return math.sqrt(BILATERAL) * draw(len(structures))[:, at] + own
+
+        common = FACTORS[kind]
+        own = math.sqrt(common) * draw(1) + math.sqrt(1 - common) * sides(draw)
+        d = SEX_DIFFERENCE * sides(lambda count: fixed.standard_normal((1, count)))
+        return own + effect * men * d
+
+    segments = _segments()
+    names, (size, spread, brightness) = list(segments), np.array(list(segments.values())).T
+    z = vary("volume", names)
+    exponent = np.where(spread > 0.2, 0.5, 0.8)  # what holds fluid follows head size less
+    volume = size * head[:, None] ** exponent * np.exp(spread * z - spread**2 / 2)
+    volume[:, names.index("5thVent")] *= z[:, names.index("5thVent")] > 1  # most have none
+    mean = brightness + 2.5 * vary("intensity", names)
+    std = (4 + brightness / 12) * np.exp(0.1 * vary("intensity", names))
+    low = (mean - std * (2.6 + 0.2 * vary("intensity", names))).clip(0).round()
+    high = (mean + std * (2.4 + 0.2 * vary("intensity", names))).round()
+    measures = {"Vol": volume, "Vox": volume.round(), "Mean": mean, "Std": std}
+    measures |= {"Range": high - low, "Min": low, "Max": high}
+
+    regions = [f"{side}_{name}" for side in "LR" for name in CORTEX]
+    area, thickness = np.array([CORTEX[name[2:]] for name in regions]).T
+    area = area * head[:, None] ** 0.7 * np.exp(0.08 * vary("area", regions))
+    thickness = thickness * np.exp(0.045 * vary("thickness", regions))
+    curvature = 0.13 * np.exp(0.06 * vary("shape", regions))
+    gaussian = 0.025 * np.exp(0.15 * vary("shape", regions))
+    cortex = {
+        "Thck": thickness,
+        "Area": area.round(),
+        "NumVert": (1.5 * area * np.exp(0.01 * draw(len(regions)))).round(),
+        "GrayVol": (1.06 * area * thickness).round(),
+        "ThckStd": 0.22 * thickness * np.exp(0.07 * vary("shape", regions)),
+        "MeanCurv": curvature,
+        "GausCurv": gaussian,
+        "FoldInd": (0.013 * area * np.exp(0.2 * vary("shape", regions))).round(),
+        "CurvInd": 0.06 * area * gaussian,
+    }
+
+    columns = [*_totals(dict(zip(names, volume.T)), cortex["GrayVol"], head, draw).items()]
+    columns += [(f"{name}_Vol", values) for name, values in zip(names, volume.T)]
+    for kinds in (("Vox",), ("Mean", "Std"), ("Range", "Min", "Max")):
+        for n, name in enumerate(names):
+            if name != "L_InfLatVent":  # the export has but its volume
+                columns += [
+                    (f"{name}_{kind}", measures[kind][:, n] * (volume[:, n] > 0)) for kind in kinds
+                ]
+    for kind, values in cortex.items():
+        named = [(f"{name}_{kind}", column) for name, column in zip(regions, values.T)]
+        if kind in ("NumVert", "GrayVol"):  # the export's own order
+            named[:2] = named[1::-1]
+        columns += named
+    labels, values = zip(*columns)
+    labels = [name.replace("R_Cerebellum_Cort", "L_Cerebellum_Cort") for name in labels]
+    found = pd.DataFrame(np.column_stack(values).round(4), subjects.index)
+    found = pd.concat([subjects[["Subject", "Release", "Gender"]], found], axis=1)
+    return found.set_axis(
+        ["Subject", "Release", "Gender", *(f"FS_{name}" for name in labels)], axis=1
+    )
+
+
+def _totals(seg: dict[str, np.ndarray], grey: np.ndarray, head: np.ndarray, draw) -> dict:
+    """The export's leading columns, sums of parts where FreeSurfer's are."""
+    noise = draw(6)
+    both = {name: seg[f"L_{name}"] + seg[f"R_{name}"] for name, *_ in PAIRED}
+    left, right = grey[:, :34].sum(1), grey[:, 34:].sum(1)
+    deep = (
+        "ThalamusProper",
+        "Caudate",
+        "Putamen",
+        "Pallidum",
+        "Hippo",
+        "Amygdala",
+        "AccumbensArea",
+    )
+    deep = sum(both[name] for name in deep)
+    white = 225_000 * head[:, None] * np.exp(0.04 * noise[:, :1] + 0.01 * noise[:, 1:3])
+    ventricles = both["LatVent"] + both["InfLatVent"] + both["ChoroidPlexus"] + seg["3rdVent"]
+    upper = left + right + deep + both["VentDC"] + white.sum(1)
+    whole = upper + both["Cerebellum_Cort"] + both["Cerebellum_WM"]
+    intracranial = 1_560_000 * head * np.exp(0.012 * noise[:, 3])
+    mask = 1_640_000 * head * np.exp(0.012 * noise[:, 4])
+    holes = np.exp(2.5 + 0.45 * np.stack([noise[:, 5], draw(1)[:, 0]])).round()
+    return {
+        "InterCranial_Vol": intracranial,
+        "BrainSeg_Vol": whole + ventricles + seg["4thVent"],
+        "BrainSeg_Vol_No_Vent": whole,
+        "BrainSeg_Vol_No_Vent_Surf": whole - 400,
+        "LCort_GM_Vol": left,
+        "RCort_GM_Vol": right,
+        "TotCort_GM_Vol": left + right,
+        "SubCort_GM_Vol": deep,
+        "Total_GM_Vol": left + right + deep + both["Cerebellum_Cort"],
+        "SupraTentorial_Vol": upper + ventricles,
+        "SupraTentorial_Vol_No_Vent": upper,
+        "SupraTentorial_No_Vent_Voxel_Count": (0.99 * upper).round(),
+        "L_WM_Vol": white[:, 0],
+        "R_WM_Vol": white[:, 1],
+        "Tot_WM_Vol": white.sum(1),
+        "Mask_Vol": mask,
+        "BrainSegVol_eTIV_Ratio": (whole + ventricles) / intracranial,
+        "MaskVol_eTIV_Ratio": mask / intracranial,
+        "LH_Defect_Holes": holes[0],
+        "RH_Defect_Holes": holes[1],
+        "Total_Defect_Holes": holes.sum(0),
+    }

@@ -12,6 +12,11 @@ LABELS = {"F": 0, "M": 1}
 """Label coding of HCP's Gender column, used everywhere: women 0, men 1."""
 
 
+def identifier(path: Path) -> str:
+    """The subject's ID in a volume's name, ``<ID>.nii.gz``, ``<ID>_FA.nii.gz`` or without gz."""
+    return path.name.removesuffix(".gz").removesuffix(".nii").removesuffix("_FA")
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a partial path beside `path`; rename it to `path` on success, delete it on failure.

@@ -113,11 +113,12 @@ def anatomy(spacing: float = 2.5, template: str | Path | None = None) -> Anatomy
         The template is not there, is no FA map, or leaves a planted region without a voxel.
     """
     shape, affine = grid(spacing)
+    millimetres = _millimetres(shape, affine)
     white = _sampled(load_mni152_wm_template(resolution=1), shape, affine)
     if template is None:
         mask = _sampled(load_mni152_brain_mask(resolution=1), shape, affine) > 0.5
         grey = _sampled(load_mni152_gm_template(resolution=1), shape, affine)
-        fa = 0.10 * grey + white * (0.35 + _tracts(shape, affine))
+        fa = 0.10 * grey + white * (0.35 + _tracts(millimetres))
         texture = gaussian_filter(np.random.default_rng(0).standard_normal(shape), 5 / spacing)
         fa = fa + 0.05 * (0.2 + white) * texture / texture.std()
         rank = np.argsort(np.argsort(fa[mask])) / mask.sum() * 100
@@ -133,7 +134,6 @@ def anatomy(spacing: float = 2.5, template: str | Path | None = None) -> Anatomy
         fa = _sampled(nib.Nifti1Image(real, real_affine), shape, affine)
         mask = fa > nifti.BRAIN_FA
     effect, labels = np.zeros(shape, np.float32), np.zeros(shape, np.int16)
-    millimetres = _millimetres(shape, affine)
     for label, (centre, radius, peak) in enumerate(REGIONS.values(), 1):
         distance = np.linalg.norm(millimetres - centre, axis=-1) / radius
         bump = np.clip(2 - 2 * distance**2, 0, 1) * np.clip(1.5 * white, 0, 1) * mask
@@ -176,10 +176,9 @@ def _sampled(image, shape, affine) -> np.ndarray:
     return affine_transform(data, matrix[:3, :3], matrix[:3, 3], shape, order=1)
 
 
-def _tracts(shape, affine) -> np.ndarray:
+def _tracts(millimetres) -> np.ndarray:
     """Strength of the strongest tract in each voxel, falling off as a Gaussian of its radius."""
-    strength = np.zeros(shape, np.float32)
-    millimetres = _millimetres(shape, affine)
+    strength = np.zeros(millimetres.shape[:-1], np.float32)
     for courses in TRACTS.values():
         for radius, peak, points in courses:
             points = np.array(points, float)

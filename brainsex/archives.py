@@ -21,7 +21,7 @@ import pandas as pd
 from joblib import Parallel, delayed
 from tqdm.auto import tqdm
 
-from brainsex import replacing
+from brainsex import identifier, replacing
 
 FA_MEMBERS = ("*_FA.nii.gz", "FA.nii.gz", "*_FA.nii", "FA.nii")
 MAX_MEMBER = 2 << 30
@@ -82,10 +82,8 @@ def extract(
     for path in sorted(_zips(source)):
         if subject := re.match("[0-9A-Za-z]+", path.name):
             archives.setdefault(subject[0], []).append(path)
-    volumes = (
-        re.fullmatch(r"([0-9A-Za-z]+)(_FA)?\.nii(\.gz)?", each.name) for each in target.glob("*")
-    )
-    outcome = {volume[1]: ("present", "") for volume in volumes if volume}
+    present = map(identifier, target.glob("*.nii*"))
+    outcome = {subject: ("present", "") for subject in present if subject.isalnum()}
     if not source.is_dir() or not (archives or outcome):
         found = "none in it" if source.is_dir() else "no such folder"
         raise FileNotFoundError(

@@ -15,6 +15,25 @@ from brainsex import networks, perturbation, replacing
 from brainsex.cohort import Cohort
 
 
+def held_out(networks_folder: str | Path, subjects: Sequence[str]) -> np.ndarray:
+    """Fold (N,) of each subject: the number K of the network ``fold-K.pt`` that did not see it.
+
+    Raises
+    ------
+    FileNotFoundError
+        No ``folds.csv`` there: run notebook 04.
+    ValueError
+        A subject that it does not know.
+    """
+    path = Path(networks_folder) / "folds.csv"
+    if not path.is_file():
+        raise FileNotFoundError(f"{networks_folder}: no folds.csv. Run notebook 04_cnn_3d first.")
+    folds = pd.read_csv(path, dtype={"Subject": str}).set_index("Subject")["fold"]
+    if unknown := sorted(set(subjects) - set(folds.index)):
+        raise ValueError(f"{networks_folder}: folds.csv does not know {', '.join(unknown[:10])}.")
+    return folds[subjects].to_numpy()
+
+
 def explain(
     cohort: Cohort,
     networks_folder: str | Path,
@@ -48,42 +67,40 @@ def explain(
     networks_folder, out = Path(networks_folder), Path(out)
     if cohort.affine is None:
         raise ValueError("the cohort has no affine: masks would lie nowhere. Give cohort.load one.")
-    if not (networks_folder / "folds.csv").is_file():
-        raise FileNotFoundError(f"{networks_folder}: no folds.csv. Run notebook 04_cnn_3d first.")
-    folds = pd.read_csv(networks_folder / "folds.csv", dtype={"Subject": str})
-    folds = folds.set_index("Subject")["fold"]
     rows = np.arange(len(cohort)) if rows is None else np.asarray(rows)
     subjects = cohort.subjects[rows]
-    if unknown := sorted(set(subjects) - set(folds.index)):
-        raise ValueError(f"{networks_folder}: folds.csv does not know {', '.join(unknown[:10])}.")
-    held_out = folds[subjects].to_numpy()
+    folds = held_out(networks_folder, subjects)
     record = out / "masks.csv"
     done = pd.read_csv(record, dtype={"Subject": str}) if record.is_file() else pd.DataFrame()
     how = [inspect.getsource(perturbation), *sorted(settings.items())]
     how = repr((*how, networks.precision(networks.device())))
-    bar = tqdm(total=len(rows), desc="masks", unit="subject")
-    for fold in np.unique(held_out):
-        path = networks_folder / f"fold-{fold}.pt"
-        network = networks.load(path, cohort.volumes.shape[1:])
-        key = hashlib.sha256(path.read_bytes() + how.encode()).hexdigest()[:16]
-        same = done[done["key"] == key]["Subject"] if len(done) else []
-        same = [subject for subject in same if (out / f"{subject}.nii.gz").is_file()]
-        here = rows[(held_out == fold) & ~np.isin(subjects, same)]
-        bar.update((held_out == fold).sum() - len(here))
-        for some in np.array_split(here, -(-len(here) // 64)) if len(here) else []:
-            names = cohort.subjects[some]
-            found = perturbation.optimise_masks(
-                network, cohort.volumes[some], subjects=names, progress=False, **settings
-            )
-            for name, mask in zip(names, found.masks):
-                image = nib.Nifti1Image(mask, cohort.affine)
-                with replacing(out / f"{name}.nii.gz") as path:
-                    path.write_bytes(gzip.compress(image.to_bytes(), mtime=0))
-            more = found.history.assign(Subject=names, sex=cohort.sex[some], fold=fold, key=key)
-            done = pd.concat([done, more]).drop_duplicates("Subject", keep="last")
-            with replacing(record) as path:
-                done.to_csv(path, index=False)
-            bar.update(len(some))
-    bar.close()
+    with tqdm(total=len(rows), desc="masks", unit="subject") as bar:
+        for fold in np.unique(folds):
+            weights = networks_folder / f"fold-{fold}.pt"
+            network = networks.load(weights, cohort.volumes.shape[1:])
+            key = hashlib.sha256(weights.read_bytes() + how.encode()).hexdigest()[:16]
+            same = done[done["key"] == key]["Subject"] if len(done) else []
+            same = [subject for subject in same if (out / f"{subject}.nii.gz").is_file()]
+            here = rows[(folds == fold) & ~np.isin(subjects, same)]
+            bar.update((folds == fold).sum() - len(here))
+            for start in range(0, len(here), 64):
+                some = here[start : start + 64]
+                names = cohort.subjects[some]
+                found = perturbation.optimise_masks(
+                    network, cohort.volumes[some], subjects=names, progress=False, **settings
+                )
+                for name, mask in zip(names, found.masks):
+                    _write(out / f"{name}.nii.gz", mask, cohort.affine)
+                more = found.history.assign(Subject=names, sex=cohort.sex[some], fold=fold, key=key)
+                done = pd.concat([done, more]).drop_duplicates("Subject", keep="last")
+                with replacing(record) as partial:
+                    done.to_csv(partial, index=False)
+                bar.update(len(some))
     columns = ["sex", "fold", "target", "before", "after", "volume"]
     return done.set_index("Subject").loc[subjects, columns].reset_index()
+
+
+def _write(path: Path, mask: np.ndarray, affine: np.ndarray) -> None:
+    """A mask as NIfTI: the same bytes whenever it is written."""
+    with replacing(path) as partial:
+        partial.write_bytes(gzip.compress(nib.Nifti1Image(mask, affine).to_bytes(), mtime=0))

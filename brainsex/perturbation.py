@@ -84,6 +84,7 @@ def _objective(evidence: Tensor, coarse: Tensor, area: float, smoothness: float)
 def _optimise(
     network: nn.Module,
     volumes: Tensor,
+    removed: Tensor,
     target: Tensor,
     log_odds: Tensor,
     shifts: list,
@@ -92,11 +93,12 @@ def _optimise(
     area: float,
     smoothness: float,
     floor: float,
-    sigma: float,
 ) -> Tensor:
-    """Masks (n, 1, X, Y, Z) of some volumes, each minimising its own objective."""
+    """Masks (n, 1, X, Y, Z) of some volumes, each minimising its own objective.
+
+    `removed`, of the volumes' shape, is what a mask of 1 adds: the blurred minus the volumes.
+    """
     sizes, device = volumes.shape[2:], volumes.device
-    removed = blurred(volumes, sigma) - volumes
     dtype = next(network.parameters()).dtype
     lowest = math.log(floor / (1 - floor)) * (log_odds / SURE).clamp(min=1)
     scale = (log_odds - lowest).clamp(min=1)
@@ -120,7 +122,7 @@ def _optimise(
         schedule.step()
         with torch.no_grad():
             coarse.clamp_(0, 1)
-    return F.interpolate(coarse.detach(), size=sizes, mode="trilinear").clamp_(0, 1)  # rounding
+    return F.interpolate(coarse.detach(), size=sizes, mode="trilinear")
 
 
 def _log_odds(logits: Tensor, target: Tensor) -> Tensor:
@@ -187,7 +189,7 @@ def optimise_masks(
             )
         target = np.broadcast_to(target, len(volumes))
 
-    weights = {"area": area, "smoothness": smoothness, "floor": floor}
+    settings = {"lr": lr, "area": area, "smoothness": smoothness, "floor": floor}
 
     def some(rows: slice) -> tuple[np.ndarray, list]:
         batch = np.array(volumes[rows], np.float32)
@@ -203,9 +205,10 @@ def optimise_masks(
             chosen = torch.as_tensor(target[rows].copy(), dtype=torch.long, device=device)
         shifts = [_shifts(name, seed, iterations) for name in subjects[rows]]
         log_odds = _log_odds(logits, chosen)
-        found = _optimise(fast, batch, chosen, log_odds, shifts, lr=lr, sigma=sigma, **weights)
+        removed = blurred(batch, sigma) - batch
+        found = _optimise(fast, batch, removed, chosen, log_odds, shifts, **settings)
         with torch.no_grad():
-            after = plain(batch + found * (blurred(batch, sigma) - batch)).softmax(1)
+            after = plain(batch + found * removed).softmax(1)
         columns = (
             chosen,
             before.gather(1, chosen[:, None])[:, 0],

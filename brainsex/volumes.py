@@ -11,15 +11,10 @@ import pandas as pd
 from scipy.ndimage import affine_transform, gaussian_filter
 from tqdm.auto import tqdm
 
-from brainsex import LABELS, SHAPE, replacing, tables
+from brainsex import LABELS, SHAPE, identifier, replacing, tables
 from brainsex.nifti import brain_volume, clean, load, resample
 
 __all__ = ["brain_volume", "clean", "convert", "identifier", "load", "resample"]
-
-
-def identifier(path: Path) -> str:
-    """The subject's ID in a volume's name, ``<ID>.nii.gz``, ``<ID>_FA.nii.gz`` or without gz."""
-    return path.name.removesuffix(".gz").removesuffix(".nii").removesuffix("_FA")
 
 
 def convert(

@@ -233,7 +233,8 @@ def test_overwrite_extracts_anew_and_keeps_one_volume_a_subject(source, target):
 def test_volumes_without_archives_are_present(source, target):
     source.mkdir()
     target.mkdir()
-    for name in ("000002.nii.gz", "900001.nii", ".900003.nii.gz.partial", "mean-of-all.nii.gz"):
+    others = (".900003.nii.gz.partial", "mean-of-all.nii.gz", "notes", "900004.gz", ".nii")
+    for name in ("000002.nii.gz", "900001.nii", *others):
         (target / name).write_bytes(b"")
     table = extract(source, target)
     assert table.values.tolist() == [["000002", "present", ""], ["900001", "present", ""]]

@@ -11,7 +11,7 @@ from scipy.ndimage import binary_dilation, gaussian_filter
 
 from brainsex import networks, perturbation
 from brainsex.cohort import Cohort
-from brainsex.masks import explain
+from brainsex.masks import explain, held_out
 from brainsex.networks import MriNet3d
 from brainsex.perturbation import blurred, optimise_masks
 
@@ -350,19 +350,25 @@ def test_the_objective_by_hand():
     assert found.item() == pytest.approx(0.85 + (3 / 3 + 2 / 2) + 0)
 
 
+def searched(network, batch, *others, **options):
+    """The search alone, given the blur's default as its reference."""
+    removed = blurred(batch) - batch
+    return perturbation._optimise(network, batch, removed, *others, **options)
+
+
 def test_together_as_alone(network, volumes):
     """A batch, as a GPU has it: every volume minimises its own objective, no mean over all."""
     count = perturbation.RAMP + 6  # weights grow, where the target is above the floor
     shifts = [perturbation._shifts(str(n), 0, count) for n in range(3)]
     batch, target = torch.from_numpy(volumes[:3])[:, None], torch.tensor([0, 1, 1])
     frozen, log_odds = networks.folded(network), torch.tensor([1.0, 30.0, -4.0])
-    options = {"lr": 0.1, "sigma": 5.0, "area": 3.0, "smoothness": 3.0, "floor": 0.05}
+    options = {"lr": 0.1, "area": 3.0, "smoothness": 3.0, "floor": 0.05}
     with networks.one_thread_each(torch.device("cpu")):
-        together = perturbation._optimise(frozen, batch, target, log_odds, shifts, **options)
+        together = searched(frozen, batch, target, log_odds, shifts, **options)
         for n in range(3):
             some = slice(n, n + 1)
             one = (batch[some], target[some], log_odds[some], shifts[some])
-            alone = perturbation._optimise(frozen, *one, **options)
+            alone = searched(frozen, *one, **options)
             np.testing.assert_allclose(together[some], alone, atol=2e-3)
 
 
@@ -372,10 +378,10 @@ def test_one_volume_above_the_floor_does_not_press_on_another(bright):
     batch, target = torch.from_numpy(np.stack([bright[0], weaker]))[:, None], torch.tensor([1, 1])
     log_odds = torch.tensor([30 * (0.8 - 0.45), 30 * (0.55 - 0.45)])
     shifts = [perturbation._shifts(name, 0, perturbation.RAMP + 15) for name in "ab"]
-    options = {"lr": 0.3, "sigma": 5.0, "area": 300.0, "smoothness": 3.0, "floor": 0.02}
-    together = perturbation._optimise(BoxMean(), batch, target, log_odds, shifts, **options)
+    options = {"lr": 0.3, "area": 300.0, "smoothness": 3.0, "floor": 0.02}
+    together = searched(BoxMean(), batch, target, log_odds, shifts, **options)
     last = (batch[1:], target[1:], log_odds[1:], shifts[1:])
-    alone = perturbation._optimise(BoxMean(), *last, **options)
+    alone = searched(BoxMean(), *last, **options)
     assert alone.max() > 0.1
     np.testing.assert_allclose(together[1:], alone, atol=2e-3)
 
@@ -408,12 +414,12 @@ def study(network, volumes, tmp_path):
 
 
 def test_each_subject_by_the_network_that_did_not_see_it(study, tmp_path):
-    cohort, folder, fitted, held_out = study
+    cohort, folder, fitted, folds = study
     table = explain(cohort, folder, tmp_path / "masks", **QUICK)
     assert table["Subject"].tolist() == cohort.subjects.tolist()
-    assert table["fold"].tolist() == held_out
+    assert table["fold"].tolist() == folds
     assert table["sex"].tolist() == cohort.sex.tolist()
-    for n, (subject, fold) in enumerate(zip(cohort.subjects, held_out)):
+    for n, (subject, fold) in enumerate(zip(cohort.subjects, folds)):
         volume = cohort.volumes[n : n + 1]
         expected = masks_of(fitted[fold], volume, subjects=[subject])
         image = nib.load(tmp_path / "masks" / f"{subject}.nii.gz")
@@ -453,6 +459,17 @@ def test_masks_of_a_cohort_go_on_where_they_stopped(study, tmp_path, monkeypatch
     calls.clear()
     explain(cohort, folder, tmp_path / "masks", **QUICK | {"seed": 1})
     assert len(calls) == 4  # other settings
+
+
+def test_held_out_gives_the_fold_of_each_subject_asked_for(study, tmp_path):
+    cohort, folder, _, folds = study
+    order = [2, 0, 3]
+    found = held_out(str(folder), cohort.subjects[order])
+    assert found.tolist() == [folds[n] for n in order]
+    with pytest.raises(FileNotFoundError, match="04_cnn_3d"):
+        held_out(tmp_path / "absent", cohort.subjects)
+    with pytest.raises(ValueError, match=r"cnn3d: folds.csv does not know 000001, 000099\."):
+        held_out(folder, ["000099", "000007", "000001"])
 
 
 def test_a_cohort_without_networks_or_affine(study, tmp_path):

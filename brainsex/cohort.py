@@ -2,11 +2,13 @@
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+
+from brainsex import tables
 
 
 @dataclass(frozen=True)
@@ -89,21 +91,37 @@ def load(folder: str | Path, *, affine: np.ndarray | None = None) -> Cohort:
         affine = np.asarray(affine, float)
         if affine.shape != (4, 4):
             raise ValueError(f"expected an affine (4, 4), found {affine.shape}.")
-    known = "group" in table and table["group"].notna().any()
-    if known:  # whose family is unknown counts as a family of its own
-        table["group"] = table["group"].fillna("subject " + table["Subject"])
-    synthetic = (folder / "SYNTHETIC").is_file()
-    name = Path(os.path.abspath(folder)).name  # a link keeps its own
+    groups = table.set_index("Subject")["group"] if "group" in table else pd.Series(dtype=str)
+    name, synthetic = name_of(folder)
     return Cohort(
-        name=name if not synthetic or "synthetic" in name else f"{name} (synthetic)",
+        name=name,
         synthetic=synthetic,
         volumes=volumes,
         sex=sex,
         subjects=table["Subject"].to_numpy(str),
-        groups=table["group"].to_numpy(str) if known else None,
+        groups=tables.filled(groups),
         affine=affine,
         table=table,
     )
+
+
+def subset(cohort: Cohort, rows: np.ndarray) -> Cohort:
+    """Some subjects of a cohort, whose volumes stay where they are until they are asked for."""
+    return replace(
+        cohort,
+        volumes=Rows(cohort.volumes, rows),
+        sex=cohort.sex[rows],
+        subjects=cohort.subjects[rows],
+        groups=None if cohort.groups is None else cohort.groups[rows],
+        table=cohort.table.iloc[rows].reset_index(drop=True),
+    )
+
+
+def name_of(folder: str | Path) -> tuple[str, bool]:
+    """A cohort's name, with the word synthetic where the cohort is; and whether it is."""
+    synthetic = (Path(folder) / "SYNTHETIC").is_file()
+    name = Path(os.path.abspath(folder)).name  # a link keeps its own
+    return name if not synthetic or "synthetic" in name else f"{name} (synthetic)", synthetic
 
 
 def _array(path: Path) -> np.ndarray:

@@ -197,16 +197,38 @@ def write_cohort(
     )
     for _ in tqdm(done, total=len(rows), desc="synthesize", unit="subject"):
         pass
+    _write_tables(folder, people, head_size=head_size, effect=effect, seed=seed)
+    return folder
+
+
+def _write_tables(folder: Path, people: population.People, **options) -> None:
     tables = {
-        "unrestricted_hcp_freesurfer.csv": freesurfer_table(
-            people, head_size=head_size, effect=effect, seed=seed
-        ),
+        "unrestricted_hcp_freesurfer.csv": freesurfer_table(people, **options),
         "restricted.csv": people.restricted,
         "unrestricted_behavioral.csv": people.behavioural,  # last: where it is, all is written
     }
     for name, table in tables.items():
         with replacing(folder / name) as path:
             table.to_csv(path, index=False)
+
+
+def head_size_alone(cohort: str | Path, folder: str | Path) -> Path:
+    """Write the tables of a synthetic cohort's people anew, as if only their heads differed.
+
+    Raises
+    ------
+    FileNotFoundError
+        The cohort is real: nobody knows what its people would be like.
+    """
+    folder, marker = Path(folder), Path(cohort) / "SYNTHETIC"
+    if not marker.is_file():
+        raise FileNotFoundError(f"{cohort}: no synthetic cohort.")
+    options = json.loads(marker.read_text()) | {"effect": 0.0}
+    with replacing(folder / "SYNTHETIC") as path:
+        path.write_text(json.dumps(options))
+    people = population.draw(options["subjects"], options["seed"])
+    sizes = {name: options[name] for name in ("head_size", "effect", "seed")}
+    _write_tables(folder, people, **sizes)
     return folder
 
 

@@ -1,13 +1,21 @@
 """HCP's tables: found under their own names, read with IDs as strings, joined by subject."""
 
+import csv
+import re
+import warnings
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from brainsex import LABELS
 
 NO_VOLUME = "a row, but no volume"
 """Why `match` leaves out the subjects of whom only the table knows."""
+
+MAX_BYTES, MAX_HEADER = 1 << 30, 1 << 25
+"""No table is larger: 40,000 subjects with 2,000 columns fit."""
 
 BESIDE = {
     "unrestricted_hcp_freesurfer.csv": {
@@ -113,22 +121,100 @@ def match(
     return accepted, rejected
 
 
-def _columns(table: Path, needed: dict[str, str], wanted: dict[str, str]) -> pd.DataFrame:
-    """The columns needed, and those wanted where there are any, under our names, by Subject."""
+def families(folder: str | Path, subjects: np.ndarray) -> np.ndarray | None:
+    """Family (N,) str of each subject, from the restricted table in a folder; None if unknown."""
+    path = _beside(Path(folder), "restricted.csv")
+    if path is None:
+        return None
+    known = _columns(path, {}, BESIDE["restricted.csv"]).reindex(subjects)
+    return filled(known["group"]) if "group" in known else None
+
+
+def filled(groups: pd.Series) -> np.ndarray | None:
+    """Groups (N,) str of subjects, the index; who has none is alone; None where nobody has one."""
+    if groups.isna().all():
+        return None
+    alone = pd.Series("subject " + groups.index.astype(str), groups.index)
+    return groups.fillna(alone).to_numpy(str)
+
+
+def raw(table: str | Path) -> pd.DataFrame:
+    """A table's cells as text, NaN where blank; of a name that stands twice, the second is "… (2)".
+
+    Commas, semicolons (then with decimal commas) or tabs, whichever the header has most of; line
+    ends of any system.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        No such table; more than a gigabyte; not text in columns.
+    """
+    table = Path(table)
     if not table.is_file():
         raise FileNotFoundError(f"{table}: no such table. DATA_ACCESS.md says where to get it.")
-    columns = {"Subject": "Subject"} | needed | wanted
+    if (size := table.stat().st_size) > MAX_BYTES:
+        raise ValueError(
+            f"{table}: expected at most {MAX_BYTES} bytes, found {size}: no such table."
+        )
     try:
-        # index_col: where rows end in a comma, pandas would shift the columns by one
-        rows = pd.read_csv(table, dtype=str, usecols=lambda name: name in columns, index_col=False)
-    except (UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        raise ValueError(f"{table}: not a CSV table ({error}).") from error
+        with table.open(encoding="utf-8-sig") as file:  # any line end reads as \n
+            header = file.readline(MAX_HEADER)
+            separator = max(",;\t", key=header.count)
+            names = [name.strip() for name in next(csv.reader([header], delimiter=separator), [])]
+            if not names:
+                raise ValueError(f"{table}: not a CSV table (no header).")
+            seen = Counter()
+            for n, name in enumerate(names):
+                seen[name] += 1
+                names[n] = name if seen[name] == 1 else f"{name} ({seen[name]})"
+            if twice := [name for name, count in Counter(names).items() if count > 1]:
+                raise ValueError(f"{table}: expected one column {twice[0]}, found several.")
+            # one column more, for rows that end in a separator, and for cells beyond the header;
+            # index_col: pandas would shift the columns by one
+            options = {"dtype": str, "index_col": False, "skip_blank_lines": False}
+            names = [*names, "beyond the header"]
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", pd.errors.ParserWarning)
+                rows = pd.read_csv(file, sep=separator, names=names, header=None, **options)
+    except (
+        UnicodeDecodeError,
+        csv.Error,
+        pd.errors.ParserError,
+        pd.errors.ParserWarning,
+        pd.errors.EmptyDataError,
+    ) as error:
+        # pandas counts the lines after the header
+        said = re.sub(r"line (\d+)", lambda found: f"line {int(found[1]) + 1}", str(error))
+        raise ValueError(f"{table}: not a CSV table ({said.strip()}).") from error
+    beyond = rows.pop("beyond the header")
+    if beyond.notna().any():
+        raise ValueError(
+            f"{table}: line {beyond.notna().idxmax() + 2}: expected {len(names) - 1} cells, as in "
+            f"the header, found one more, {beyond[beyond.notna().idxmax()]!r}."
+        )
+    if separator == ";":
+        rows = rows.replace(r"^\s*([-+]?\d*),(\d+(?:[eE][-+]?\d+)?)\s*$", r"\1.\2", regex=True)
+    return rows
+
+
+def identifiers(table: Path, column: pd.Series) -> np.ndarray:
+    """IDs (N,) str, none of them blank or twice."""
+    names = column.str.strip().replace("", np.nan)
+    if names.isna().any():
+        raise ValueError(f"{table}: line {names.isna().idxmax() + 2} has no {column.name}.")
+    twice = names[names.duplicated()].unique()
+    if len(twice):
+        raise ValueError(f"{table}: subjects in more than one row: {', '.join(twice[:10])}.")
+    return names.to_numpy(str)
+
+
+def _columns(table: Path, needed: dict[str, str], wanted: dict[str, str]) -> pd.DataFrame:
+    """The columns needed, and those wanted where there are any, under our names, by Subject."""
+    columns = {"Subject": "Subject"} | needed | wanted
+    rows = raw(table)
     if missing := [name for name in ("Subject", *needed) if name not in rows]:
         raise ValueError(f"{table}: expected a column {' and '.join(missing)}, found none.")
     rows = rows[[name for name in columns if name in rows]].rename(columns=columns)
     rows = rows.dropna(subset="Subject")
-    rows["Subject"] = rows["Subject"].str.strip()
-    twice = rows["Subject"][rows["Subject"].duplicated()].unique()
-    if len(twice):
-        raise ValueError(f"{table}: subjects in more than one row: {', '.join(twice[:10])}.")
+    rows["Subject"] = identifiers(table, rows["Subject"])
     return rows.set_index("Subject")

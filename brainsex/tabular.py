@@ -1,36 +1,239 @@
-"""Classifiers on flat features; so far the study's SVM on voxels."""
+"""Morphometry tables: HCP's FreeSurfer export or any other, and what classifiers make of it."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
-from sklearn.svm import SVC
-from tqdm.auto import tqdm
+from sklearn.base import BaseEstimator
 
-from brainsex.cohort import Cohort
-from brainsex.nifti import BRAIN_FA
+from brainsex import classifiers, evaluation, tables
+from brainsex.cohort import name_of
+
+SUBJECT = ("Subject", "participant_id", "eid")
+SEX = ("Gender", "sex")
+"""Columns looked for, in any case, when the one named is not there: HCP, BIDS, UK Biobank."""
+CODES = {"f": 0, "female": 0, "w": 0, "woman": 0, "m": 1, "male": 1, "man": 1}
+NUMBERS = ({"0": 0, "1": 1}, {"1": 1, "2": 0})
+"""Number codes: 0 women, 1 men (UK Biobank); 1 men, 2 women (ISO 5218)."""
+NO_FEATURES = ("Release",)
+INTRACRANIAL = "FS_IntraCranial_Vol"
 
 
-def voxel_svm(cohort: Cohort, assignment: np.ndarray) -> pd.DataFrame:
-    """The study's support vector machine (RBF) on standardised voxels, over given folds.
+@dataclass(frozen=True)
+class Table:
+    """Morphometry of N subjects. ``len()`` is their number."""
 
-    Brain mask (mean FA above 0.02) and scaling come from the training folds alone.
+    name: str
+    """The folder's name, with the word synthetic where the cohort is."""
+    features: pd.DataFrame
+    """(N, P) numbers, NaN where blank."""
+    sex: np.ndarray
+    """(N,) int64, women 0, men 1."""
+    subjects: np.ndarray
+    """(N,) str."""
+    groups: np.ndarray | None
+    """(N,) str, families, of ``restricted.csv`` beside the table; None where all are unknown."""
+    release: np.ndarray | None
+    """(N,) str, HCP's Release, which is no feature."""
+    notes: dict[str, tuple[str, ...]]
+    """What was dropped, renamed or changed: columns by reason."""
+
+    def __len__(self) -> int:
+        return len(self.sex)
+
+
+def load(
+    csv: str | Path,
+    *,
+    subject: str = "Subject",
+    sex: str = "Gender",
+    codes: Mapping[str, int] | None = None,
+) -> Table:
+    """Read a morphometry table: HCP's FreeSurfer CSV as exported, or any other.
+
+    What is dropped is printed, and kept in ``notes``: columns of text, blank or the same for
+    everybody, subjects without a sex. Infinite values become blanks.
 
     Parameters
     ----------
-    cohort : its voxels within the brain must fit into memory (1113 subjects: 0.3 GB).
-    assignment : (N,) fold in which each subject is tested, of `evaluation.folds`.
+    csv : with a header; commas, semicolons or tabs; any line ends.
+    subject, sex : the columns; HCP's, BIDS's and UK Biobank's names are found by themselves.
+    codes : what the sex column's values mean, women 0, men 1. By default M and F, male and female,
+        0 and 1 (men), or 1 (men) and 2.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        No such table, or too large; no such column, or several; an unknown code; a subject twice;
+        a value among a column's numbers that is none; one sex only; no feature.
+    """
+    csv = Path(csv)
+    rows = tables.raw(csv).dropna(how="all")  # blank lines; the index still counts lines
+    subject, sex = _named(csv, rows, subject, SUBJECT), _named(csv, rows, sex, SEX)
+    said: dict[str, list[str]] = {}
+    said["second of a name"] = [name for name in rows if name.endswith(" (2)")]
+    label = _labels(csv, rows[sex], codes)
+    if blank := int(label.isna().sum()):
+        said["subjects without a sex, left out"] = [str(blank)]
+    rows, label = rows[label.notna()], label[label.notna()].astype(np.int64)
+    if label.nunique() < 2:
+        raise ValueError(f"{csv}: expected both sexes in {sex}, found one only.")
+    names = tables.identifiers(csv, rows[subject])
+    numbers = {}
+    no_features = {name.lower() for name in (subject, sex, *SUBJECT, *SEX, *NO_FEATURES)}
+    for name in rows:
+        if re.sub(r" \(\d+\)$", "", name).lower() in no_features:
+            if name not in (subject, sex, *NO_FEATURES):
+                said.setdefault("names a subject, its sex or release, dropped", []).append(name)
+            continue
+        values, problem = _numbers(csv, rows[name])
+        if problem:
+            said.setdefault(problem, []).append(name)
+        if values is not None:
+            numbers[name] = values
+    if not numbers:
+        raise ValueError(f"{csv}: no column of numbers beside {subject} and {sex}.")
+    features = pd.DataFrame(numbers)
+    if "FS_InterCranial_Vol" in features and INTRACRANIAL not in features:
+        features = features.rename(columns={"FS_InterCranial_Vol": INTRACRANIAL})
+        said[f"called {INTRACRANIAL}, as in other exports"] = ["FS_InterCranial_Vol"]
+    found = Table(
+        name=name_of(csv.parent)[0],
+        features=features.reset_index(drop=True),
+        sex=label.to_numpy(),
+        subjects=names,
+        groups=tables.families(csv.parent, names),
+        release=rows["Release"].fillna("").to_numpy(str) if "Release" in rows else None,
+        notes={problem: tuple(names) for problem, names in said.items() if names},
+    )
+    print(f"{csv.name}: {len(found)} subjects, {features.shape[1]} features")
+    for problem, names in found.notes.items():
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        print(f"  {problem}: {', '.join(names[:3])}{more}")
+    return found
+
+
+def _named(csv: Path, rows: pd.DataFrame, name: str, others: tuple[str, ...]) -> str:
+    """The column asked for or, when that is a default that is not there, its known synonyms."""
+    if name in rows and f"{name} (2)" not in rows:
+        return name
+    names = {name.lower()} if name in rows else {other.lower() for other in others}
+    found = [c for c in rows if re.sub(r" \(\d+\)$", "", c).lower() in names]
+    if name not in others or len(found) != 1:
+        there = ", ".join(found) or ", ".join(rows.columns[:10])
+        several = "several: " if len(found) > 1 else ""
+        raise ValueError(
+            f"{csv}: expected one column {name}, found {several}{there}. "
+            "Name it: tabular.load(csv, subject=…, sex=…)."
+        )
+    return found[0]
+
+
+def _labels(csv: Path, column: pd.Series, codes: Mapping[str, int] | None) -> pd.Series:
+    """0 and 1, NaN where blank."""
+    values = column.str.strip().str.lower().str.removesuffix(".0")
+    if codes is not None:
+        known = {str(c).strip().lower().removesuffix(".0"): label for c, label in codes.items()}
+        if not set(known.values()) <= {0, 1}:
+            raise ValueError(
+                f"{csv}: expected codes of 0 (women) and 1 (men), found {dict(codes)}."
+            )
+    else:
+        present = set(values.dropna())
+        known = next((numbers for numbers in NUMBERS if present <= set(numbers)), CODES)
+    unknown = values.notna() & ~values.isin(list(known))
+    if unknown.any():
+        row = unknown.idxmax()
+        raise ValueError(
+            f"{csv}: column {column.name}, line {row + 2}: expected one of {', '.join(known)}, "
+            f"found {column[row]!r}. Say what it means: tabular.load(csv, codes={{…}})."
+        )
+    return values.map(known)
+
+
+def _numbers(csv: Path, column: pd.Series) -> tuple[pd.Series | None, str]:
+    """A column's numbers, or None; and what there is to say of it."""
+    given = column[column.notna()]
+    values = pd.to_numeric(given, errors="coerce")
+    bad = values.isna()
+    if given.empty:
+        return None, "all blank, dropped"
+    if bad.all():
+        return None, "text, dropped"
+    if bad.any():
+        row = bad.idxmax()
+        raise ValueError(
+            f"{csv}: column {column.name}, line {row + 2}: expected a number, found {given[row]!r}."
+        )
+    infinite = np.isinf(values)
+    values = values[~infinite]
+    problem = f"{infinite.sum()} infinite, the first in line {infinite.idxmax() + 2}: now blank"
+    if values.nunique() < 2:
+        return None, "the same for everybody, dropped"
+    return values.reindex(column.index), problem if infinite.any() else ""
+
+
+def decisions(
+    table: Table,
+    assignment: np.ndarray,
+    *,
+    chosen: Mapping[str, BaseEstimator] | None = None,
+    confounds: np.ndarray | None = None,
+    jobs: int | None = None,
+) -> dict[str, np.ndarray]:
+    """Each classifier's decisions on held-out subjects, of the same shape as `assignment`.
+
+    Parameters
+    ----------
+    assignment : (N,) or (R, N), of `evaluation.folds`.
+    chosen : classifiers by name; `classifiers.chosen_inside` by default.
+    confounds, jobs : of `classifiers.cross_predict`.
+    """
+    options = {"confounds": confounds, "jobs": jobs}
+    found = {}
+    for name, classifier in (chosen or classifiers.chosen_inside()).items():
+        each = [
+            classifiers.cross_predict(
+                classifier, table.features, table.sex, folds, name=name, **options
+            )
+            for folds in np.atleast_2d(assignment)
+        ]
+        found[name] = np.reshape(each, np.shape(assignment))
+    return found
+
+
+def compare(
+    table: Table,
+    *,
+    folds: int = 10,
+    seed: int = 0,
+    repeats: int = 1,
+    chosen: Mapping[str, BaseEstimator] | None = None,
+    confounds: np.ndarray | None = None,
+    jobs: int | None = None,
+) -> pd.DataFrame:
+    """The classifiers side by side, on the same folds; families, where known, never span two.
 
     Returns
     -------
-    One row a subject, in the cohort's order: Subject, fold, sex, decision (positive for man).
+    One row a classifier: its name and `evaluation.score`.
     """
-    decision = np.empty(len(cohort))
-    for fold in tqdm(np.unique(assignment), desc="voxel SVM", unit="fold"):
-        train, test = (np.flatnonzero(rows) for rows in (assignment != fold, assignment == fold))
-        brain = sum(cohort.volumes[row] / len(train) for row in train) > BRAIN_FA
-        voxels = [np.stack([cohort.volumes[row][brain] for row in rows]) for rows in (train, test)]
-        classifier = make_pipeline(StandardScaler(copy=False), SVC())
-        decision[test] = classifier.fit(voxels[0], cohort.sex[train]).decision_function(voxels[1])
-    columns = {"Subject": cohort.subjects, "fold": assignment, "sex": cohort.sex}
-    return pd.DataFrame({**columns, "decision": decision})
+    assignment = np.stack(
+        [
+            evaluation.folds(table.sex, groups=table.groups, folds=folds, seed=seed + repeat)
+            for repeat in range(repeats)
+        ]
+    )
+    found = decisions(table, assignment, chosen=chosen, confounds=confounds, jobs=jobs)
+    return scores(table.sex, found, assignment)
+
+
+def scores(
+    sex: np.ndarray, found: Mapping[str, np.ndarray], assignment: np.ndarray
+) -> pd.DataFrame:
+    """`evaluation.score` of each classifier's decisions, one row each."""
+    rows = {name: evaluation.score(sex, each, assignment) for name, each in found.items()}
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("classifier").reset_index()

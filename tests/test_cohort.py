@@ -233,7 +233,7 @@ def test_find_knows_the_project_s_name_and_hcp_s(tmp_path):
     ("content", "message"),
     [
         (b"Subject,Sex\n1,F\n", "expected a column Gender, found none"),
-        (b"ID;Gender\n1;F\n", "expected a column Subject and Gender, found none"),
+        (b"ID|Gender\n1|F\n", "expected a column Subject and Gender, found none"),
         (b"", "not a CSV table"),
         (b'Subject,Gender\n1,F\n2,"M\n', "not a CSV table"),
         (b"Subject,Gender\n\xff\xfe,F\n", "not a CSV table"),
@@ -263,3 +263,21 @@ def test_absent_table(tmp_path):
         tables.read(tmp_path / "t.csv")
     with pytest.raises(FileNotFoundError, match=r"found none.*DATA_ACCESS\.md"):
         tables.find(tmp_path)
+
+
+def test_a_subset_is_those_subjects_read_when_asked_for(tmp_path):
+    volumes = np.arange(5 * 8, dtype=np.float32).reshape(5, 2, 2, 2)
+    np.save(tmp_path / "tensors.npy", volumes)
+    np.save(tmp_path / "labels.npy", np.array([0, 1, 1, 0, 1]))
+    table = pd.DataFrame({"Subject": list("abcde"), "label": [0, 1, 1, 0, 1]})
+    table.assign(group=["f", "g", None, "f", "g"]).to_csv(tmp_path / "subjects.csv", index=False)
+    data = cohort.load(tmp_path)
+    some = cohort.subset(data, np.array([4, 0, 2]))
+    assert len(some) == 3
+    assert some.subjects.tolist() == ["e", "a", "c"]
+    assert some.sex.tolist() == [1, 0, 1]
+    assert some.groups.tolist() == ["g", "f", "subject c"]
+    assert some.table["Subject"].tolist() == ["e", "a", "c"]
+    np.testing.assert_array_equal(some.volumes[np.arange(3)], volumes[[4, 0, 2]])
+    np.testing.assert_array_equal(np.stack(list(some.volumes)), volumes[[4, 0, 2]])
+    assert data.subjects.tolist() == list("abcde")

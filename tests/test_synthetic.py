@@ -328,6 +328,22 @@ def test_without_effect_the_sexes_differ_in_head_size_alone(coarse):
     assert squared(other) == pytest.approx(0.14**2 + 1 / 507 + 1 / 606, rel=0.6)
 
 
+def test_the_same_people_as_if_only_their_heads_differed(cohort, tmp_path):
+    alike = synthetic.head_size_alone(cohort, tmp_path / "alike")
+    ours, theirs = (
+        pd.read_csv(folder / "unrestricted_hcp_freesurfer.csv", dtype={"Subject": str})
+        for folder in (cohort, alike)
+    )
+    assert (alike / "SYNTHETIC").is_file()
+    for name in ("Subject", "Gender", "FS_InterCranial_Vol"):
+        pd.testing.assert_series_equal(ours[name], theirs[name])
+    assert (ours["FS_L_Insula_Thck"] != theirs["FS_L_Insula_Thck"]).mean() > 0.9
+    restricted = [(folder / "restricted.csv").read_bytes() for folder in (cohort, alike)]
+    assert restricted[0] == restricted[1]
+    with pytest.raises(FileNotFoundError, match="no synthetic cohort"):
+        synthetic.head_size_alone(tmp_path, tmp_path / "other")
+
+
 def test_relatives_resemble_each_other_in_the_table():
     people = population.draw(1, 0)
     size = np.log(synthetic.freesurfer_table(people)["FS_L_Insula_Area"])

@@ -1,4 +1,4 @@
-"""The study's 3D CNN, and in one place how a network runs: device, precision, layout, folding."""
+"""The study's CNNs, and in one place how a network runs: device, precision, layout, folding."""
 
 import copy
 import math
@@ -20,6 +20,35 @@ def _hidden(inputs: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv3d(inputs, outputs, 3), nn.BatchNorm3d(outputs), nn.ReLU(), nn.MaxPool3d(2)
     )
+
+
+def _hidden2d(inputs: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3), nn.BatchNorm2d(outputs), nn.ReLU(), nn.MaxPool2d(2)
+    )
+
+
+class _Residual(nn.Sequential):
+    """The same layer, which adds its input to what enters the ReLU.
+
+    The input is cropped to the pixels that the convolution without padding is centred on, and
+    projected (convolution of one pixel) where the number of channels differs.
+    """
+
+    def __init__(self, inputs: int, outputs: int):
+        projection = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+        super().__init__(*_hidden2d(inputs, outputs), projection)
+
+    def forward(self, images: Tensor) -> Tensor:
+        convolution, norm, relu, pooling, projection = self
+        return pooling(relu(norm(convolution(images)) + projection(images[..., 1:-1, 1:-1])))
+
+
+def _remaining(sizes) -> list[int]:
+    """Sizes after three hidden layers; 22 is the least that leaves anything."""
+    for _ in range(3):
+        sizes = [(size - 2) // 2 for size in sizes]
+    return sizes
 
 
 class MriNet3d(nn.Module):
@@ -47,9 +76,7 @@ class MriNet3d(nn.Module):
         self.hidden1 = _hidden(1, channels)
         self.hidden2 = _hidden(channels, 2 * channels)
         self.hidden3 = _hidden(2 * channels, 4 * channels)
-        sizes = self.shape
-        for _ in range(3):
-            sizes = [(size - 2) // 2 for size in sizes]
+        sizes = _remaining(shape)
         if len(sizes) != 3 or min(sizes) < 1:
             raise ValueError(f"expected a shape of at least (22, 22, 22), found {shape}.")
         self.dropout = nn.Dropout(dropout)
@@ -57,14 +84,89 @@ class MriNet3d(nn.Module):
 
     def forward(self, volumes: Tensor) -> Tensor:
         """Logits (N, 2), women and men, of volumes (N, 1, X, Y, Z)."""
-        if tuple(volumes.shape[1:]) != (1, *self.shape):
-            raise ValueError(
-                f"expected volumes (N, 1, {', '.join(map(str, self.shape))}), "
-                f"found {tuple(volumes.shape)}."
-            )
+        _check(volumes, self.shape)
         features = self.hidden3(self.hidden2(self.hidden1(volumes)))
         # (N, C, X, Y, Z) flattens in that order whatever the memory layout
         return self.linear(self.dropout(features.flatten(1)))
+
+
+class MriNet2d(nn.Module):
+    """A convolution and three hidden layers on slabs of a volume, whose layers are the channels.
+
+    After the study's 2D CNN, at whose sizes a slab of 58×58 pixels leaves 5×5 of 128 channels.
+
+    Parameters
+    ----------
+    depth : layers of a slab; the study has 3 (23 slabs, the last layer unused) and 5 (14 slabs).
+    axis : along which slabs follow each other: 0, 1, 2 for X, Y, Z.
+    channels : of the first hidden layer; the second has twice, the third four times as many.
+    shape : voxels of the input along X, Y, Z.
+    residual : whether each hidden layer adds its input.
+    dropout : share of the features dropped before the linear layer.
+
+    Raises
+    ------
+    ValueError
+        No such axis, slabs that do not fit into it, or too few voxels (22) along another one.
+    """
+
+    def __init__(
+        self,
+        depth: int = 3,
+        *,
+        axis: int = 1,
+        channels: int = 32,
+        shape: tuple[int, int, int] = SHAPE,
+        residual: bool = False,
+        dropout: float = 0.2,
+    ):
+        super().__init__()
+        self.depth, self.axis, self.shape = depth, axis, tuple(shape)
+        if len(shape) != 3 or axis not in (0, 1, 2):
+            raise ValueError(
+                f"expected a shape (X, Y, Z) and an axis of 0, 1 or 2, found {shape} and {axis}."
+            )
+        if depth not in range(1, shape[axis] + 1):
+            raise ValueError(f"expected slabs of 1 to {shape[axis]} whole layers, found {depth}.")
+        sizes = _remaining(np.delete(shape, axis).tolist())
+        if min(sizes) < 1:
+            raise ValueError(f"expected slabs of at least 22×22 voxels across, found {shape}.")
+        hidden = _Residual if residual else _hidden2d
+        self.convolution = nn.Conv2d(depth, channels, 3, padding=1)
+        self.hidden1 = hidden(channels, channels)
+        self.hidden2 = hidden(channels, 2 * channels)
+        self.hidden3 = hidden(2 * channels, 4 * channels)
+        self.dropout = nn.Dropout(dropout)
+        self.linear = nn.Linear(4 * channels * math.prod(sizes), 2)
+
+    def extra_repr(self) -> str:
+        """What the layers' own descriptions do not say, and a checkpoint must not mix up."""
+        return f"depth={self.depth}, axis={self.axis}, shape={self.shape}"
+
+    def get_extra_state(self) -> Tensor:
+        """The axis, which no weight's shape tells."""
+        return torch.tensor(self.axis)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        if state.item() != self.axis:
+            raise ValueError(f"expected weights for axis {self.axis}, found axis {state.item()}.")
+
+    def forward(self, volumes: Tensor) -> Tensor:
+        """Logits (N, S, 2), women and men, of the S slabs of each of volumes (N, 1, X, Y, Z)."""
+        _check(volumes, self.shape)
+        slabs = volumes[:, 0].unfold(self.axis + 1, self.depth, self.depth)
+        slabs = slabs.movedim((self.axis + 1, -1), (1, 2))  # (N, S, depth, A, B), a view until here
+        features = self.convolution(slabs.flatten(0, 1))
+        features = self.hidden3(self.hidden2(self.hidden1(features)))
+        logits = self.linear(self.dropout(features.flatten(1)))
+        return logits.unflatten(0, (len(volumes), -1))
+
+
+def _check(volumes: Tensor, shape: tuple[int, int, int]) -> None:
+    if tuple(volumes.shape[1:]) != (1, *shape):
+        raise ValueError(
+            f"expected volumes (N, 1, {', '.join(map(str, shape))}), found {tuple(volumes.shape)}."
+        )
 
 
 def device() -> torch.device:
@@ -83,6 +185,11 @@ def precision(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
 
 
+def workers() -> int:
+    """How many networks to train at once: one a CPU core, in processes; one on a GPU."""
+    return 1 if device().type == "cuda" else joblib.cpu_count()
+
+
 def folded(network: MriNet3d) -> MriNet3d:
     """A copy for inference: batch norm folded into the convolutions, pooling before the ReLU.
 
@@ -94,6 +201,13 @@ def folded(network: MriNet3d) -> MriNet3d:
         convolution, norm, relu, pooling = getattr(network, name)
         setattr(network, name, nn.Sequential(fuse_conv_bn_eval(convolution, norm), pooling, relu))
     return network
+
+
+def place(network: nn.Module, device: torch.device) -> nn.Module:
+    """Move a network to a device, channels last: the layout its convolutions are fastest in."""
+    flat = any(isinstance(module, nn.Conv2d) for module in network.modules())
+    layout = torch.channels_last if flat else torch.channels_last_3d
+    return network.to(device, memory_format=layout)
 
 
 @contextmanager
@@ -127,7 +241,8 @@ def logits(network: nn.Module, volumes: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def evaluate(network: nn.Module, volumes: np.ndarray, dtype: torch.dtype) -> Tensor:
-    """Logits (N, 2) of volumes (N, X, Y, Z) in evaluation mode, without gradients.
+    """Logits (N, 2), or of slabs (N, S, 2), of volumes (N, X, Y, Z) in evaluation mode, without
+    gradients.
 
     A fixed few subjects at a time: one's logits do not depend on how many there are. The
     network's mode is put back.
@@ -153,23 +268,41 @@ def evaluate(network: nn.Module, volumes: np.ndarray, dtype: torch.dtype) -> Ten
         network.train(mode)
 
 
-def load(path: str | Path, shape: tuple[int, int, int] = SHAPE) -> MriNet3d:
-    """The 3D network of a state dict, in evaluation mode; its channels are read off the weights.
+def by_subject(logits: Tensor) -> Tensor:
+    """Logits (N, 2): of a subject's slabs (N, S, 2) the mean, and so the mean of their log-odds."""
+    return logits if logits.ndim == 2 else logits.mean(1)
+
+
+def load(path: str | Path, shape: tuple[int, int, int] = SHAPE) -> MriNet3d | MriNet2d:
+    """The network of a state dict, in evaluation mode; its form is read off the weights.
 
     Raises
     ------
     FileNotFoundError
-        No such file: notebook 04 (``python -m brainsex train``) writes it.
+        No such file: notebook 04 (``python -m brainsex train``) writes it, 03 that of slabs.
     ValueError
-        No state dict of `MriNet3d` for volumes of `shape`. Nothing in the file is executed.
+        No state dict of `MriNet3d` or `MriNet2d` for volumes of `shape`. Nothing in the file is
+        executed.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such network. Run notebook 04_cnn_3d first.")
+        raise FileNotFoundError(
+            f"{path}: no such network. Run notebook 04_cnn_3d first (03_cnn_2d for slabs)."
+        )
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        network = MriNet3d(len(state["hidden1.0.weight"]), shape)
+        if "convolution.weight" in state:
+            channels, depth = state["convolution.weight"].shape[:2]
+            form = {"axis": state["_extra_state"].item(), "residual": "hidden2.4.weight" in state}
+            network = MriNet2d(depth, channels=channels, shape=shape, **form)
+        else:
+            network = MriNet3d(len(state["hidden1.0.weight"]), shape)
         network.load_state_dict(state)
-    except (RuntimeError, LookupError, TypeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path}: no state dict of MriNet3d for {shape} ({error}).") from error
+    except (
+        *(RuntimeError, LookupError, TypeError, AttributeError, ValueError, EOFError),
+        pickle.UnpicklingError,
+    ) as error:
+        raise ValueError(
+            f"{path}: no state dict of MriNet3d or MriNet2d for {shape} ({error})."
+        ) from error
     return network.eval()

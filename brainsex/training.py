@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from brainsex import evaluation, networks, replacing
 from brainsex.cohort import Cohort, Rows
+from brainsex.confounds import Residuals
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,13 @@ def fit(
 
     Parameters
     ----------
-    network : takes (N, 1, X, Y, Z), returns logits (N, 2); made by the caller.
+    network : takes (N, 1, X, Y, Z), returns logits (N, 2), or (N, S, 2) of S slabs, each of which
+        is then labelled as its subject; made by the caller.
     volumes : (N, X, Y, Z) float32; may be memory-mapped, is read batch by batch.
     sex : (N,) 0 or 1.
     validation : the same pair; evaluated once an epoch, without gradients. It chooses nothing.
-    batch_size : at most; the batches of an epoch are of equal size, give or take one.
+    batch_size : subjects at most (slabs come with theirs: the study's 128 are 9 subjects of 14);
+        the batches of an epoch are of equal size, give or take one.
     lr, weight_decay : of Adam.
     milestones : epochs after which the rate is multiplied by 0.1; the study's cross-validation
         has (5, 15).
@@ -85,7 +88,7 @@ def fit(
     labels = torch.as_tensor(np.array(sex), dtype=torch.long)
     options = (epochs, batch_size, lr, weight_decay, tuple(milestones), seed, dtype)
     call = repr((str(network), tuple(volumes.shape), labels.tolist(), *options))
-    network.to(device, memory_format=torch.channels_last_3d)
+    networks.place(network, device)
     optimiser = torch.optim.Adam(network.parameters(), lr=lr, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimiser, list(milestones))
     parts = {"network": network, "optimiser": optimiser, "schedule": schedule}
@@ -127,27 +130,33 @@ def _epoch(network, optimiser, volumes, labels: Tensor, batch_size: int, dtype) 
     for rows in torch.randperm(len(labels)).tensor_split(-(-len(labels) // batch_size)):
         target = labels[rows].to(device)
         logits = networks.logits(network, networks.batch(volumes, rows.numpy(), device), dtype)
-        loss = nn.functional.cross_entropy(logits, target)
+        loss = _loss(logits, target)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
         loss_sum += loss.item() * len(rows)
-        correct += (logits.argmax(1) == target).sum().item()
+        correct += (networks.by_subject(logits).argmax(1) == target).sum().item()
     return {"train_loss": loss_sum / len(labels), "train_accuracy": correct / len(labels)}
+
+
+def _loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Mean cross-entropy of logits (N, 2), or of those of slabs (N, S, 2), for targets (N,)."""
+    slabs = logits[0].numel() // 2
+    return nn.functional.cross_entropy(logits.reshape(-1, 2), target.repeat_interleave(slabs))
 
 
 def _evaluate(network, volumes, sex, dtype) -> dict[str, float]:
     """Loss and accuracy of one pass in evaluation mode."""
     logits = networks.evaluate(network, volumes, dtype)
     labels = torch.as_tensor(np.array(sex), dtype=torch.long)
-    loss = nn.functional.cross_entropy(logits, labels)
-    accuracy = (logits.argmax(1) == labels).double().mean()
-    return {"validation_loss": loss.item(), "validation_accuracy": accuracy.item()}
+    accuracy = (networks.by_subject(logits).argmax(1) == labels).double().mean()
+    return {"validation_loss": _loss(logits, labels).item(), "validation_accuracy": accuracy.item()}
 
 
 def predict(network: nn.Module, volumes: np.ndarray) -> np.ndarray:
     """Probabilities (N, 2) of woman and man, float32, of volumes (N, X, Y, Z).
 
+    Of a network of slabs: those of the mean of the slabs' log-odds.
     The network runs in float32, in evaluation mode, where it lies; its mode is put back. However
     many volumes there are in a call, on a CPU each one's probabilities are the same to the bit.
 
@@ -158,7 +167,8 @@ def predict(network: nn.Module, volumes: np.ndarray) -> np.ndarray:
     """
     if len(volumes) == 0:
         raise ValueError("expected volumes (N, X, Y, Z), found none.")
-    probabilities = networks.evaluate(network, volumes, torch.float32).softmax(1).numpy()
+    logits = networks.evaluate(network, volumes, torch.float32)
+    probabilities = networks.by_subject(logits).softmax(1).numpy()
     if bad := np.flatnonzero(~np.isfinite(probabilities).all(1)).tolist():
         raise ValueError(f"volumes {bad[:10]}: no finite probability. Clean the volumes first.")
     return probabilities
@@ -171,6 +181,9 @@ def cross_validate(
     folds: int = 10,
     seed: int = 0,
     milestones: Sequence[int] = (5, 15),
+    only: Sequence[int] | None = None,
+    assignment: np.ndarray | None = None,
+    confounds: np.ndarray | None = None,
     out: str | Path | None = None,
     workers: int | None = None,
     **settings,
@@ -185,39 +198,60 @@ def cross_validate(
     make_network : called under ``torch.manual_seed``, once a fold.
     folds, seed : of `evaluation.folds`: the same folds as every other classifier's.
     milestones, settings : of `fit`.
+    only : the folds to run, where not all; the others can follow in another call.
+    assignment : (N,) folds from 0 on, in place of those of `folds` and `seed`.
+    confounds : (N, K), regressed out of each voxel inside the training folds.
     out : folder for ``fold-K.pt`` (state dicts), ``folds.csv`` (Subject, fold) and ``run.json``.
         Folds that are finished there, over the same data with the same settings, are kept; half
         done, they are resumed; of other data or settings, they are deleted.
     workers : folds at once on a CPU, as many as cores by default. Each holds a batch's activations:
-        about 5 GB at the study's sizes.
+        4.8 GB at the study's sizes (3D, 45 subjects, bfloat16).
 
     Returns
     -------
-    One row a subject, in the cohort's order: Subject, fold, sex, probability (of man). The
-    curves are in ``.attrs["history"]``: `History.epochs` of all folds as records, with the fold;
-    a fold's validation is its test fold.
+    One row a subject of the folds run, in the cohort's order: Subject, fold, sex, probability (of
+    man). The curves are in ``.attrs["history"]``: `History.epochs` of all folds as records, with
+    the fold; a fold's validation is its test fold.
+
+    Raises
+    ------
+    ValueError
+        More folds than subjects or families, or folds in `only` that there are not.
     """
     if out is None:
         with tempfile.TemporaryDirectory() as folder:
-            options = {"folds": folds, "seed": seed, "milestones": milestones, **settings}
+            options = {"folds": folds, "seed": seed, "milestones": milestones, "only": only}
+            options |= {"assignment": assignment, "confounds": confounds, **settings}
             return cross_validate(cohort, make_network, out=folder, workers=workers, **options)
-    assignment = evaluation.folds(cohort.sex, groups=cohort.groups, folds=folds, seed=seed)
+    if assignment is None:
+        assignment = evaluation.folds(cohort.sex, groups=cohort.groups, folds=folds, seed=seed)
+    folds = int(assignment.max()) + 1
+    chosen = list(range(folds)) if only is None else sorted(set(only))
+    if not chosen or not set(chosen) <= set(range(folds)):
+        raise ValueError(f"expected some of folds 0 to {folds - 1}, found {only}.")
     settings["milestones"] = tuple(milestones)
     out = Path(out)
-    _prepare(out, cohort, assignment, make_network, {"folds": folds, "seed": seed, **settings})
+    recorded = {"folds": folds, "seed": seed, **settings}
+    if confounds is not None:
+        recorded["confounds"] = np.asarray(confounds).tolist()
+    _prepare(out, cohort, assignment, make_network, recorded)
     cores = joblib.cpu_count()
-    jobs = 1 if networks.device().type == "cuda" else min(folds, workers or cores)
+    jobs = min(len(chosen), workers or networks.workers())
     threads = torch.get_num_threads() if jobs == 1 else max(1, cores // jobs)
     done = joblib.Parallel(jobs, return_as="generator")(
-        joblib.delayed(_fold)(cohort, make_network, assignment, fold, seed, out, threads, settings)
-        for fold in range(folds)
+        joblib.delayed(_fold)(
+            cohort, make_network, assignment, confounds, fold, seed, out, threads, settings
+        )
+        for fold in chosen
     )
     probability, history = np.empty(len(cohort)), []
-    for fold, record in enumerate(tqdm(done, "cross-validate", total=folds, unit="fold")):
+    bar = tqdm(done, "cross-validate", total=len(chosen), unit="fold")
+    for fold, record in zip(chosen, bar):
         probability[assignment == fold] = record["probability"]
         history += record["history"]
     columns = {"Subject": cohort.subjects, "fold": assignment, "sex": cohort.sex}
     predictions = pd.DataFrame({**columns, "probability": probability})
+    predictions = predictions[np.isin(assignment, chosen)].reset_index(drop=True)
     predictions.attrs["history"] = history
     return predictions
 
@@ -242,7 +276,7 @@ def _prepare(out: Path, cohort, assignment: np.ndarray, make_network, settings: 
 
 
 def _fold(
-    cohort, make_network, assignment, fold, seed, out: Path, threads: int, settings: dict
+    cohort, make_network, assignment, confounds, fold, seed, out: Path, threads, settings: dict
 ) -> dict:
     """Train and test one fold, unless it is done."""
     result, weights = out / f"fold-{fold}.json", out / f"fold-{fold}.pt"
@@ -254,10 +288,13 @@ def _fold(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         network = make_network()
-    held_out, checkpoint = Rows(cohort.volumes, test), out / f".fold-{fold}.checkpoint"
+    volumes = cohort.volumes
+    if confounds is not None:
+        volumes = Residuals(volumes, confounds, train)
+    held_out, checkpoint = Rows(volumes, test), out / f".fold-{fold}.checkpoint"
     fitted = fit(
         network,
-        Rows(cohort.volumes, train),
+        Rows(volumes, train),
         cohort.sex[train],
         validation=(held_out, cohort.sex[test]),
         seed=seed,

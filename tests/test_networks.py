@@ -1,28 +1,19 @@
-"""The 3D network is the study's, and its inference form is the same function."""
+"""The networks are the study's, and the inference form is the same function."""
 
 import joblib
 import numpy as np
 import pytest
 import torch
-from scipy.signal import correlate
+from scipy.signal import correlate, correlate2d
 from torch import nn
 
 from brainsex import networks
-from brainsex.networks import MriNet3d, folded, one_thread_each
+from brainsex.networks import MriNet2d, MriNet3d, folded, one_thread_each
 
 SHAPE = (22, 26, 24)
 CPU = torch.device("cpu")
 
-
-@pytest.fixture(autouse=True)
-def one_cpu_thread(monkeypatch):
-    """Volumes as small as these only wait for a second thread, where others use the cores."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # for the processes of cross_validate
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_cpu_thread")
 
 
 def network(seed=0, channels=2, shape=SHAPE):
@@ -235,3 +226,185 @@ def test_load_refuses_what_is_no_state_dict(tmp_path, capsys, content):
 def test_load_of_an_absent_network_names_the_notebook(tmp_path):
     with pytest.raises(FileNotFoundError, match="04_cnn_3d"):
         networks.load(tmp_path / "fold-0.pt")
+
+
+# ------------------------------------------------------------------------------- the 2D network
+
+
+def flat_network(seed=0, **options):
+    """The same as `network`, of slabs."""
+    torch.manual_seed(seed)
+    made = MriNet2d(**{"channels": 2, "shape": SHAPE} | options)
+    for module in made.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, 0.1, 0.3)
+            nn.init.uniform_(module.running_var, 0.2, 3)
+            nn.init.normal_(module.weight, 0.2, 1)
+            nn.init.normal_(module.bias)
+    return made
+
+
+def cut(volume, depth, axis):
+    """Slabs (S, depth, A, B), one by one."""
+    moved = np.moveaxis(volume, axis, 0)
+    return np.stack([moved[n : n + depth] for n in range(0, len(moved) - depth + 1, depth)])
+
+
+def slab_by_hand(made, slab):
+    """Logits in float64 by scipy of one slab (depth, A, B)."""
+    state = {name: value.double().numpy() for name, value in made.state_dict().items()}
+
+    def convolved(maps, name, mode):
+        sums = [
+            sum(correlate2d(one, kernel, mode) for one, kernel in zip(maps, kernels))
+            for kernels in state[f"{name}.weight"]
+        ]
+        return np.stack(sums) + state[f"{name}.bias"][:, None, None]
+
+    maps = convolved(slab.astype(float), "convolution", "same")
+    for hidden in ("hidden1", "hidden2", "hidden3"):
+        inputs, maps = maps, convolved(maps, f"{hidden}.0", "valid")
+        mean, variance, scale, shift = (
+            state[f"{hidden}.1.{name}"][:, None, None]
+            for name in ("running_mean", "running_var", "weight", "bias")
+        )
+        maps = (maps - mean) / np.sqrt(variance + 1e-5) * scale + shift
+        if f"{hidden}.4.weight" in state:
+            inputs = np.tensordot(state[f"{hidden}.4.weight"][:, :, 0, 0], inputs, 1)
+            inputs += state[f"{hidden}.4.bias"][:, None, None]
+        if hasattr(getattr(made, hidden), "4"):
+            maps += inputs[:, 1:-1, 1:-1]
+        pairs = np.array(maps.shape[1:]) // 2
+        even = np.maximum(maps, 0)[:, : 2 * pairs[0], : 2 * pairs[1]]
+        maps = even.reshape(-1, pairs[0], 2, pairs[1], 2).max((2, 4))
+    return state["linear.weight"] @ maps.ravel() + state["linear.bias"]
+
+
+@pytest.mark.parametrize(("depth", "slabs"), [(3, 23), (5, 14)])
+def test_the_study_s_slabs(depth, slabs):
+    made = MriNet2d(depth)
+    expected = depth * 32 * 9 + 32  # convolution
+    for inputs, outputs in ((32, 32), (32, 64), (64, 128)):
+        expected += inputs * outputs * 9 + outputs + 2 * outputs
+    expected += 128 * 5 * 5 * 2 + 2
+    assert sum(parameter.numel() for parameter in made.parameters()) == expected
+    assert made.dropout.p == 0.2
+    with torch.no_grad():
+        assert made.eval()(torch.rand(2, 1, 58, 70, 58)).shape == (2, slabs, 2)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("depth", [1, 4, 22])
+def test_slabs_are_cut_along_the_axis(axis, depth):
+    made, images = flat_network(depth=depth, axis=axis, shape=(24, 26, 28)), []
+    made.convolution.register_forward_hook(lambda *call: images.append(call[1][0]))
+    given = volumes(2, (24, 26, 28))
+    with torch.no_grad():
+        made(torch.from_numpy(given)[:, None])
+    expected = np.concatenate([cut(volume, depth, axis) for volume in given])
+    np.testing.assert_array_equal(images[0], expected)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_slab_logits_are_the_study_s_layers(residual):
+    shape = (23, 13, 31)  # odd sizes: pooling leaves the last pixel out
+    made = flat_network(1, depth=5, shape=shape, residual=residual).eval()
+    given = volumes(2, shape)
+    found = networks.evaluate(made, given, torch.float32)
+    assert found.shape == (2, 2, 2)
+    assert found.std() > 0.05
+    for logits, volume in zip(found, given):
+        expected = [slab_by_hand(made, slab) for slab in cut(volume, 5, 1)]
+        np.testing.assert_allclose(logits, expected, atol=1e-5)
+
+
+def test_the_residual_form_adds_its_input():
+    """With nothing but zeros in the convolutions, what is left is the input, cropped and pooled."""
+    made = flat_network(residual=True).eval()
+    for hidden in (made.hidden1, made.hidden2):
+        for parameter in (*hidden[0].parameters(), *hidden[1].parameters()):
+            nn.init.zeros_(parameter)
+    pictures = torch.arange(2 * 8 * 10.0).view(1, 2, 8, 10)
+    expected = pictures[..., 2:-1:2, 2:-1:2]  # the larger of each pair, the border left out
+    with torch.no_grad():
+        np.testing.assert_array_equal(made.hidden1(pictures), expected)
+        nn.init.eye_(made.hidden2[4].weight.view(4, 2))
+        nn.init.constant_(made.hidden2[4].bias, 7)
+        found = made.hidden2(pictures)
+    np.testing.assert_array_equal(found[:, :2], expected + 7)
+    assert (found[:, 2:] == 7).all()
+
+
+def test_relus_are_modules():
+    """Guided backpropagation finds no other."""
+    for made in (MriNet3d(2, SHAPE), flat_network(), flat_network(residual=True)):
+        calls = []
+        for module in made.modules():
+            if isinstance(module, nn.ReLU):
+                module.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        with torch.no_grad():
+            made(torch.zeros(1, 1, *SHAPE))
+        assert len(calls) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"axis": 3}, "an axis of 0, 1 or 2, found .* and 3"),
+        ({"axis": -1}, "an axis of 0, 1 or 2, found .* and -1"),
+        ({"depth": 0}, "slabs of 1 to 26 whole layers, found 0"),
+        ({"depth": 27}, "slabs of 1 to 26 whole layers, found 27"),
+        ({"depth": 23, "axis": 0}, "slabs of 1 to 22 whole layers, found 23"),
+        ({"depth": 2.5}, "whole layers, found 2.5"),
+        ({"shape": (22, 26)}, r"a shape \(X, Y, Z\)"),
+        ({"shape": (21, 26, 24)}, r"at least 22×22 voxels across, found \(21, 26, 24\)"),
+    ],
+)
+def test_slabs_that_do_not_fit(options, message):
+    with pytest.raises(ValueError, match=message):
+        MriNet2d(**{"channels": 2, "shape": SHAPE} | options)
+
+
+def test_slabs_need_22_voxels_only_across():
+    made = MriNet2d(2, channels=2, shape=(22, 3, 22)).eval()
+    assert made(torch.zeros(1, 1, 22, 3, 22)).shape == (1, 1, 2)
+
+
+def test_slabs_of_volumes_of_another_shape_are_refused():
+    with pytest.raises(ValueError, match=r"expected volumes \(N, 1, 22, 26, 24\), found \(3, "):
+        flat_network()(torch.zeros(3, 1, 26, 22, 24))
+
+
+def test_the_axis_is_in_the_description_that_checkpoints_compare():
+    cube = (24, 24, 24)
+    one, other = (flat_network(shape=cube, axis=axis) for axis in (0, 2))
+    assert str(one) != str(other)
+    with pytest.raises(ValueError, match="expected weights for axis 2, found axis 0"):
+        other.load_state_dict(one.state_dict())
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_load_reads_the_form_of_slabs_off_the_weights(tmp_path, residual):
+    made = flat_network(3, channels=4, depth=2, axis=2, residual=residual)
+    torch.save(made.state_dict(), tmp_path / "fold-0.pt")
+    found = networks.load(tmp_path / "fold-0.pt", SHAPE)
+    assert not found.training
+    assert str(found) == str(made)
+    image = torch.from_numpy(volumes())[:, None]
+    with torch.no_grad():
+        assert torch.equal(found(image), made.eval()(image))
+    with pytest.raises(ValueError, match=r"fold-0\.pt: no state dict of MriNet3d or MriNet2d"):
+        networks.load(tmp_path / "fold-0.pt", (30, 30, 30))
+
+
+def test_a_subject_is_the_mean_of_its_slabs_log_odds():
+    slabs = torch.tensor([[[0.0, 1], [0, 2], [5, 0]], [[1, 0], [1, 1], [0, 4]]])
+    found = networks.by_subject(slabs)
+    np.testing.assert_allclose(found[:, 1] - found[:, 0], [(1 + 2 - 5) / 3, (-1 + 0 + 4) / 3])
+    assert networks.by_subject(found) is found
+
+
+def test_networks_are_placed_channels_last():
+    flat, solid = (networks.place(made, CPU) for made in (flat_network(), network()))
+    assert flat.hidden2[0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert solid.hidden2[0].weight.is_contiguous(memory_format=torch.channels_last_3d)

@@ -11,22 +11,13 @@ import torch
 from torch import nn
 
 from brainsex import cohort, evaluation, networks, training
-from brainsex.networks import MriNet3d
+from brainsex.networks import MriNet2d, MriNet3d
 from brainsex.training import cross_validate, fit, predict
 
 SHAPE = (22, 26, 24)
 FAST = {"epochs": 3, "batch_size": 5, "lr": 3e-3, "precision": torch.float32, "progress": False}
 
-
-@pytest.fixture(autouse=True)
-def one_cpu_thread(monkeypatch):
-    """Volumes as small as these only wait for a second thread, where others use the cores."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # for the processes of cross_validate
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_cpu_thread")
 
 
 def toy(count=12, seed=0):
@@ -532,3 +523,195 @@ def test_hidden_layers_keep_their_names():
     ]
     kinds = [nn.Conv3d, nn.BatchNorm3d, nn.ReLU, nn.MaxPool3d]
     assert [type(part) for part in MriNet3d().hidden2] == kinds
+
+
+# -------------------------------------------------------------------------------- slabs, and folds
+
+
+def make_flat(seed=0, **options):
+    torch.manual_seed(seed)
+    return MriNet2d(**{"depth": 5, "channels": 2, "shape": SHAPE} | options)
+
+
+def make_flat_network():
+    return MriNet2d(5, channels=2, shape=SHAPE)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_slabs_learn_and_their_subjects_are_told_apart(residual):
+    (volumes, sex), validation = toy(24), toy(10, seed=1)
+    network = make_flat(residual=residual)
+    options = FAST | {"epochs": 8, "validation": validation}
+    history = fit(network, volumes, sex, **options).epochs
+    assert 0.4 < history["train_loss"][0] < 1.2
+    assert history["train_loss"][7] < 0.5 * history["train_loss"][0]
+    assert history["validation_accuracy"][7] == 1
+    assert predict(network, volumes).shape == (24, 2)
+    assert (predict(network, volumes).argmax(1) == sex).all()
+
+
+def test_every_slab_is_fitted_with_its_subject_s_label():
+    """The same losses as a loop written out, where one batch is everybody and nothing is drawn."""
+    volumes, _ = toy(6)
+    sex = np.array([0, 1, 1, 0, 0, 1])
+    network = make_flat(dropout=0.0)
+    plain = copy.deepcopy(network)
+    options = {"lr": 2e-3, "precision": torch.float32, "progress": False}
+    found = fit(network, volumes, sex, validation=(volumes, sex), epochs=3, **options).epochs
+    adam = torch.optim.Adam(plain.parameters(), lr=2e-3)
+    images = torch.from_numpy(volumes)[:, None]
+    for epoch in range(3):
+        logits = plain.train()(images)
+        chances = logits.softmax(2)  # (6, 5, 2)
+        loss = -sum(chances[n, s, sex[n]].log() for n in range(6) for s in range(5)) / 30
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        right = (logits[..., 1] - logits[..., 0]).mean(1).detach().numpy() > 0
+        assert found["train_loss"][epoch] == pytest.approx(loss.item(), rel=1e-3)
+        assert found["train_accuracy"][epoch] == (right == sex).mean()
+        with torch.no_grad():
+            after = plain.eval()(images)
+        loss = -sum(after.log_softmax(2)[n, :, sex[n]].sum() for n in range(6)) / 30
+        right = (after[..., 1] - after[..., 0]).mean(1).numpy() > 0
+        assert found["validation_loss"][epoch] == pytest.approx(loss.item(), rel=1e-2)
+        assert found["validation_accuracy"][epoch] == (right == sex).mean()
+
+
+class Told(nn.Linear):
+    """Its slabs' logits stand in the volume."""
+
+    def forward(self, volumes):
+        return 20 * volumes[:, 0, :5, 3, :2]
+
+
+def test_a_subject_s_probability_is_that_of_the_mean_log_odds_of_its_slabs():
+    volumes, _ = toy()
+    logits = 20 * volumes[:, :5, 3, :2].astype(float)
+    odds = np.exp((logits[..., 1] - logits[..., 0]).sum(1) / 5)
+    assert odds.min() < 0.5 < 2 < odds.max()
+    found = predict(Told(1, 1), volumes)
+    np.testing.assert_allclose(found[:, 1], odds / (1 + odds), atol=1e-6)
+    np.testing.assert_allclose(found.sum(1), 1, atol=1e-6)
+
+
+def test_bfloat16_of_slabs_is_within_noise_of_float32():
+    options = FAST | {"epochs": 6, "validation": toy(10, seed=1)}
+    single, half = make_flat(), make_flat()
+    one = fit(single, *toy(24), **options).epochs
+    other = fit(half, *toy(24), **options | {"precision": torch.bfloat16}).epochs
+    assert not one.equals(other)
+    np.testing.assert_allclose(other["train_loss"], one["train_loss"], atol=0.05)
+    volumes, _ = toy(10, seed=1)
+    np.testing.assert_allclose(predict(half, volumes), predict(single, volumes), atol=0.1)
+
+
+def test_a_checkpoint_of_another_axis_is_refused(tmp_path):
+    cube, sex = toy()[0][:, :, :22, :22], toy()[1]
+    options = FAST | {"checkpoint": tmp_path / "fit.checkpoint"}
+    fit(make_flat(shape=(22, 22, 22)), cube, sex, **options)
+    with pytest.raises(ValueError, match="is of another call"):
+        fit(make_flat(shape=(22, 22, 22), axis=0), cube, sex, **options)
+
+
+def leaked(fold):
+    """Subjects of whom some slab was trained on and some slab held out."""
+    return {n for n, _ in fold["train"]} & {n for n, _ in fold["test"]}
+
+
+def test_no_slab_of_a_test_subject_is_ever_trained_on(tmp_path, alone, monkeypatch):
+    """Each slab carries its subject and its place; what the convolution sees is written down."""
+    volumes, sex = toy()
+    volumes[:, 0, :, 0] = np.arange(12)[:, None]
+    volumes[:, 1, :, 0] = np.repeat(np.arange(6), 5)[:26]
+    data = people(tmp_path / "c", 12, np.repeat(np.arange(6), 2))
+    data = cohort.Cohort(**{**vars(data), "volumes": volumes})
+    seen = []
+
+    def noting(network, *arguments, **options):
+        fold = {"train": [], "test": []}
+        seen.append(fold)
+
+        def note(module, inputs):
+            part = fold["train" if module.training else "test"]
+            part += [(int(slab[0, 0, 0]), int(slab[0, 1, 0])) for slab in inputs[0]]
+
+        network.convolution.register_forward_pre_hook(note)
+        return fit(network, *arguments, **options)
+
+    monkeypatch.setattr(training, "fit", noting)
+    cross_validate(data, make_flat_network, **CV | {"epochs": 1})
+    assert len(seen) == 3
+    everything = {(n, s) for n in range(12) for s in range(5)}
+    for fold in seen:
+        assert not leaked(fold)
+        families = [{n // 2 for n, _ in fold[part]} for part in ("train", "test")]
+        assert not families[0] & families[1]
+        assert set(fold["train"]) | set(fold["test"]) == everything
+    by_slab = evaluation.folds(np.repeat(sex, 5), folds=3)  # what it would be otherwise
+    parts = [[] for _ in range(2)]
+    for held_out, slab in zip(by_slab == 0, sorted(everything)):
+        parts[int(held_out)].append(slab)
+    assert leaked(dict(zip(("train", "test"), parts)))
+
+
+def test_some_folds_now_and_the_others_later(tmp_path, alone, fitted):
+    data, out = people(tmp_path / "c"), tmp_path / "out"
+    whole = cross_validate(data, make_flat_network, out=tmp_path / "whole", **CV)
+    del fitted[:]
+    found = cross_validate(data, make_flat_network, out=out, only=[2], **CV)
+    assert len(fitted) == 1
+    expected = whole[whole["fold"] == 2].reset_index(drop=True)
+    pd.testing.assert_frame_equal(found, expected, check_exact=True)
+    assert found.attrs["history"] == [h for h in whole.attrs["history"] if h["fold"] == 2]
+    assert {path.name for path in out.glob("fold-*")} == {"fold-2.pt", "fold-2.json"}
+    again = cross_validate(data, make_flat_network, out=out, **CV)
+    assert len(fitted) == 3
+    pd.testing.assert_frame_equal(again, whole, check_exact=True)
+    one, other = (torch.load(folder / "fold-2.pt") for folder in (out, tmp_path / "whole"))
+    assert same(one, other)
+    alone_in_memory = cross_validate(data, make_flat_network, only=[2], **CV)
+    pd.testing.assert_frame_equal(alone_in_memory, expected, check_exact=True)
+
+
+@pytest.mark.parametrize("only", [[3], [-1], [], [0, 7]])
+def test_folds_that_there_are_not(tmp_path, only):
+    with pytest.raises(ValueError, match="expected some of folds 0 to 2, found"):
+        cross_validate(people(tmp_path / "c"), make_flat_network, only=only, out=tmp_path, **CV)
+    assert not (tmp_path / "run.json").exists()
+
+
+def test_confounds_are_regressed_out_inside_the_training_folds(tmp_path, alone, monkeypatch):
+    """What `fit` gets, against least squares on the training rows by numpy."""
+    data = people(tmp_path / "cohort", 12)
+    size = np.random.default_rng(0).normal(1500, 100, 12)
+    assignment, out, seen = np.arange(12) % 3, tmp_path / "out", []
+
+    def noting(network, volumes, sex, **options):
+        seen.append((volumes[np.arange(8)], options["validation"][0][np.arange(4)]))
+        return fit(network, volumes, sex, **options)
+
+    monkeypatch.setattr(training, "fit", noting)
+    options = CV | {"assignment": assignment, "out": out, "only": [1], "epochs": 1}
+    cross_validate(data, make_network, confounds=size[:, None], **options)
+    train = assignment != 1
+    design = np.column_stack([np.ones(12), size - size[train].mean()])
+    flat = np.asarray(data.volumes, float).reshape(12, -1)
+    slope = np.linalg.lstsq(design[train], flat[train], rcond=None)[0][1]
+    expected = (flat - design[:, 1:] * slope).reshape(data.volumes.shape)
+    ((trained_on, held_out),) = seen
+    np.testing.assert_allclose(trained_on, expected[train], atol=1e-4)
+    np.testing.assert_allclose(held_out, expected[~train], atol=1e-4)
+    before = (out / "fold-1.pt").stat().st_mtime_ns
+    cross_validate(data, make_network, confounds=size[::-1, None], **options)
+    assert (out / "fold-1.pt").stat().st_mtime_ns > before  # other volumes: nothing is kept
+
+
+def test_folds_of_ones_own(tmp_path, alone):
+    data = people(tmp_path / "cohort", 12)
+    assignment, options = np.repeat([2, 0, 1], 4), CV | {"epochs": 1}
+    found = cross_validate(
+        data, make_network, assignment=assignment, out=tmp_path / "out", **options
+    )
+    assert found["fold"].tolist() == assignment.tolist()
+    assert len(list((tmp_path / "out").glob("fold-*.pt"))) == 3

@@ -14,7 +14,7 @@ import nbformat
 import papermill
 import yaml
 
-from brainsex import replacing
+from brainsex import KEEP_MEMORY, replacing
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -82,6 +82,7 @@ def main() -> None:
     folders = {"COHORT": cohort, "OUT": out, "IMAGE": image}
     folders = {name: from_here(path) for name, path in folders.items()}
 
+    os.environ.update(KEEP_MEMORY | os.environ)
     start = time.monotonic()
     for source in sorted(HERE.glob("[0-9][0-9]_*.ipynb")):
         if arguments.in_place:  # with its own parameters, which are the default profile

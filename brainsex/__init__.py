@@ -16,6 +16,7 @@ def identifier(path: Path) -> str:
     """The subject's ID in a volume's name, ``<ID>.nii.gz``, ``<ID>_FA.nii.gz`` or without gz."""
     return path.name.removesuffix(".gz").removesuffix(".nii").removesuffix("_FA")
 
+
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "8000000000"}
 """Environment in which glibc keeps what a training step frees for the next one, instead of having
 the kernel clear new pages: read when a process starts, so set for child processes."""

@@ -34,6 +34,21 @@ def held_out(networks_folder: str | Path, subjects: Sequence[str]) -> np.ndarray
     return folds[subjects].to_numpy()
 
 
+def training_means(cohort: Cohort, folds: np.ndarray, fold: int) -> np.ndarray:
+    """Mean volumes (2, X, Y, Z) of the women and the men whom a fold's network was trained on.
+
+    Parameters
+    ----------
+    folds : (N,), of everybody in the cohort, as from `held_out`.
+    """
+    found = np.zeros((2, *cohort.volumes.shape[1:]), np.float32)
+    for sex, mean in enumerate(found):
+        chosen = np.flatnonzero((folds != fold) & (cohort.sex == sex))
+        for row in chosen:
+            mean += cohort.volumes[row] / len(chosen)
+    return found
+
+
 def explain(
     cohort: Cohort,
     networks_folder: str | Path,
@@ -72,7 +87,13 @@ def explain(
     folds = held_out(networks_folder, subjects)
     record = out / "masks.csv"
     done = pd.read_csv(record, dtype={"Subject": str}) if record.is_file() else pd.DataFrame()
-    how = [inspect.getsource(perturbation), *sorted(settings.items())]
+    fixed = {  # what repr would cut short, in full
+        name: hashlib.sha256(value.tobytes()).hexdigest()
+        if isinstance(value, np.ndarray)
+        else value
+        for name, value in settings.items()
+    }
+    how = [inspect.getsource(perturbation), *sorted(fixed.items())]
     how = repr((*how, networks.precision(networks.device())))
     with tqdm(total=len(rows), desc="masks", unit="subject") as bar:
         for fold in np.unique(folds):

@@ -13,10 +13,18 @@ from brainsex import synthetic
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 FIGURES = {
+    "tabular_accuracy.png", "knn_sweep.png", "xgb_importance_20.png", "xgb_importance_50.png",
+    "log_reg_importance_20.png", "log_reg_importance_50.png",
+    "overlap.png", "volumes_controlled.png", "table_controlled.png", "table_head_size_alone.png",
+    "families.png",
     "fa_volumes.png", "brain_volume.png",
+    "cnn2d_curves.png", "slab_positions.png",
+    "feature_bars.png", "feature_effects.png", "feature_kernels.png", "feature_maps.png",
     "CNN_arch.png", "training_curves.png", "fold_accuracies.png",
     "man.png", "woman.png", "both.png", "regions.png",
     "brain.html", "brain.png", "mask.html", "mask.png",
+    "explanations_subject.png", "explanations_groups.png", "explanations_curves.png",
+    "explanations_regions.png",
 }  # fmt: skip
 
 

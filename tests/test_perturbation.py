@@ -9,8 +9,9 @@ import pytest
 import torch
 from scipy.ndimage import binary_dilation, gaussian_filter
 
-from brainsex import networks, perturbation
+from brainsex import group_masks, networks, perturbation
 from brainsex.cohort import Cohort
+from brainsex.group_masks import group_mask
 from brainsex.masks import explain, held_out
 from brainsex.networks import MriNet3d
 from brainsex.perturbation import blurred, optimise_masks
@@ -483,3 +484,142 @@ def test_a_cohort_without_networks_or_affine(study, tmp_path):
     with pytest.raises(ValueError, match="does not know 000011"):
         explain(cohort, folder, tmp_path / "masks")
     assert not (tmp_path / "masks").exists()
+
+
+def test_another_reference_takes_the_blurs_place(bright):
+    """The box is as bright in the reference: to put it there removes nothing; the decoy is gone."""
+    kept = bright[0].copy()
+    kept[DECOY] = 0.1
+    found = optimise_masks(BoxMean(), bright, reference=kept, progress=False)
+    assert found.masks.max() == 0
+    assert found.history["after"][0] == pytest.approx(found.history["before"][0])
+    dark = bright[0].copy()
+    dark[BOX] = 0.1
+    found = optimise_masks(BoxMean(), bright, reference=dark, progress=False)
+    assert found.history["after"][0] < 0.1
+    seen = bright[0] + found.masks[0] * (dark - bright[0])
+    log_odds = 30 * (seen[BOX].mean() - 0.45)
+    assert found.history["after"][0] == pytest.approx(1 / (1 + np.exp(-log_odds)), abs=1e-3)
+
+
+def test_a_reference_for_all_one_each_and_the_blur_itself(network, volumes):
+    blur = blurred(torch.from_numpy(volumes)[:, None])[:, 0].numpy()
+    given = masks_of(network, volumes, reference=blur)
+    np.testing.assert_array_equal(given.masks, masks_of(network, volumes).masks)
+    same = masks_of(network, volumes, reference=np.broadcast_to(blur[0], volumes.shape))
+    np.testing.assert_array_equal(masks_of(network, volumes, reference=blur[0]).masks, same.masks)
+    message = r"reference \(22, 24, 26\), or one for each of 4 volumes, found \(2, 22, 24, 26\)"
+    with pytest.raises(ValueError, match=message):
+        masks_of(network, volumes, reference=volumes[:2])
+
+
+def group_of(network, volumes, **options):
+    return group_mask(network, volumes, **QUICK | {"batch_size": 2, "progress": False} | options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_groups_mask_covers_what_its_members_share(bright, monkeypatch, dtype):
+    """Evidence of different strength, each with bright noise of its own, which no mask needs."""
+    in_precision(monkeypatch, dtype)
+    rng = np.random.default_rng(4)
+    group = np.repeat(bright, 6, 0)
+    group[:, BOX] *= rng.uniform(0.8, 1.2, (6, 1)).astype(np.float32)
+    group += rng.uniform(0, 0.1, group.shape).astype(np.float32)
+    found = group_mask(BoxMean(), group, progress=False)
+    assert found.shape == FULL
+    assert found.dtype == np.float32
+    assert found[BOX].mean() > 0.6
+    beside = ~binary_dilation(BOX, iterations=3)
+    assert found[beside].max() < 0.05
+    seen = group + found * (blurred(torch.from_numpy(group)[:, None])[:, 0].numpy() - group)
+    before, after = (v[:, BOX].mean(1) - 0.45 for v in (group, seen))
+    assert (before > 0.1).all()
+    assert after.max() < 0.05, "log-odds of 1.5, after 6 and more"
+
+
+def test_men_and_women_are_one_group(bright):
+    """A woman's box is dark, in a bright surrounding: the other's box is what changes her mind."""
+    woman = np.where(BOX, 0.1, bright[0]).astype(np.float32)
+    both = np.stack([bright[0], woman])
+    found = group_mask(
+        BoxMean(), both, target=[1, 0], reference=both[::-1].copy(), batch_size=2, progress=False
+    )
+    assert found[BOX].mean() > 0.4
+    assert found[~binary_dilation(BOX, iterations=3)].max() < 0.05
+
+
+def test_the_groups_loss_is_the_mean_of_its_members(network, volumes, monkeypatch):
+    """One step, no shifts: the mask moves against the sign of the mean loss's own gradient."""
+    monkeypatch.setattr(group_masks, "SHIFT", 0)
+    in_precision(monkeypatch, torch.float32)
+    options = {"area": 0.0, "smoothness": 0.0, "batch_size": 4, "target": 1, "floor": 0.02}
+    found = group_of(network, volumes, iterations=1, **options)
+    batch = torch.from_numpy(volumes)[:, None].double()
+    coarse = torch.full((1, 1, 11, 12, 13), 0.5, dtype=torch.double, requires_grad=True)
+    large = torch.nn.functional.interpolate(coarse, size=SMALL, mode="trilinear")
+    blur = np.stack([gaussian_filter(v.astype(float), 5, mode="nearest") for v in volumes])
+    removed = torch.from_numpy(blur)[:, None] - batch
+    plain = copy.deepcopy(network).double()
+
+    def odds(x):
+        logits = plain(x)
+        return logits[:, 1] - logits[:, 0]
+
+    whole = odds(batch).detach()
+    lowest = np.log(0.02 / 0.98) * (whole / 10).clamp(min=1)
+    scale = (whole - lowest).clamp(min=1)
+    loss = ((odds(batch + large * removed) - lowest).clamp(min=0) / scale).mean()
+    (slope,) = torch.autograd.grad(loss, coarse)
+    expected = torch.nn.functional.interpolate(
+        (0.5 - 0.1 * slope.sign()), size=SMALL, mode="trilinear"
+    )[0, 0]
+    np.testing.assert_allclose(found, expected, atol=2e-3)
+
+
+def test_group_mask_same_seed_same_bits_and_no_option_ignored(network, volumes):
+    before = state(network)
+    found = group_of(network, volumes)
+    np.testing.assert_array_equal(group_of(network, volumes), found)
+    assert state(network)[1:] == before[1:]
+    blur = blurred(torch.from_numpy(volumes)[:, None], 1.0)[:, 0].numpy()
+    options = [{"iterations": 7}, {"lr": 0.05}, {"area": 300.0}, {"smoothness": 300.0}]
+    options += [{"floor": 0.9}, {"sigma": 1.0}, {"seed": 1}, {"batch_size": 3}, {"target": 0}]
+    for option in [*options, {"reference": blur}]:
+        assert np.abs(group_of(network, volumes, **option) - found).max() > 1e-4, option
+    few = group_of(network, volumes[:1], batch_size=4)  # a batch may hold a subject twice
+    assert few.shape == SMALL
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        (lambda v: v[:0], {}, r"found \(0, 22, 24, 26\)"),
+        (lambda v: v[0], {}, r"found \(22, 24, 26\)"),
+        (lambda v: _with(v, np.nan), {}, "expected finite volumes"),
+        (lambda v: v[..., :25], {}, r"expected volumes \(N, 1, 22, 24, 26\)"),
+        (lambda v: v, {"target": 2}, "target of 0 or 1.* found 2"),
+        (lambda v: v, {"reference": np.zeros((3, 4))}, r"expected a reference .* found \(3, 4\)"),
+    ],
+)
+def test_group_mask_bad_input(network, volumes, change, options, message):
+    with pytest.raises(ValueError, match=message):
+        group_of(network, change(volumes), **options)
+
+
+def test_masks_of_another_reference_are_made_anew(study, tmp_path, monkeypatch):
+    """Two images whose printed form, cut short in the middle, is the same."""
+    cohort, folder, *_ = study
+    first = np.zeros(SMALL, np.float32)
+    second = first.copy()
+    second[11, 12, 13] = 0.5
+    assert repr(first) == repr(second)
+    out, whole, calls = tmp_path / "masks", perturbation.optimise_masks, []
+
+    def counted(*given, **options):
+        calls.append(options["reference"])
+        return whole(*given, **options)
+
+    monkeypatch.setattr(perturbation, "optimise_masks", counted)
+    for reference, count in ((first, 2), (first.copy(), 2), (second, 4)):
+        explain(cohort, folder, out, reference=reference, **QUICK)
+        assert len(calls) == count  # one call a fold

@@ -1,0 +1,247 @@
+"""Measures of any explanation, in 3D: is it right, does the network use it, is it there again?
+
+Maps are (N, X, Y, Z) or one (X, Y, Z), large where the evidence is; `brain` (X, Y, Z) says which
+voxels count. Ties are broken at random, the same way every time, so that a map with many zeros
+gains nothing from the order of voxels.
+"""
+
+import copy
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+from joblib import Parallel, delayed
+from scipy.stats import rankdata
+from sklearn.metrics import average_precision_score
+from torch import nn
+from tqdm.auto import tqdm
+
+from brainsex import networks
+from brainsex.perturbation import blurred, matching
+
+FRACTIONS = (0, 0.001, 0.0025, 0.005, 0.01, 0.02)
+"""Shares of the brain at which deletion and insertion are measured: masks take about 1 %."""
+
+
+def localisation(maps: np.ndarray, truth: np.ndarray, brain: np.ndarray) -> pd.DataFrame:
+    """How well maps find what was planted.
+
+    Parameters
+    ----------
+    maps : (N, X, Y, Z), finite.
+    truth : (X, Y, Z) bool, where something was planted.
+
+    Returns
+    -------
+    One row a map: average_precision, over the brain's voxels ranked by the map; base_rate, what a
+    map that knows nothing has; pointing, whether the largest value is planted (Zhang et al. 2018,
+    arXiv 1608.00507); mass_inside, the share of what is positive that is planted (NaN of an empty
+    map, which points nowhere: its pointing is False).
+
+    Raises
+    ------
+    ValueError
+        Grids that differ, no planted voxel in the brain, or a map that is not finite.
+    """
+    if maps.shape[1:] != truth.shape or truth.shape != brain.shape:
+        raise ValueError(
+            f"expected maps (N, X, Y, Z) and truth and brain (X, Y, Z) on one grid, found "
+            f"{maps.shape}, {truth.shape} and {brain.shape}."
+        )
+    inside = truth[brain]
+    if not inside.any():
+        raise ValueError("expected planted voxels in the brain, found none.")
+    rows = []
+    for values in maps[:, brain]:
+        _finite(values)
+        positive = values.clip(0)
+        total = positive.sum(dtype=float)
+        rows.append(
+            {
+                "average_precision": average_precision_score(inside, values),
+                "base_rate": inside.mean(),
+                "pointing": bool(np.ptp(values) > 0 and inside[values.argmax()]),
+                "mass_inside": positive[inside].sum(dtype=float) / total if total else np.nan,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def top(saliency: np.ndarray, brain: np.ndarray, voxels: int) -> np.ndarray:
+    """The brain's voxels where a map (X, Y, Z) is largest, exactly so many, as bool (X, Y, Z)."""
+    if not 0 <= voxels <= np.count_nonzero(brain):
+        raise ValueError(f"expected 0 to {np.count_nonzero(brain)} voxels, found {voxels}.")
+    chosen = np.zeros(brain.size, bool)
+    chosen[_order(saliency, brain)[:voxels]] = True
+    return chosen.reshape(brain.shape)
+
+
+def _order(saliency: np.ndarray, brain: np.ndarray) -> np.ndarray:
+    """Flat indices of the brain's voxels, the largest value first."""
+    _finite(saliency[brain])
+    where = np.random.default_rng(0).permutation(np.flatnonzero(brain))
+    return where[np.argsort(-saliency.ravel()[where], kind="stable")]
+
+
+def _finite(values: np.ndarray) -> None:
+    if not np.isfinite(values).all():
+        raise ValueError("expected a finite map, found NaN or infinity in the brain.")
+
+
+def faithfulness(
+    network: nn.Module,
+    volumes: np.ndarray,
+    maps: np.ndarray,
+    brain: np.ndarray,
+    *,
+    target: int | np.ndarray,
+    fractions: Sequence[float] = FRACTIONS,
+    reference: np.ndarray | None = None,
+    sigma: float = 5.0,
+    progress: bool = True,
+) -> dict[str, np.ndarray]:
+    """Deletion and insertion: the target's probability as a map's first voxels go, or come back.
+
+    Petsiuk et al. 2018, arXiv 1806.07421. Deletion starts from the volume and replaces the voxels
+    with the largest saliency by the reference; insertion starts from the reference. Every map takes
+    the same number of voxels, so methods are compared at equal volume.
+
+    Parameters
+    ----------
+    volumes, maps : (N, X, Y, Z).
+    target : class whose probability is followed, for all or (N,).
+    fractions : shares of the brain's voxels, increasing.
+    reference : as in `perturbation.optimise_masks`; by default the blur of `sigma` voxels.
+
+    Returns
+    -------
+    deletion, insertion : (N, fractions) probabilities; deletion_area, insertion_area : (N,), their
+        mean over the fractions (trapezoids): low is good in the first, high in the second.
+
+    Raises
+    ------
+    ValueError
+        Other shapes, fractions that do not increase from 0 to 1 at most, or a map not finite.
+    """
+    steps = np.asarray(fractions, float)
+    if len(steps) < 2 or not (np.diff(steps) > 0).all() or steps[0] < 0 or steps[-1] > 1:
+        raise ValueError(f"expected fractions that increase within [0, 1], found {fractions}.")
+    if maps.shape != volumes.shape or brain.shape != volumes.shape[1:]:
+        raise ValueError(
+            f"expected maps and volumes (N, X, Y, Z) and a brain on one grid, found {maps.shape}, "
+            f"{volumes.shape} and {brain.shape}."
+        )
+    if reference is not None:
+        reference = matching(reference, volumes, "a reference")
+    targets = np.broadcast_to(target, len(volumes))
+    counts = np.rint(steps * np.count_nonzero(brain)).astype(int)
+    device = networks.device()
+    plain = copy.deepcopy(network).eval().requires_grad_(False).to(device)
+
+    @torch.no_grad()
+    def one(row: int) -> np.ndarray:
+        volume = torch.from_numpy(np.array(volumes[row], np.float32))[None, None].to(device)
+        if reference is None:
+            other = blurred(volume, sigma)
+        else:
+            other = torch.from_numpy(np.array(reference[row], np.float32))[None, None].to(device)
+        order = torch.from_numpy(_order(maps[row], brain)).to(device)
+        curves = []
+        for start, end in ((volume, other), (other, volume)):
+            for count in counts:
+                seen = start.clone()
+                seen.view(-1)[order[:count]] = end.reshape(-1)[order[:count]]
+                logits = networks.by_subject(plain(seen))
+                curves.append(logits.softmax(1)[0, int(targets[row])].item())
+        return np.reshape(curves, (2, -1))
+
+    with networks.one_thread_each(device) as workers:
+        done = Parallel(workers, require="sharedmem", return_as="generator")(
+            delayed(one)(row) for row in range(len(volumes))
+        )
+        bar = tqdm(done, "curves", total=len(volumes), unit="subject", disable=not progress)
+        curves = np.array(list(bar)).reshape(-1, 2, len(steps))
+    areas = np.trapezoid(curves, steps, axis=2) / (steps[-1] - steps[0])
+    return {
+        "deletion": curves[:, 0],
+        "insertion": curves[:, 1],
+        "deletion_area": areas[:, 0],
+        "insertion_area": areas[:, 1],
+    }
+
+
+def interval(values: np.ndarray, *, draws: int = 2000, seed: int = 0) -> tuple[float, float, float]:
+    """Mean over subjects and its 95 % percentile bootstrap interval (Efron 1979), NaN left out.
+
+    Subjects are drawn, networks are not: it says how another sample of subjects would come out.
+    """
+    values = np.asarray(values, float)
+    values = values[np.isfinite(values)]
+    if len(values) == 0:
+        return np.nan, np.nan, np.nan
+    chosen = np.random.default_rng(seed).integers(0, len(values), (draws, len(values)))
+    low, high = np.quantile(values[chosen].mean(1), (0.025, 0.975))
+    return float(values.mean()), float(low), float(high)
+
+
+def dice(first: np.ndarray, second: np.ndarray) -> float:
+    """2 |A ∩ B| / (|A| + |B|) of two bool arrays; of two empty ones NaN.
+
+    Counting the voxels on which they agree, background included, gives .94 for two disjoint masks
+    of 3 %.
+    """
+    total = np.count_nonzero(first) + np.count_nonzero(second)
+    return 2 * np.count_nonzero(first & second) / total if total else np.nan
+
+
+def similarity(
+    first: np.ndarray,
+    second: np.ndarray,
+    brain: np.ndarray,
+    *,
+    share: float = 0.02,
+    permutations: int = 0,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Spearman's correlation of two maps in the brain, and Dice of their first voxels.
+
+    Neighbouring voxels are no independent draws, so shuffling voxels would call any two smooth maps
+    alike. The null moves one map by a random distance along each axis, around the brain's box
+    (toroidal shift: Lotwick and Silverman 1982, J. R. Stat. Soc. B 44:406), which keeps its values
+    and its smoothness, and breaks only where it lies.
+
+    Parameters
+    ----------
+    first, second : (X, Y, Z).
+    share : of the brain's voxels whose Dice is taken: the same number in both, fewer where a map
+        has fewer above its lowest value.
+    permutations : moves; 0 for no test.
+
+    Returns
+    -------
+    spearman, dice, and with a test spearman_p and dice_p, one-sided: (1 + moves as similar) /
+    (1 + moves); NaN where a map is constant.
+    """
+    corners = np.argwhere(brain)
+    box = tuple(slice(low, high + 1) for low, high in zip(corners.min(0), corners.max(0)))
+    first, second, brain = first[box], second[box], brain[box]
+    most, ranks = round(share * np.count_nonzero(brain)), rankdata(first[brain])
+
+    def compare(other: np.ndarray) -> tuple[float, float]:
+        flat = np.ptp(ranks) == 0 or np.ptp(other[brain]) == 0
+        spearman = np.nan if flat else np.corrcoef(ranks, rankdata(other[brain]))[0, 1]
+        # ties at the bottom are no agreement: both take as many as the emptier map has above it
+        voxels = min(most, *((m[brain] > m[brain].min()).sum() for m in (first, other)))
+        return spearman, dice(top(first, brain, voxels), top(other, brain, voxels))
+
+    observed = compare(second)
+    found = dict(zip(("spearman", "dice"), map(float, observed)))
+    if permutations:
+        rng = np.random.default_rng(seed)
+        moves = [rng.integers(0, brain.shape) for _ in range(permutations)]
+        null = np.array([compare(np.roll(second, move, (0, 1, 2))) for move in moves])
+        p = (1 + (null >= observed).sum(0)) / (1 + permutations)
+        p = np.where(np.isnan(observed), np.nan, p)
+        found |= dict(zip(("spearman_p", "dice_p"), map(float, p)))
+    return found

@@ -1,0 +1,267 @@
+"""Every subject by the network that did not see it; nothing of the held-out in any reference."""
+
+import copy
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from scipy.ndimage import gaussian_filter
+
+from brainsex import comparison, controls, group_masks, masks, measures
+from brainsex import saliency_figures as figures
+from brainsex.cohort import Cohort
+from brainsex.networks import MriNet3d
+
+SHAPE = (22, 24, 26)
+AFFINE = np.array([[3.0, 0, 0, -30], [0, 3.1, 0, -40], [0, 0, 3.2, -50], [0, 0, 0, 1]])
+QUICK = {"iterations": 2, "samples": 2, "steps": 2, "window": 12, "stride": 10}
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """Eight subjects in two folds, men brighter in a box, and two networks of random weights."""
+    folder = tmp_path_factory.mktemp("study")
+    rng = np.random.default_rng(0)
+    sex, fold = np.arange(8) % 2, np.arange(8) // 4
+    volumes = rng.uniform(0.1, 0.5, (8, *SHAPE)).astype(np.float32)
+    volumes[sex == 1, 8:14, 9:15, 10:16] += 0.3
+    subjects = np.array([f"00000{n}" for n in range(8)])
+    table = pd.DataFrame({"Subject": subjects, "label": sex, "brain_volume_ml": 1000.0 + sex})
+    table["brain_volume_ml"] += rng.uniform(0, 9, 8)
+    cohort = Cohort("toy", True, volumes, sex, subjects, None, AFFINE, table)
+    networks = []
+    for number in range(2):
+        torch.manual_seed(number)
+        network = MriNet3d(2, SHAPE)
+        with torch.no_grad():
+            for _ in range(20):
+                network(torch.from_numpy(volumes)[:, None])
+        networks.append(network.eval())
+        torch.save(network.state_dict(), folder / f"fold-{number}.pt")
+    pd.DataFrame({"Subject": subjects, "fold": fold}).to_csv(folder / "folds.csv", index=False)
+    return cohort, folder, networks, fold
+
+
+@pytest.fixture(scope="module")
+def explained(study, tmp_path_factory):
+    cohort, folder, *_ = study
+    rows = [5, 0, 3]
+    out = tmp_path_factory.mktemp("masks")
+    return rows, *comparison.explain(cohort, folder, out, rows, sigma=1.0, **QUICK)
+
+
+def predicted(network, volume):
+    with torch.no_grad():
+        return int(network(torch.from_numpy(volume)[None, None]).argmax())
+
+
+def slope(network, volume, target):
+    volume = torch.tensor(volume, requires_grad=True)
+    logits = network(volume[None, None])[0]
+    return torch.autograd.grad(logits[target] - logits[1 - target], volume)[0].numpy()
+
+
+def blur(volume):
+    return gaussian_filter(volume, 1.0, mode="nearest")
+
+
+def test_training_means_by_hand(study):
+    cohort, _, _, fold = study
+    women, men = masks.training_means(cohort, fold, 1)
+    np.testing.assert_allclose(women, cohort.volumes[[0, 2]].mean(0), atol=1e-6)
+    np.testing.assert_allclose(men, cohort.volumes[[1, 3]].mean(0), atol=1e-6)
+
+
+def test_every_map_is_of_the_network_that_did_not_see_the_subject(study, explained):
+    cohort, _, networks, fold = study
+    rows, maps, table = explained
+    assert table["Subject"].tolist() == cohort.subjects[rows].tolist()
+    assert {one.shape for one in maps.values()} == {(3, *SHAPE)}
+    assert len(maps) == 11
+    for n, row in enumerate(rows):
+        network, volume = networks[fold[row]], cohort.volumes[row]
+        target = predicted(network, volume)
+        assert table["target"][n] == target
+        gradient = slope(network, volume, target)
+        atol = 1e-5 * np.abs(gradient).max()
+        product = blur(gradient * volume)
+        np.testing.assert_allclose(maps["gradient × input"][n], product, atol=atol)
+        magnitude = maps["gradient × input, magnitude"][n]
+        np.testing.assert_allclose(magnitude, np.abs(product), atol=atol)
+        train = fold != fold[row]
+        mean = [cohort.volumes[train & (cohort.sex == sex)].mean(0) for sex in (0, 1)]
+        difference = blur(mean[target] - mean[1 - target])
+        expected = blur(gradient * difference)
+        np.testing.assert_allclose(maps[comparison.DIFFERENCE][n], expected, atol=2 * atol)
+        drawn = np.corrcoef(maps[comparison.RANDOM][n].ravel(), expected.ravel())[0, 1]
+        assert abs(drawn) < 0.9
+    assert maps["SmoothGrad"].min() >= 0
+
+
+def test_masks_are_those_of_the_references_they_name(study, explained):
+    cohort, _, networks, fold = study
+    rows, maps, table = explained
+    for n, row in enumerate(rows):
+        train = fold != fold[row]
+        target = table["target"][n]
+        other = cohort.volumes[train & (cohort.sex == 1 - target)].mean(0)
+        for name, reference in ((comparison.MASK, None), (comparison.COUNTERFACTUAL, other)):
+            expected = comparison.perturbation.optimise_masks(
+                networks[fold[row]],
+                cohort.volumes[row : row + 1],
+                subjects=[cohort.subjects[row]],
+                target=int(target),
+                reference=reference,
+                iterations=2,
+                progress=False,
+            ).masks[0]
+            np.testing.assert_allclose(maps[name][n], expected, atol=1e-4)
+
+
+def test_group_maps_are_means_over_folds_of_held_out_subjects(study):
+    cohort, folder, networks, fold = study
+    brain = np.ones(SHAPE, bool)
+    found = comparison.explain_groups(cohort, folder, [0, 1], brain, iterations=2, permutations=9)
+    expected = np.mean(
+        [
+            group_masks.group_mask(
+                network,
+                cohort.volumes[fold == number],
+                target=cohort.sex[fold == number],
+                iterations=2,
+                progress=False,
+            )
+            for number, network in enumerate(networks)
+        ],
+        axis=0,
+    )
+    np.testing.assert_array_equal(found["group mask (blur)"], expected)
+    assert np.abs(found["group mask (other sex's mean)"] - expected).max() > 1e-4
+    t = [controls.t_map(cohort.volumes[fold != n], cohort.sex[fold != n], brain) for n in (0, 1)]
+    np.testing.assert_allclose(found["t map"], np.abs(t).mean(0), rtol=1e-6)
+    assert np.abs(found["t map"] - found["t map (brain volume out)"]).max() > 0.1
+    assert found["corrected p"].max() <= 1 + 1e-6  # of nine permutations
+
+
+def test_each_is_judged_by_its_own_network(study, explained):
+    cohort, folder, networks, fold = study
+    rows, maps, table = explained
+    brain = np.ones(SHAPE, bool)
+    name = "gradient × input"
+    found = comparison.judge(cohort, folder, rows, table, {name: maps[name]}, brain)[name]
+    for n, row in enumerate(rows):
+        expected = measures.faithfulness(
+            networks[fold[row]],
+            cohort.volumes[row : row + 1],
+            maps[name][n : n + 1],
+            brain,
+            target=int(table["target"][n]),
+            progress=False,
+        )
+        for measure, values in expected.items():
+            np.testing.assert_allclose(found[measure][n], values[0], rtol=1e-5)
+
+
+def test_again_compares_a_subject_with_itself(study):
+    cohort, folder, networks, _ = study
+    brain = np.ones(SHAPE, bool)
+    found = comparison.again(cohort, folder, [2, 7], brain, iterations=2)
+    assert found["Subject"].tolist() == ["000002"] * 3 + ["000007"] * 3
+    assert found["other"].tolist() == ["optimiser seed", "network", "network"] * 2
+    maps = [
+        np.abs(blur(slope(network, cohort.volumes[2], 0) * cohort.volumes[2]))
+        for network in networks
+    ]
+    expected = measures.similarity(*maps, brain)
+    row = found.iloc[2]
+    assert row["map"] == "gradient × input"
+    assert row["spearman"] == pytest.approx(expected["spearman"], abs=1e-3)
+    assert not (found["dice"] == 1).any()
+
+
+def test_cascade_follows_the_layers(study):
+    cohort, _, networks, _ = study
+    brain = np.ones(SHAPE, bool)
+    before = copy.deepcopy(networks[0].state_dict())
+    found = comparison.cascade(networks[0], cohort.volumes[:2], brain)
+    assert found["layer"].unique().tolist()[:2] == ["linear", "hidden3.1"]
+    assert len(found) == 7 * 3
+    assert not (found["dice"] == 1).any()
+    for name, value in networks[0].state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_t_of_sex_in_a_linear_model_with_brain_volume(study):
+    cohort, *_ = study
+    brain, volume = np.ones(SHAPE, bool), cohort.table["brain_volume_ml"].to_numpy()
+    found = controls.t_map(cohort.volumes, cohort.sex, brain, sigma=1e-9, confound=volume)
+    at = (9, 10, 11)
+    design = np.column_stack([np.ones(8), cohort.sex, volume])
+    y = cohort.volumes[:, *at].astype(float)
+    beta, (rss,), *_ = np.linalg.lstsq(design, y)
+    error = np.sqrt(rss / 5 * np.linalg.inv(design.T @ design)[1, 1])
+    assert found[at] == pytest.approx(beta[1] / error, rel=1e-3)
+
+
+def test_removal_takes_its_regions_from_training_subjects(study, monkeypatch):
+    cohort, _, networks, fold = study
+    brain, seen, regions = np.ones(SHAPE, bool), [], []
+
+    def group(network, volumes, **options):
+        seen.append((volumes.rows.tolist(), options["target"].tolist()))
+        return np.arange(np.prod(SHAPE), dtype=np.float32).reshape(SHAPE)
+
+    def retrained(volumes, sex, held_out, region, make, *, keep=False, **_):
+        regions.append((region.sum(), keep))
+        return 0.5 + keep
+
+    monkeypatch.setattr(controls, "group_mask", group)
+    monkeypatch.setattr(controls, "retrained", retrained)
+    found = controls.removal(cohort, networks[0], fold == 0, brain, None, share=0.1, epochs=1)
+    assert seen == [([5, 7], [1, 1]), ([4, 6], [0, 0]), ([4, 5, 6, 7], [0, 1, 0, 1])]
+    assert {count for count, _ in regions} == {round(0.1 * brain.sum())}
+    assert found["region"].tolist()[-1] == "random"
+    assert (found["only"] == 1.5).all()
+    assert (found["without"] == 0.5).all()
+
+
+def text(figure):
+    return " ".join(one.get_text() for one in figure.findobj(Text))
+
+
+def test_figures_say_what_they_show(study, explained):
+    cohort, *_ = study
+    _, maps, _ = explained
+    background, labels = cohort.volumes.mean(0), np.zeros(SHAPE, int)
+    labels[8:14, 9:15, 10:16] = 3
+    options = {"title": "T", "cohort": "toy cohort, n=8"}
+    one = {name: values[0] for name, values in maps.items()}
+    one["nothing"] = np.zeros(SHAPE)
+    drawn = figures.maps(background, one, AFFINE, (0, -5, -10), outlines=labels, **options)
+    assert isinstance(drawn, Figure)
+    shown = text(drawn)
+    for name in (*one, "toy cohort, n=8", "planted regions", "x = 0 mm", "L", "R", "A"):
+        assert name in shown
+    values = {"a": np.array([[0.9, 0.5], [0.7, 0.1]]), "b": np.ones((2, 2))}
+    drawn = figures.curves((0, 0.02), values, values, **options)
+    line = drawn.axes[0].lines[0]
+    np.testing.assert_allclose(line.get_xydata(), [[0, 0.8], [2, 0.3]])
+    assert "2 held-out subjects" in text(drawn)
+
+
+def test_region_bars_are_the_shares():
+    rows = [
+        ("women", 1, "genu", 2.0, 0.5, 0.4, 1.0),
+        ("women", 0, "none", 8.0, 0.1, 0.6, np.nan),
+        ("men", 1, "genu", 2.0, 0.5, 0.25, 1.0),
+        ("men", 0, "none", 8.0, 0.1, 0.75, np.nan),
+    ]
+    columns = ["group", "label", "name", "volume_ml", "mean", "share", "rank"]
+    drawn = figures.region_bars(pd.DataFrame(rows, columns=columns), title="T", cohort="toy")
+    widths = [bar.get_width() for bar in drawn.axes[0].patches]
+    assert widths == pytest.approx([40, 25])
+    assert "genu" in text(drawn)
+    assert [line.get_xdata()[0] for line in drawn.axes[0].lines[:2]] == pytest.approx([20, 20])

@@ -1,0 +1,354 @@
+"""Measures against cases worked out by hand, controls against what they must not be able to do."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from scipy.ndimage import gaussian_filter
+from scipy.stats import spearmanr, ttest_ind
+from torch import nn
+
+from brainsex import controls, measures
+from brainsex.networks import MriNet3d
+
+SHAPE = (3, 4, 5)
+
+
+def line(*values):
+    """A map whose first voxels along Z of corner (0, 0) have these values; zero elsewhere."""
+    found = np.zeros(SHAPE)
+    found[0, 0, : len(values)] = values
+    return found
+
+
+class Sum(nn.Module):
+    """Log-odds of man: the sum of a volume's voxels, each with its weight, less a threshold."""
+
+    def __init__(self, weight, threshold=0.0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.from_numpy(np.asarray(weight)).float())
+        self.threshold = threshold
+
+    def forward(self, volumes):
+        score = (volumes[:, 0] * self.weight).sum((1, 2, 3)) - self.threshold
+        return torch.stack([-score / 2, score / 2], 1)
+
+
+def test_localisation_by_hand():
+    """Five voxels, two planted; ranked first and third: AP = (1/1 + 2/3) / 2 = 5/6."""
+    brain, truth = line(1, 1, 1, 1, 1) > 0, line(1, 0, 0, 1, 0) > 0
+    truth[2, 3, 4] = True  # outside the brain: does not count
+    maps = np.stack([line(5, 4, 1, 3, 0), line(1, 3, 0, 2, 0), line(0, 0, 0, 0, 0)])
+    maps[:, 2, 3, 4] = 9
+    found = measures.localisation(maps, truth, brain)
+    assert found["base_rate"].tolist() == [0.4] * 3
+    # ranks of the planted: 1 and 3; 3 and 2; all tied
+    expected = [(1 + 2 / 3) / 2, (1 / 2 + 2 / 3) / 2, 0.4]
+    assert found["average_precision"].tolist() == pytest.approx(expected)
+    assert found["pointing"].tolist() == [True, False, False]
+    assert found["mass_inside"][:2].tolist() == pytest.approx([8 / 13, 3 / 6])
+    assert np.isnan(found["mass_inside"][2])
+
+
+def test_localisation_counts_no_negative_mass():
+    brain, truth = line(1, 1, 1) > 0, line(1) > 0
+    found = measures.localisation(line(2, 2, -5)[None], truth, brain)
+    assert found["mass_inside"][0] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"maps": np.zeros((1, 3, 4, 6))}, r"\(1, 3, 4, 6\), \(3, 4, 5\)"),
+        ({"truth": np.zeros(SHAPE, bool)}, "planted voxels in the brain, found none"),
+        ({"maps": np.full((1, *SHAPE), np.nan)}, "finite map"),
+    ],
+)
+def test_localisation_bad_input(change, message):
+    given = {"maps": np.zeros((1, *SHAPE)), "truth": line(1) > 0, "brain": line(1, 1) > 0}
+    with pytest.raises(ValueError, match=message):
+        measures.localisation(**given | change)
+
+
+def test_top_takes_exactly_so_many_of_the_brain_and_ties_know_no_order():
+    brain = np.ones(SHAPE, bool)
+    brain[0] = False
+    saliency = np.zeros(SHAPE)
+    saliency[0], saliency[1, 2, 3] = 7, 1
+    chosen = measures.top(saliency, brain, 20)
+    assert chosen.sum() == 20
+    assert chosen[1, 2, 3]
+    assert not chosen[0].any()
+    halves = chosen[1].sum(), chosen[2].sum()
+    assert min(halves) > 4, "ties are not taken in the order of voxels"
+    with pytest.raises(ValueError, match="0 to 40 voxels, found 41"):
+        measures.top(saliency, brain, 41)
+
+
+def test_deletion_and_insertion_by_hand():
+    """Two of four voxels carry log-odds of 2 and 1; an empty reference; fractions 0, 1/4, 1/2."""
+    brain, volume = line(1, 1, 1, 1) > 0, line(1, 1, 1, 1)[None]
+    network = Sum(line(2, 1, 0, 0))
+    sigmoid = lambda x: 1 / (1 + np.exp(-x))  # noqa: E731
+    found = measures.faithfulness(
+        network, volume, line(4, 3, 2, 1)[None], brain, target=1, progress=False,
+        fractions=(0, 0.25, 0.5), reference=np.zeros(SHAPE),
+    )  # fmt: skip
+    deleted, inserted = [sigmoid(3), sigmoid(1), sigmoid(0)], [sigmoid(0), sigmoid(2), sigmoid(3)]
+    np.testing.assert_allclose(found["deletion"][0], deleted, atol=1e-6)
+    np.testing.assert_allclose(found["insertion"][0], inserted, atol=1e-6)
+    for name, (a, b, c) in (("deletion", deleted), ("insertion", inserted)):
+        area = ((a + b) / 2 + (b + c) / 2) / 2
+        assert found[f"{name}_area"][0] == pytest.approx(area, abs=1e-6)
+    worse = measures.faithfulness(
+        network, volume, line(1, 2, 3, 4)[None], brain, target=1, progress=False,
+        fractions=(0, 0.25, 0.5), reference=np.zeros(SHAPE),
+    )  # fmt: skip
+    np.testing.assert_allclose(worse["deletion"][0], [sigmoid(3)] * 3, atol=1e-6)
+    other = measures.faithfulness(
+        network, volume, line(4, 3, 2, 1)[None], brain, target=0, progress=False,
+        fractions=(0, 0.25, 0.5), reference=np.zeros(SHAPE),
+    )  # fmt: skip
+    np.testing.assert_allclose(other["deletion"], 1 - found["deletion"], atol=1e-6)
+
+
+def test_what_is_deleted_is_blurred_by_default():
+    """All of a volume deleted is its blur, which scipy makes too."""
+    rng = np.random.default_rng(0)
+    volume, weight = rng.random((2, 8, 9, 10)).astype(np.float32)
+    network = Sum(weight / 100, 2.0)
+    found = measures.faithfulness(
+        network, volume[None], volume[None], np.ones(volume.shape, bool), target=1,
+        fractions=(0, 1), sigma=2.0, progress=False,
+    )  # fmt: skip
+    blur = gaussian_filter(volume.astype(float), 2.0, mode="nearest")
+    expected = [1 / (1 + np.exp(2.0 - (weight / 100 * v).sum())) for v in (volume, blur)]
+    np.testing.assert_allclose(found["deletion"][0], expected, rtol=1e-5)
+    np.testing.assert_allclose(found["insertion"][0], expected[::-1], rtol=1e-5)
+
+
+def test_faithfulness_leaves_network_and_volumes_alone_and_ignores_company():
+    torch.manual_seed(0)
+    network = MriNet3d(2, (22, 23, 24)).train()
+    before = copy.deepcopy(network.state_dict())
+    rng = np.random.default_rng(1)
+    volumes, maps = rng.random((2, 3, 22, 23, 24)).astype(np.float32)
+    volumes.flags.writeable = False
+    brain = np.ones((22, 23, 24), bool)
+    options = {"target": 1, "progress": False}
+    found = measures.faithfulness(network, volumes, maps, brain, **options)
+    alone = measures.faithfulness(network, volumes[1:2], maps[1:2], brain, **options)
+    np.testing.assert_array_equal(found["deletion"][1:2], alone["deletion"])
+    assert network.training
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"fractions": (0, 0.5, 0.5)}, "increase within"),
+        ({"fractions": (0, 1.5)}, "increase within"),
+        ({"fractions": (0.5,)}, "increase within"),
+        ({"maps": np.zeros((1, 3, 4, 6))}, r"found \(1, 3, 4, 6\)"),
+        ({"maps": np.full((1, *SHAPE), np.inf)}, "finite map"),
+        ({"reference": np.zeros((4, 5))}, r"expected a reference \(3, 4, 5\).* found \(4, 5\)"),
+    ],
+)
+def test_faithfulness_bad_input(change, message):
+    given = {"volumes": np.zeros((1, *SHAPE)), "maps": np.zeros((1, *SHAPE))}
+    given |= {"brain": np.ones(SHAPE, bool), "target": 1, "progress": False} | change
+    with pytest.raises(ValueError, match=message):
+        measures.faithfulness(Sum(line(1)), **given)
+
+
+def test_dice_by_hand():
+    a, b = line(1, 1, 1, 0) > 0, line(0, 1, 1, 1, 1) > 0
+    assert measures.dice(a, b) == pytest.approx(2 * 2 / (3 + 4))
+    assert measures.dice(a, a) == 1
+    assert measures.dice(a, line(0, 0, 0, 1) > 0) == 0
+    assert np.isnan(measures.dice(line() > 0, line() > 0))
+
+
+def smooth(seed, shape=(16, 18, 20)):
+    return gaussian_filter(np.random.default_rng(seed).standard_normal(shape), 2)
+
+
+def test_similarity_is_scipys_spearman_and_dice_at_equal_volume():
+    first, second = smooth(0), smooth(1)
+    brain = np.zeros(first.shape, bool)
+    brain[2:14, 3:15, 4:16] = True
+    found = measures.similarity(first, second, brain, share=0.1)
+    expected = spearmanr(first[brain], second[brain]).statistic
+    assert found["spearman"] == pytest.approx(expected)
+    count = round(0.1 * brain.sum())
+    tops = [set(np.argsort(-m[brain])[:count]) for m in (first, second)]
+    assert found["dice"] == pytest.approx(len(tops[0] & tops[1]) / count)
+    assert set(found) == {"spearman", "dice"}
+    same = measures.similarity(first, first, brain, permutations=19)
+    assert (same["spearman"], same["dice"]) == (pytest.approx(1), 1)
+    assert same["dice_p"] == same["spearman_p"] == 0.05  # 1 of 20
+
+
+def test_unrelated_smooth_maps_are_rarely_called_alike():
+    """Of 40 pairs: 5 % at p < .05. Shuffling single voxels would call half of them alike."""
+    brain = np.ones((16, 18, 20), bool)
+    p = [
+        measures.similarity(smooth(2 * n), smooth(2 * n + 1), brain, permutations=39)["spearman_p"]
+        for n in range(40)
+    ]
+    assert np.mean(np.array(p) <= 0.05) <= 0.15
+    assert 0.35 < np.mean(p) < 0.65
+
+
+def test_constant_map_is_like_nothing():
+    brain = np.ones((16, 18, 20), bool)
+    found = measures.similarity(smooth(0), np.zeros(brain.shape), brain, permutations=5)
+    assert np.isnan([found["spearman"], found["spearman_p"]]).all()
+    assert np.isnan([found["dice"], found["dice_p"]]).all()
+    empty = measures.similarity(np.zeros(brain.shape), np.zeros(brain.shape), brain)
+    assert np.isnan(empty["dice"]), "two empty maps agree on nothing"
+
+
+def test_what_two_sparse_maps_lack_is_no_agreement():
+    """Ten voxels each, five in common; 2 % would be 115, filled up from the same zeros."""
+    brain, first = np.ones((16, 18, 20), bool), np.zeros((16, 18, 20))
+    second = first.copy()
+    first[3, 4, :10], second[3, 4, 5:15] = np.arange(10) + 1, np.arange(10) + 1
+    assert measures.similarity(first, second, brain)["dice"] == 0.5
+    assert measures.similarity(first, first, brain)["dice"] == 1
+    assert measures.similarity(first, np.roll(first, 8, 0), brain)["dice"] == 0
+
+
+def test_cascading_randomisation_goes_from_the_last_layer_to_the_first():
+    torch.manual_seed(0)
+    network = MriNet3d(2, (22, 23, 24))
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm3d):
+            for value in (module.running_mean, module.running_var, module.weight.data):
+                value.fill_(3.0)
+            module.bias.data.fill_(3.0)
+    before = copy.deepcopy(network.state_dict())
+    rng = torch.get_rng_state()
+    steps = list(controls.randomised(network, seed=1))
+    assert [name for name, _ in steps] == [
+        "linear", "hidden3.1", "hidden3.0", "hidden2.1", "hidden2.0", "hidden1.1", "hidden1.0",
+    ]  # fmt: skip
+    for number, (_, changed) in enumerate(steps, 1):
+        drawn = {name for name, _ in steps[:number]}
+        for name, value in changed.state_dict().items():
+            layer, _, kind = name.rpartition(".")
+            if kind != "num_batches_tracked":
+                assert torch.equal(value, before[name]) == (layer not in drawn), name
+    assert steps[-1][1].hidden1[1].running_mean.abs().max() == 0
+    again = list(controls.randomised(network, seed=1))
+    other = list(controls.randomised(network, seed=2))
+    for name, value in steps[-1][1].state_dict().items():
+        assert torch.equal(value, again[-1][1].state_dict()[name])
+    weight = steps[-1][1].linear.weight
+    assert not torch.equal(weight, other[-1][1].linear.weight)
+    assert torch.equal(torch.get_rng_state(), rng)
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_random_region_has_the_volume_asked_for_within_the_brain():
+    brain = np.zeros((16, 18, 20), bool)
+    brain[3:12, 3:14, 3:15] = True
+    region = controls.random_region(brain, 100, seed=1)
+    assert region.sum() == 100
+    assert not (region & ~brain).any()
+    assert (region != controls.random_region(brain, 100, seed=2)).any()
+    neighbours = (region[1:] & region[:-1]).sum() / 100
+    assert neighbours > 0.5, "blobs, not dust: dust would have a tenth"
+
+
+@pytest.fixture(scope="module")
+def planted():
+    """Sixty volumes of 22 a side: men are brighter in one box, and nowhere else."""
+    rng = np.random.default_rng(3)
+    sex = np.arange(60) % 2
+    volumes = rng.uniform(0.2, 0.4, (60, 22, 22, 22)).astype(np.float32)
+    box = np.zeros((22, 22, 22), bool)
+    box[6:14, 8:16, 7:15] = True
+    volumes[:, box] += 0.3 * sex[:, None]
+    return volumes, sex, box, np.arange(60) >= 36
+
+
+def test_without_the_planted_region_nothing_is_learnt_and_with_it_alone_everything(planted):
+    volumes, sex, box, held_out = planted
+
+    def learnt(region, **options):
+        settings = {"epochs": 12, "batch_size": 6, "lr": 1e-2, "milestones": (8,)}
+        make = lambda: MriNet3d(4, (22, 22, 22), dropout=0.0)  # noqa: E731
+        settings |= {"progress": False} | options
+        return controls.retrained(volumes, sex, held_out, region, make, **settings)
+
+    assert learnt(box, keep=True) > 0.9
+    assert learnt(box) < 0.75  # chance, of 24
+    elsewhere = np.zeros_like(box)
+    elsewhere[0:5, 0:6, 0:6] = True
+    assert learnt(elsewhere) > 0.9
+    assert learnt(elsewhere, keep=True) < 0.75
+
+
+def test_what_is_removed_tells_nothing_of_the_held_out(planted, monkeypatch):
+    volumes, sex, box, held_out = planted
+    seen = {}
+    monkeypatch.setattr(
+        controls.training, "fit", lambda network, v, s, **_: seen.update(train=v, sex=s)
+    )
+
+    def predict(network, v):
+        seen["test"] = v
+        return np.eye(2)[np.zeros(len(v), int)]
+
+    monkeypatch.setattr(controls.training, "predict", predict)
+    accuracy = controls.retrained(
+        volumes, sex, held_out, box, lambda: MriNet3d(2, (22, 22, 22)), keep=False
+    )
+    assert accuracy == (sex[held_out] == 0).mean()
+    mean = volumes[~held_out].astype(float).mean(0)
+    np.testing.assert_allclose(seen["test"][:, box], np.tile(mean[box], (24, 1)), atol=1e-6)
+    np.testing.assert_array_equal(seen["test"][:, ~box], volumes[held_out][:, ~box])
+    np.testing.assert_array_equal(seen["sex"], sex[~held_out])
+
+
+def test_t_map_is_scipys_welch_and_positive_where_men_are_higher(planted):
+    volumes, sex, box, _ = planted
+    brain = np.ones(box.shape, bool)
+    brain[0] = False
+    found = controls.t_map(volumes, sex, brain, sigma=1e-9)
+    at = (8, 9, 10)
+    expected = ttest_ind(
+        volumes[sex == 1][:, *at].astype(float), volumes[sex == 0][:, *at], equal_var=False
+    ).statistic
+    assert found[at] == pytest.approx(expected, rel=1e-4)
+    assert expected > 5
+    assert not found[0].any()
+    constant = np.zeros_like(volumes)
+    assert not controls.t_map(constant, sex, brain).any()
+
+
+@pytest.mark.parametrize("tfce", [False, True])
+def test_corrected_p_finds_the_planted_box_and_little_else(planted, tfce):
+    volumes, sex, box, _ = planted
+    brain, affine = np.ones(box.shape, bool), np.diag([3.0, 3, 3, 1])
+    brain[0] = False
+    found = controls.family_wise(volumes, sex, brain, affine, sigma=0.5, permutations=40, tfce=tfce)
+    significant = found > -np.log10(0.05)
+    assert significant[box].mean() > 0.95
+    assert significant[~box].mean() < 0.15  # the blur's rim, and TFCE's
+    assert found.max() <= np.log10(41) + 1e-6
+    assert not found[0].any()
+
+
+def test_interval_is_of_the_mean_over_subjects():
+    """Of 0 and 1 in equal parts: mean 1/2, standard error 1/(2 √n)."""
+    mean, low, high = measures.interval(np.arange(400) % 2)
+    assert mean == 0.5
+    assert high - low == pytest.approx(2 * 1.96 / 2 / 20, rel=0.1)
+    assert low < 0.5 < high
+    assert measures.interval([0.25, np.nan, 0.25]) == (0.25, 0.25, 0.25)
+    assert np.isnan(measures.interval([np.nan])).all()

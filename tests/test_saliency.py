@@ -1,0 +1,354 @@
+"""Explanations against their definitions, worked out by hand or by autograd alone."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from scipy.interpolate import RegularGridInterpolator
+from scipy.ndimage import gaussian_filter
+from torch import nn
+from torch.nn import functional as F
+
+from brainsex import saliency
+from brainsex.networks import MriNet2d, MriNet3d
+
+SHAPE = (22, 24, 27)
+METHODS = {
+    "grad_cam": {},
+    "guided_backpropagation": {},
+    "gradient": {},
+    "smooth_grad": {"samples": 2},
+    "integrated_gradients": {"steps": 3},
+    "occlusion": {"window": 12, "stride": 10},
+}
+
+
+class Weighted(nn.Module):
+    """Log-odds of man: the weighted sum of a volume's voxels, or of their squares."""
+
+    def __init__(self, weight, power=1):
+        super().__init__()
+        self.weight, self.power = nn.Parameter(torch.from_numpy(weight)), power
+
+    def forward(self, volumes):
+        score = (volumes[:, 0] ** self.power * self.weight).sum((1, 2, 3))
+        return torch.stack([3 - score, 3 + 0 * score], 1)
+
+
+@pytest.fixture(scope="module")
+def volumes():
+    found = np.random.default_rng(0).uniform(0, 0.6, (3, *SHAPE)).astype(np.float32)
+    found[:, 4:10, 5:12, 6:14] += 0.3
+    found.flags.writeable = False  # as a memory-mapped cohort's are
+    return found
+
+
+@pytest.fixture(scope="module")
+def network(volumes):
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(3)
+        network = MriNet3d(2, SHAPE)
+        for _ in range(20):  # batch norms as after training
+            network(torch.from_numpy(volumes.copy())[:, None])
+    return network.eval()
+
+
+@pytest.fixture
+def weight():
+    return np.random.default_rng(5).standard_normal(SHAPE).astype(np.float32)
+
+
+def log_odds(network, volume, target):
+    logits = network(torch.as_tensor(volume)[None, None])[0]
+    return logits[target] - logits[1 - target]
+
+
+def plain_gradient(network, volume, target):
+    volume = torch.tensor(volume, requires_grad=True)
+    return torch.autograd.grad(log_odds(network, volume, target), volume)[0].numpy()
+
+
+def explained(name, network, volumes, **options):
+    return getattr(saliency, name)(
+        network, volumes, **METHODS[name] | {"progress": False} | options
+    )
+
+
+@pytest.mark.parametrize(
+    ("layer", "part", "start", "step"),
+    # a cell of the first layer is the largest of 2 convolved voxels, so sees 4: 0 to 3
+    [("hidden1", 1, 1.5, 2), ("hidden2", 2, 4.5, 4), ("hidden3", 3, 10.5, 8)],
+)
+def test_grad_cam_is_its_definition(layer, part, start, step):
+    rng = np.random.default_rng(2)
+    shape = (38, 46, 54)  # 3, 4 and 5 cells in hidden3
+    volumes = rng.uniform(0, 1, (2, *shape)).astype(np.float32)
+    torch.manual_seed(1)
+    network = MriNet3d(4, shape).eval()
+    found = saliency.grad_cam(network, volumes, layer=layer, target=[1, 0], progress=False)
+    assert found.any()
+    for volume, target, one in zip(volumes, (1, 0), found):
+        features = torch.from_numpy(volume)[None, None]
+        for hidden in (network.hidden1, network.hidden2, network.hidden3)[:part]:
+            features = hidden(features)
+        features = features.detach().requires_grad_()
+        rest = features
+        for hidden in (network.hidden1, network.hidden2, network.hidden3)[part:]:
+            rest = hidden(rest)
+        logits = network.linear(rest.flatten(1))[0]
+        slope = torch.autograd.grad(logits[target] - logits[1 - target], features)[0]
+        weights = slope.mean((2, 3, 4), keepdim=True)
+        coarse = (weights * features).sum(1).clamp(min=0)[0].detach().double().numpy()
+        centres = [start + step * np.arange(cells) for cells in coarse.shape]
+        voxels = [
+            np.clip(np.arange(n), c[0], c[-1]) for n, c in zip(shape, centres)
+        ]  # beyond the outermost centres nothing is known but them
+        expected = RegularGridInterpolator(centres, coarse)(
+            np.stack(np.meshgrid(*voxels, indexing="ij"), -1)
+        )
+        assert one.dtype == np.float32
+        np.testing.assert_allclose(one, expected, atol=1e-5 * max(1, coarse.max()))
+
+
+def test_grad_cam_lies_where_the_evidence_is():
+    """A layer of means: one bright spot; the map's centre of mass is at it, not displaced."""
+
+    class Spot(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Sequential(nn.Conv3d(1, 1, 3, bias=False), nn.AvgPool3d(4))
+            nn.init.ones_(self.layer[0].weight)
+
+        def forward(self, volumes):
+            score = self.layer(volumes).sum((1, 2, 3, 4))
+            return torch.stack([-score, score], 1)
+
+    volume = np.zeros((1, 42, 46, 50), np.float32)
+    centre = (2.5 + 4 * 8, 2.5 + 4 * 2, 2.5 + 4 * 10)  # of a cell that sees 6 voxels a side
+    spot = tuple(slice(int(c - 0.5), int(c + 1.5)) for c in centre)
+    volume[0][spot] = 1
+    found = saliency.grad_cam(Spot(), volume, layer="layer", target=1, progress=False)[0]
+    for axis, expected in enumerate(centre):
+        profile = found.sum(tuple({0, 1, 2} - {axis}))
+        assert (profile * np.arange(len(profile))).sum() / profile.sum() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("layer", ["hidden4", "", "hidden1.9"])
+def test_grad_cam_of_no_layer(network, volumes, layer):
+    with pytest.raises(ValueError, match=rf"layer among hidden1, .*linear, found '{layer}'"):
+        saliency.grad_cam(network, volumes, layer=layer, progress=False)
+
+
+def test_grad_cam_of_a_layer_without_feature_maps(network, volumes):
+    with pytest.raises(ValueError, match=r"feature maps .* linear has none"):
+        saliency.grad_cam(network, volumes, layer="linear", progress=False)
+
+
+class Guided(torch.autograd.Function):
+    @staticmethod
+    def forward(context, values):
+        context.save_for_backward(values)
+        return values.clamp(min=0)
+
+    @staticmethod
+    def backward(context, slope):
+        (values,) = context.saved_tensors
+        return slope.clamp(min=0) * (values > 0)
+
+
+class Apply(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, values):
+        return self.function(values)
+
+
+def replaced(network, function, names=("hidden1", "hidden2", "hidden3")):
+    network = copy.deepcopy(network)
+    for name in names:
+        getattr(network, name)[2] = Apply(function)
+    return network
+
+
+def test_guided_backpropagation_is_its_definition_and_not_the_gradient(network, volumes):
+    found = saliency.guided_backpropagation(network, volumes, target=1, progress=False)
+    by_hand = replaced(network, Guided.apply)
+    for volume, one in zip(volumes, found):
+        expected = plain_gradient(by_hand, volume.copy(), 1)
+        np.testing.assert_allclose(one, expected, atol=1e-5 * np.abs(expected).max())
+        gradient = plain_gradient(network, volume.copy(), 1)
+        assert np.abs(one - gradient).max() > 0.1 * np.abs(gradient).max()
+
+
+@pytest.mark.parametrize(
+    ("function", "names", "message"),
+    [
+        (F.relu, ("hidden1", "hidden2", "hidden3"), "found 0 of 3"),
+        (torch.relu, ("hidden2",), "found 2 of 3"),
+        (lambda values: values.clamp(min=0), ("hidden1",), "found 2 of 3"),
+        (torch.tanh, ("hidden1", "hidden2", "hidden3"), "found 0 of 0"),
+    ],
+)
+def test_guided_backpropagation_refuses_function_calls(network, volumes, function, names, message):
+    with pytest.raises(ValueError, match=message):
+        saliency.guided_backpropagation(replaced(network, function, names), volumes, progress=False)
+
+
+def test_gradient_times_input_and_times_another_image(network, volumes, weight):
+    found = saliency.gradient(network, volumes, target=[0, 1, 0], progress=False)
+    other = saliency.gradient(network, volumes, target=[0, 1, 0], times=weight, progress=False)
+    for n, target in enumerate((0, 1, 0)):
+        slope = plain_gradient(network, volumes[n].copy(), target)
+        atol = 1e-5 * np.abs(slope).max()
+        np.testing.assert_allclose(found[n], slope * volumes[n], atol=atol)
+        np.testing.assert_allclose(other[n], slope * weight, atol=4 * atol)
+    each = saliency.gradient(network, volumes, target=1, times=volumes, progress=False)
+    same = saliency.gradient(network, volumes, target=1, progress=False)
+    np.testing.assert_array_equal(each, same)
+
+
+def test_integrated_gradients_add_up_to_the_difference(volumes, weight):
+    """Of squares the integrand is linear, so the sum is exact: w (x² − r²)."""
+    network = Weighted(weight, power=2)
+    reference = np.full(SHAPE, 0.25, np.float32)
+    for given, start in ((None, 0), (reference, 0.25)):
+        found = saliency.integrated_gradients(
+            network, volumes, reference=given, target=1, steps=2, progress=False
+        )
+        # (x - r) times the mean gradient 2 w (x + r) / 2
+        np.testing.assert_allclose(found, weight * (volumes**2 - start**2), atol=1e-5)
+
+
+def test_smooth_grad_is_the_mean_gradient_of_noisy_copies(volumes, weight):
+    """Of squares: 2 w (x + the mean of the noise), which is normal with noise² / samples."""
+    found = saliency.smooth_grad(
+        Weighted(weight, power=2), volumes, target=1, samples=9, noise=0.3, progress=False
+    )
+    noise = found / (2 * weight) - volumes
+    assert noise[np.broadcast_to(np.abs(weight) > 0.1, noise.shape)].std() == pytest.approx(
+        0.1, rel=0.05
+    )
+    quiet = saliency.smooth_grad(Weighted(weight), volumes, target=0, noise=0.3, progress=False)
+    np.testing.assert_allclose(quiet, np.broadcast_to(-weight, quiet.shape), atol=1e-5)
+
+
+def test_smooth_grads_draws_come_from_seed_and_subject(network, volumes):
+    options = {"target": 1, "samples": 2, "noise": 0.1, "progress": False}
+    found = saliency.smooth_grad(network, volumes, subjects=["a", "b", "c"], **options)
+    state = torch.get_rng_state()
+    again = saliency.smooth_grad(network, volumes[[2, 0]], subjects=["c", "a"], **options)
+    assert torch.equal(torch.get_rng_state(), state)
+    np.testing.assert_array_equal(again, found[[2, 0]])
+    other = saliency.smooth_grad(network, volumes, subjects=["a", "b", "c"], seed=1, **options)
+    assert np.abs(other - found).max() > 1e-6
+
+
+def test_occlusion_by_hand(volumes):
+    """Cubes of 12 voxels from 0, 10 and 20: what a cube loses, averaged over a voxel's cubes."""
+    ones = np.ones(SHAPE, np.float32)
+    zero = np.zeros(SHAPE, np.float32)
+    found = saliency.occlusion(
+        Weighted(ones), volumes, reference=zero, window=12, stride=10, target=1, progress=False
+    )
+    for volume, one in zip(volumes.astype(float), found):
+        total, count = np.zeros((2, *SHAPE))
+        for x in (0, 10):
+            for y in (0, 10, 20):
+                for z in (0, 10, 20):
+                    cube = (slice(x, x + 12), slice(y, y + 12), slice(z, z + 12))
+                    total[cube] += volume[cube].sum()
+                    count[cube] += 1
+        np.testing.assert_allclose(one, total / count, rtol=1e-3)
+    blur = np.stack([gaussian_filter(v, 1.5, mode="nearest") for v in volumes])
+    options = {"window": 12, "stride": 10, "target": 0, "progress": False}
+    default = saliency.occlusion(Weighted(ones), volumes, sigma=1.5, **options)
+    given = saliency.occlusion(Weighted(ones), volumes, reference=blur, **options)
+    np.testing.assert_allclose(default, given, atol=1e-2)
+    assert np.abs(default).max() > 1
+
+
+def test_smoothed_map_by_map():
+    maps = np.random.default_rng(1).standard_normal((2, 9, 10, 11)).astype(np.float32)
+    for one, expected in zip(saliency.smoothed(maps, 1.5), maps):
+        np.testing.assert_allclose(one, gaussian_filter(expected, 1.5, mode="nearest"), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_alike(name, network, volumes):
+    """The class predicted by default, the same bits in any company, nothing left on the network."""
+    network = copy.deepcopy(network).train()
+    network.hidden1[0].bias.requires_grad_(False)
+    network.linear.register_forward_hook(lambda *_: None)
+
+    def state():
+        return (
+            [m.training for m in network.modules()],
+            [(p.requires_grad, p.grad) for p in network.parameters()],
+            [(len(m._forward_hooks), len(m._backward_hooks)) for m in network.modules()],
+            torch.get_num_threads(),
+        )
+
+    before, weights = state(), copy.deepcopy(network.state_dict())
+    found = explained(name, network, volumes)
+    assert found.shape == volumes.shape
+    assert found.dtype == np.float32
+    assert np.isfinite(found).all()
+    assert found.any()
+    with torch.no_grad():
+        logits = copy.deepcopy(network).eval()(torch.from_numpy(volumes.copy())[:, None])
+    predicted = logits.argmax(1).numpy()
+    np.testing.assert_array_equal(explained(name, network, volumes, target=predicted), found)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        alone = explained(name, network, volumes[:1])
+        np.testing.assert_array_equal(alone, found[:1])
+    finally:
+        torch.set_num_threads(threads)
+    assert state() == before
+    for key, value in network.state_dict().items():
+        assert torch.equal(value, weights[key])
+    assert explained(name, network, volumes[:0]).shape == (0, *SHAPE)
+
+
+@pytest.mark.parametrize("name", ["gradient", "smooth_grad", "integrated_gradients", "occlusion"])
+def test_the_other_target_turns_the_sign(name, network, volumes):
+    men, women = (explained(name, network, volumes, target=target) for target in (1, 0))
+    np.testing.assert_allclose(men, -women, atol=1e-5 * np.abs(men).max())
+
+
+def test_networks_of_slabs_are_explained_too(volumes):
+    torch.manual_seed(0)
+    network = MriNet2d(3, axis=0, channels=2, shape=SHAPE).eval()
+    found = saliency.gradient(network, volumes, target=1, progress=False)
+    volume = torch.tensor(volumes[0], requires_grad=True)
+    logits = network(volume[None, None]).mean(1)[0]
+    slope = torch.autograd.grad(logits[1] - logits[0], volume)[0].numpy()
+    np.testing.assert_allclose(found[0], slope * volumes[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        (lambda v: v[0], {}, r"\(N, X, Y, Z\), found \(22, 24, 27\)"),
+        (lambda v: np.where(v > 0.89, np.nan, v), {"target": 1}, "NaN or infinity"),
+        (lambda v: v, {"target": 2}, "target of 0 or 1"),
+        (lambda v: v, {"target": [0, 1]}, "each of 3 volumes"),
+    ],
+)
+def test_bad_input(name, network, volumes, change, options, message):
+    with pytest.raises(ValueError, match=message):
+        explained(name, network, change(volumes), **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [("gradient", "times"), ("integrated_gradients", "reference"), ("occlusion", "reference")],
+)
+def test_image_on_another_grid(name, option, network, volumes):
+    with pytest.raises(ValueError, match=r"\(22, 24, 27\), or one for each of 3 .* found \(5, 6\)"):
+        explained(name, network, volumes, **{option: np.zeros((5, 6))})

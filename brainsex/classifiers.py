@@ -47,7 +47,10 @@ def neighbours(k: int) -> Pipeline:
 
 
 def chosen_inside() -> dict[str, BaseEstimator]:
-    """The four classifiers, each of whose settings is chosen by five inner folds."""
+    """The four classifiers, each of whose settings is chosen by five inner folds.
+
+    Inner folds may part relatives: they choose, they do not judge.
+    """
     nearest = GridSearchCV(KNeighborsClassifier(), {"n_neighbors": NEIGHBOURS})
     vectors = GridSearchCV(SVC(), {"C": (0.1, 1.0, 10.0)})
     logistic = LogisticRegressionCV(
@@ -253,11 +256,12 @@ def voxel_svm(
     Parameters
     ----------
     cohort : its voxels within the brain must fit into memory, several times over.
-    assignment : (N,) the fold in which each subject is tested, of `evaluation.folds`.
+    assignment : (N,) the fold in which each subject is tested; below 0, in none: NaN.
     confounds : (N, K), regressed out inside the training folds.
     """
-    decision = np.empty(len(cohort))
-    for fold in tqdm(np.unique(assignment), desc="voxel SVM", unit="fold"):
+    decision = np.full(len(cohort), np.nan)
+    tested = [fold for fold in np.unique(assignment) if fold >= 0]
+    for fold in tqdm(tested, desc="voxel SVM", unit="fold"):
         train, test = (np.flatnonzero(rows) for rows in (assignment != fold, assignment == fold))
         brain = sum(cohort.volumes[row] / len(train) for row in train) > BRAIN_FA
         values = cohort.volumes

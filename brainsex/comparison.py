@@ -51,7 +51,8 @@ def explain(
     Returns
     -------
     maps : method -> (n, X, Y, Z), signed but for SmoothGrad, which has no input to give it a sign;
-        references and group differences are of the training folds. table : of `masks.explain`.
+        references and group differences are of the training folds, random weights are drawn
+        once a fold. table : of `masks.explain`.
     """
     rows = np.asarray(rows)
     options = {"seed": seed, "iterations": iterations}
@@ -62,7 +63,7 @@ def explain(
     for fold in table["fold"].unique():
         here = (table["fold"] == fold).to_numpy()
         network = networks.load(Path(networks_folder) / f"fold-{fold}.pt", cohort.volumes.shape[1:])
-        *_, (_, random) = controls.randomised(network, seed=seed)
+        *_, (_, random) = controls.randomised(network, seed=100 * seed + fold)
         names, target = cohort.subjects[rows[here]], table["target"][here].to_numpy()
         volumes = np.array(cohort.volumes[rows[here]])
         means = masks.training_means(cohort, folds, fold)
@@ -192,6 +193,8 @@ def again(
 ) -> pd.DataFrame:
     """How like themselves single subjects' maps are with another seed, or by another network.
 
+    All explain the class that the subject's own network predicts.
+
     The other network is the next fold's: it has seen the subject, which its own had not.
 
     Returns
@@ -205,7 +208,7 @@ def again(
         numbers = (folds[row], (folds[row] + 1) % (folds.max() + 1))
         paths = [Path(networks_folder) / f"fold-{number}.pt" for number in numbers]
         own, next_ = (networks.load(path, volume.shape[1:]) for path in paths)
-        quiet = {"target": cohort.sex[row], "progress": False}
+        quiet = {"target": training.predict(own, volume).argmax(1), "progress": False}
 
         def mask(network, seed, volume=volume, name=name, quiet=quiet):
             options = {"subjects": [name], "seed": seed, "iterations": iterations}

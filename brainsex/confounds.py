@@ -15,6 +15,8 @@ from scipy.optimize import linear_sum_assignment
 def columns(table: pd.DataFrame, names: Sequence[str]) -> np.ndarray:
     """Columns of a table as numbers (N, K), one per column, or per category of a text column.
 
+    Text that is all numbers is numbers.
+
     Raises
     ------
     ValueError
@@ -29,6 +31,10 @@ def columns(table: pd.DataFrame, names: Sequence[str]) -> np.ndarray:
             if not values.isna().any():
                 problem = "is the same for everybody"
             raise ValueError(f"confound {name} {problem}.")
+    for name in chosen:
+        numbers = pd.to_numeric(chosen[name], errors="coerce")
+        if numbers.notna().all():
+            chosen[name] = numbers
     return pd.get_dummies(chosen, drop_first=True).to_numpy(float)
 
 

@@ -39,12 +39,14 @@ def randomised(network: nn.Module, *, seed: int = 0) -> Iterator[tuple[str, nn.M
         yield name, copy.deepcopy(network)
 
 
-def random_region(
-    brain: np.ndarray, voxels: int, *, sigma: float = 2.0, seed: int = 0
-) -> np.ndarray:
+def random_map(shape: tuple[int, int, int], *, seed: int = 0) -> np.ndarray:
+    """Smooth noise (X, Y, Z): a map that knows nothing."""
+    return gaussian_filter(np.random.default_rng(seed).standard_normal(shape), 2.0)
+
+
+def random_region(brain: np.ndarray, voxels: int, *, seed: int = 0) -> np.ndarray:
     """So many voxels of the brain in smooth random blobs: a mask's equal in volume."""
-    noise = np.random.default_rng(seed).standard_normal(brain.shape)
-    return top(gaussian_filter(noise, sigma), brain, voxels)
+    return top(random_map(brain.shape, seed=seed), brain, voxels)
 
 
 def trained(
@@ -123,13 +125,23 @@ def removal(
     Returns
     -------
     One row a region: region, only (networks that see nothing else), without.
+
+    Raises
+    ------
+    ValueError
+        A mask that is positive, once smoothed, in fewer voxels than the share asks for.
     """
     voxels, regions = round(share * np.count_nonzero(brain)), {}
     for name, sexes in (("men", (1,)), ("women", (0,)), ("both", (0, 1))):
         train = np.flatnonzero(~held_out & np.isin(cohort.sex, sexes))
         options = {"target": cohort.sex[train], "iterations": iterations, "seed": seed}
         mask = group_mask(network, Rows(cohort.volumes, train), **options)
-        regions[f"group mask of {name}"] = top(smoothed(mask[None], 1.0)[0], brain, voxels)
+        mask = smoothed(mask[None], 1.0)[0]
+        if (found := np.count_nonzero(mask[brain] > 0)) < voxels:  # the rest would be random
+            raise ValueError(
+                f"expected a group mask of {name} of {voxels} voxels or more, found {found}."
+            )
+        regions[f"group mask of {name}"] = top(mask, brain, voxels)
     regions["random"] = random_region(brain, voxels, seed=seed)
     given = cohort.volumes, cohort.sex, held_out
     return pd.DataFrame(

@@ -26,18 +26,22 @@ def folds(
     Raises
     ------
     ValueError
-        Fewer subjects of one sex, or fewer groups, than folds.
+        Fewer subjects of one sex, or fewer groups, than folds; or families so large that a fold
+        is left without one sex.
     """
     sex = np.asarray(sex)
-    fewest = min(np.bincount(sex, minlength=2)) if groups is None else len(np.unique(groups))
+    unit, fewest = "subjects of either sex", min(np.bincount(sex, minlength=2))
+    if groups is not None and len(np.unique(groups)) <= fewest:
+        unit, fewest = "families", len(np.unique(groups))
     if not 2 <= folds <= fewest:
-        unit = "subjects of either sex" if groups is None else "families"
         raise ValueError(f"expected 2 to {fewest} folds (there are {fewest} {unit}), got {folds}.")
     kind = StratifiedKFold if groups is None else StratifiedGroupKFold
     splits = kind(folds, shuffle=True, random_state=seed).split(sex, sex, groups)
     assignment = np.empty(len(sex), np.int64)
     for fold, (_, test) in enumerate(splits):
         assignment[test] = fold
+        if len(set(sex[test])) < 2:
+            raise ValueError(f"fold {fold} of {folds} holds one sex only: take fewer folds.")
     return assignment
 
 
@@ -96,7 +100,8 @@ def score(sex: np.ndarray, decision: np.ndarray, assignment: np.ndarray) -> dict
     -------
     accuracy, balanced_accuracy, auc (means over folds; where a fold is one subject, or there is
     one fold, of all subjects together), low and high (95 % limits of the accuracy), interval (its
-    name) and n (subjects tested).
+    name), auc_low and auc_high (of the AUC, in the same way, or after Hanley and McNeil 1982,
+    Radiology 143:29) and n (subjects tested).
     """
     sex, decision = np.asarray(sex), np.atleast_2d(decision)
     parts, count = _tested(sex, np.isfinite(decision), assignment)
@@ -117,8 +122,11 @@ def score(sex: np.ndarray, decision: np.ndarray, assignment: np.ndarray) -> dict
     if pooled:
         mean = float(accuracy[0])
         low, high = wilson(round(mean * n), n)
+        area, half = auc[0], _hanley(auc[0], sex[np.isfinite(decision).any(0)])
+        auc_low, auc_high = area - half, area + half
     else:
         mean, low, high = corrected_t(accuracy, folds=count)
+        _, auc_low, auc_high = corrected_t(auc, folds=count)
     return {
         "accuracy": mean,
         "low": max(low, 0.0),
@@ -126,8 +134,18 @@ def score(sex: np.ndarray, decision: np.ndarray, assignment: np.ndarray) -> dict
         "interval": "Wilson" if pooled else "corrected resampled t",
         "balanced_accuracy": float(balanced.mean()),
         "auc": float(np.mean(auc)),
+        "auc_low": max(float(auc_low), 0.0),
+        "auc_high": min(float(auc_high), 1.0),
         "n": n,
     }
+
+
+def _hanley(auc: float, sex: np.ndarray) -> float:
+    """Half of the 95 % interval of one sample's AUC."""
+    women, men = np.bincount(sex, minlength=2)
+    above, below = auc / (2 - auc), 2 * auc**2 / (1 + auc)
+    variance = auc * (1 - auc) + (men - 1) * (above - auc**2) + (women - 1) * (below - auc**2)
+    return float(norm.ppf(0.975) * math.sqrt(variance / (women * men)))
 
 
 def _tested(
@@ -195,10 +213,11 @@ def paired(
 def shuffled(
     sex: np.ndarray, rng: np.random.Generator, groups: np.ndarray | None = None
 ) -> np.ndarray:
-    """Labels in random order; with groups, whole families of one size change places.
+    """Labels in random order; with groups, families of one size change places as a whole.
 
-    Within a family labels depend on each other, identical twins' most of all, so only whole
-    families of equal size are exchangeable: Winkler et al. 2015, NeuroImage 123:253.
+    Within a family labels depend on each other, identical twins' most of all, so families are
+    exchanged and not persons: Winkler et al. 2015, NeuroImage 123:253. The labels that come to a
+    family are given to its members in random order, who is whose twin being unknown here.
     """
     sex = np.asarray(sex)
     if groups is None:

@@ -21,7 +21,7 @@ from joblib import Parallel, delayed
 from scipy import stats
 from torch import Tensor
 
-from brainsex import LABELS, networks
+from brainsex import LABELS, evaluation, networks
 from brainsex.networks import MriNet3d
 
 BINS = 256
@@ -115,7 +115,14 @@ def map_affine(affine: np.ndarray) -> np.ndarray:
     """The (4, 4) affine, to mm, of the first layer's feature maps after pooling.
 
     A voxel i of theirs is the maximum of the convolutions centred on voxels 2 i + 1 and 2 i + 2.
+
+    Raises
+    ------
+    ValueError
+        The affine is unknown.
     """
+    if affine is None:
+        raise ValueError("expected an affine (4, 4), found none: cohort.load(folder, affine=…).")
     pooled = np.diag([2.0, 2, 2, 1])
     pooled[:3, 3] = 1.5
     return affine @ pooled
@@ -218,21 +225,31 @@ def counts(table: pd.DataFrame) -> dict[str, int]:
 
 
 def shuffled(
-    values: np.ndarray, sex: np.ndarray, *, shuffles: int = 1000, seed: int = 0
+    values: np.ndarray,
+    sex: np.ndarray,
+    *,
+    groups: np.ndarray | None = None,
+    shuffles: int = 1000,
+    seed: int = 0,
 ) -> np.ndarray:
     """Share of the maps with p < .05 (Welch), uncorrected, for each of some shuffles of the sexes.
 
-    Maps are correlated, so the share scatters by more than a binomial law allows: take intervals
-    over the shuffles. Maps that are constant are left out. Raises as `compare`.
+    Families, where known, change places as a whole: `evaluation.shuffled`. The subjects must be
+    new to the network, which otherwise knows their sex. Maps are correlated, so the share scatters
+    by more than a binomial law allows: take intervals over the shuffles. Maps that are constant are
+    left out. Raises as `compare`, and ValueError where all are.
     """
     values, sex = _checked(values, sex)
     values = values[:, compare(values, sex)["tested"]]
+    if values.shape[1] == 0:
+        raise ValueError("expected a map that varies, found none.")
     generator, men = np.random.default_rng(seed), int(sex.sum())
     shares = []
     for block in np.array_split(np.arange(shuffles), -(-shuffles // 100)):  # memory
-        orders = generator.permuted(np.tile(np.arange(len(sex)), (len(block), 1)), axis=1)
-        groups = values[orders[:, :men]], values[orders[:, men:]]  # (shuffles, n, C)
-        shares.append((stats.ttest_ind(*groups, axis=1, equal_var=False).pvalue < LEVEL).mean(1))
+        labels = [evaluation.shuffled(sex, generator, groups) for _ in block]
+        orders = np.argsort(-np.array(labels), axis=1, kind="stable")  # men first
+        parts = values[orders[:, :men]], values[orders[:, men:]]  # (shuffles, n, C)
+        shares.append((stats.ttest_ind(*parts, axis=1, equal_var=False).pvalue < LEVEL).mean(1))
     return np.concatenate(shares)
 
 

@@ -67,10 +67,11 @@ def group_mask(
         raise ValueError(f"expected volumes (N, X, Y, Z), found {volumes.shape}.")
     if reference is not None:
         reference = matching(reference, volumes, "a reference")
+    for row, volume in enumerate(volumes):
+        if not np.isfinite(volume).all():
+            raise ValueError(f"expected finite volumes, volume {row} holds NaN or infinity.")
     device = networks.device()
     logits = networks.evaluate(copy.deepcopy(network).to(device), volumes, torch.float32)
-    if not logits.isfinite().all():
-        raise ValueError("expected finite volumes: the network's logits are not. Clean them first.")
     target = perturbation.targets(target, volumes)
     chosen = logits.argmax(1) if target is None else torch.tensor(target, dtype=torch.long)
     lowest, scale = perturbation.goal(perturbation.of_target(logits, chosen), floor)

@@ -40,10 +40,17 @@ def training_means(cohort: Cohort, folds: np.ndarray, fold: int) -> np.ndarray:
     Parameters
     ----------
     folds : (N,), of everybody in the cohort, as from `held_out`.
+
+    Raises
+    ------
+    ValueError
+        No women or no men among them.
     """
     found = np.zeros((2, *cohort.volumes.shape[1:]), np.float32)
     for sex, mean in enumerate(found):
         chosen = np.flatnonzero((folds != fold) & (cohort.sex == sex))
+        if len(chosen) == 0:
+            raise ValueError(f"fold {fold}: no {('women', 'men')[sex]} among training subjects.")
         for row in chosen:
             mean += cohort.volumes[row] / len(chosen)
     return found

@@ -35,9 +35,9 @@ def localisation(maps: np.ndarray, truth: np.ndarray, brain: np.ndarray) -> pd.D
     Returns
     -------
     One row a map: average_precision, over the brain's voxels ranked by the map; base_rate, what a
-    map that knows nothing has; pointing, whether the largest value is planted (Zhang et al. 2018,
-    arXiv 1608.00507); mass_inside, the share of what is positive that is planted (NaN of an empty
-    map, which points nowhere: its pointing is False).
+    map that knows nothing has; pointing, whether the largest value is planted, or the share
+    of the largest that is (Zhang et al. 2018, arXiv 1608.00507); mass_inside, the share of what is
+    positive that is planted (NaN of an empty map).
 
     Raises
     ------
@@ -61,7 +61,7 @@ def localisation(maps: np.ndarray, truth: np.ndarray, brain: np.ndarray) -> pd.D
             {
                 "average_precision": average_precision_score(inside, values),
                 "base_rate": inside.mean(),
-                "pointing": bool(np.ptp(values) > 0 and inside[values.argmax()]),
+                "pointing": inside[values == values.max()].mean(),
                 "mass_inside": positive[inside].sum(dtype=float) / total if total else np.nan,
             }
         )
@@ -122,7 +122,8 @@ def faithfulness(
     Raises
     ------
     ValueError
-        Other shapes, fractions that do not increase from 0 to 1 at most, or a map not finite.
+        Other shapes, fractions that do not increase from 0 to 1 at most, or a map, volume or
+        reference that is not finite.
     """
     steps = np.asarray(fractions, float)
     if len(steps) < 2 or not (np.diff(steps) > 0).all() or steps[0] < 0 or steps[-1] > 1:
@@ -142,6 +143,8 @@ def faithfulness(
     @torch.no_grad()
     def one(row: int) -> np.ndarray:
         volume = torch.from_numpy(np.array(volumes[row], np.float32))[None, None].to(device)
+        if not volume.isfinite().all():
+            raise ValueError(f"volume {row} holds NaN or infinity, not finite FA.")
         if reference is None:
             other = blurred(volume, sigma)
         else:
@@ -171,7 +174,7 @@ def faithfulness(
     }
 
 
-def interval(values: np.ndarray, *, draws: int = 2000, seed: int = 0) -> tuple[float, float, float]:
+def interval(values: np.ndarray) -> tuple[float, float, float]:
     """Mean over subjects and its 95 % percentile bootstrap interval (Efron 1979), NaN left out.
 
     Subjects are drawn, networks are not: it says how another sample of subjects would come out.
@@ -180,7 +183,7 @@ def interval(values: np.ndarray, *, draws: int = 2000, seed: int = 0) -> tuple[f
     values = values[np.isfinite(values)]
     if len(values) == 0:
         return np.nan, np.nan, np.nan
-    chosen = np.random.default_rng(seed).integers(0, len(values), (draws, len(values)))
+    chosen = np.random.default_rng(0).integers(0, len(values), (2000, len(values)))
     low, high = np.quantile(values[chosen].mean(1), (0.025, 0.975))
     return float(values.mean()), float(low), float(high)
 
@@ -207,9 +210,11 @@ def similarity(
     """Spearman's correlation of two maps in the brain, and Dice of their first voxels.
 
     Neighbouring voxels are no independent draws, so shuffling voxels would call any two smooth maps
-    alike. The null moves one map by a random distance along each axis, around the brain's box
-    (toroidal shift: Lotwick and Silverman 1982, J. R. Stat. Soc. B 44:406), which keeps its values
-    and its smoothness, and breaks only where it lies.
+    alike. The null of Dice moves one map by a random distance along each axis, around the brain's
+    box (toroidal shift: Lotwick and Silverman 1982, J. R. Stat. Soc. B 44:406), which keeps its
+    smoothness and changes where it lies. The correlation has no test: a move also takes apart that
+    two maps fall off at the brain's edge, so that unrelated ones would be called alike. Dice of the
+    first voxels suffers little: of 150 such pairs 7 % came out below .05, 13 % of slow falls.
 
     Parameters
     ----------
@@ -220,28 +225,27 @@ def similarity(
 
     Returns
     -------
-    spearman, dice, and with a test spearman_p and dice_p, one-sided: (1 + moves as similar) /
+    spearman, dice, and with a test dice_p, one-sided: (1 + moves as similar, or of no Dice) /
     (1 + moves); NaN where a map is constant.
     """
     corners = np.argwhere(brain)
     box = tuple(slice(low, high + 1) for low, high in zip(corners.min(0), corners.max(0)))
     first, second, brain = first[box], second[box], brain[box]
-    most, ranks = round(share * np.count_nonzero(brain)), rankdata(first[brain])
+    most = round(share * np.count_nonzero(brain))
 
-    def compare(other: np.ndarray) -> tuple[float, float]:
-        flat = np.ptp(ranks) == 0 or np.ptp(other[brain]) == 0
-        spearman = np.nan if flat else np.corrcoef(ranks, rankdata(other[brain]))[0, 1]
+    def overlap(other: np.ndarray) -> float:
         # ties at the bottom are no agreement: both take as many as the emptier map has above it
         voxels = min(most, *((m[brain] > m[brain].min()).sum() for m in (first, other)))
-        return spearman, dice(top(first, brain, voxels), top(other, brain, voxels))
+        return dice(top(first, brain, voxels), top(other, brain, voxels))
 
-    observed = compare(second)
-    found = dict(zip(("spearman", "dice"), map(float, observed)))
+    flat = np.ptp(first[brain]) == 0 or np.ptp(second[brain]) == 0
+    ranks = [rankdata(one[brain]) for one in (first, second)]
+    spearman = np.nan if flat else np.corrcoef(*ranks)[0, 1]
+    found = {"spearman": float(spearman), "dice": float(overlap(second))}
     if permutations:
         rng = np.random.default_rng(seed)
         moves = [rng.integers(0, brain.shape) for _ in range(permutations)]
-        null = np.array([compare(np.roll(second, move, (0, 1, 2))) for move in moves])
-        p = (1 + (null >= observed).sum(0)) / (1 + permutations)
-        p = np.where(np.isnan(observed), np.nan, p)
-        found |= dict(zip(("spearman_p", "dice_p"), map(float, p)))
+        null = np.array([overlap(np.roll(second, move, (0, 1, 2))) for move in moves])
+        p = (1 + (~(null < found["dice"])).sum()) / (1 + permutations)
+        found["dice_p"] = np.nan if np.isnan(found["dice"]) else float(p)
     return found

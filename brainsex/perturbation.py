@@ -174,6 +174,8 @@ def matching(image: np.ndarray, volumes: np.ndarray, name: str) -> np.ndarray:
             f"expected {name} {volumes.shape[1:]}, or one for each of {len(volumes)} volumes, "
             f"found {image.shape}."
         )
+    if not np.isfinite(image).all():
+        raise ValueError(f"expected {name} that is finite, found NaN or infinity.")
     return np.broadcast_to(image, volumes.shape)
 
 

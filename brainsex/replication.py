@@ -56,7 +56,7 @@ def as_in_the_study(
                 classifier, features, sex, assignment, jobs=jobs, name=name
             )
     compared = scores(sex, found, assignment)
-    compared["leaks"] = "" if table.groups is None else "relatives"
+    compared["leaks"] = "relatives" if table.groups is not None else "relatives, if there are any"
     best = f"k = {sweep.argmax() + 1} chosen by these scores"
-    compared.loc[0, "leaks"] = ", ".join(filter(None, [compared.loc[0, "leaks"], best]))
+    compared.loc[0, "leaks"] += f", {best}"
     return compared, sweep

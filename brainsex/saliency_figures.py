@@ -24,7 +24,7 @@ COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#C
 
 
 @plt.rc_context(STYLE)
-def maps(background, saliency, affine, at, *, title, cohort, outlines=None, columns=2):
+def maps(background, saliency, affine, at, *, title, cohort, outlines=None):
     """The same three planes under every map, each map to its own scale.
 
     Parameters
@@ -38,6 +38,7 @@ def maps(background, saliency, affine, at, *, title, cohort, outlines=None, colu
     outlines : (X, Y, Z) int array, optional
         Planted regions, drawn as contours.
     """
+    columns = 2
     low, high = _box(background, affine)
     widths, height = (high - low)[[1, 0, 0]], max((high - low)[1:])
     rows = -(-len(saliency) // columns)
@@ -101,8 +102,8 @@ def curves(fractions, deletion, insertion, *, title, cohort):
 
 
 @plt.rc_context(STYLE)
-def region_bars(table, *, title, cohort, most=12):
-    """Share of a map in each region, of the regions with the largest shares; women beside men.
+def region_bars(table, *, title, cohort):
+    """Share of a map in each region, of the twelve with the largest shares; women beside men.
 
     Parameters
     ----------
@@ -110,7 +111,7 @@ def region_bars(table, *, title, cohort, most=12):
         Of `atlases.regions`, of groups among women and men.
     """
     inside = table[table["label"] > 0]
-    order = inside.groupby("name")["share"].max().sort_values()[-most:].index
+    order = inside.groupby("name")["share"].max().sort_values()[-12:].index
     groups = [name for name in PALETTE if name in set(table["group"])]
     figure, ax = opened(1, 1, figsize=(7.5, 1.2 + 0.36 * len(order)))
     for number, group in enumerate(groups):

@@ -144,7 +144,8 @@ def write_cohort(
     effect : multiplies every difference planted beside it, in volumes and in FreeSurfer's table;
         0 leaves head size alone.
     template : a real FA map in MNI space to start from.
-    seed : a subject's volume depends on it and on the subject's row alone.
+    seed : a subject's volume depends on it and on the subject's row alone (beyond 1113 subjects
+        also on their number).
     workers : threads; all cores by default.
 
     Raises

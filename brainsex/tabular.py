@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +80,9 @@ def load(
         said["subjects without a sex, left out"] = [str(blank)]
     rows, label = rows[label.notna()], label[label.notna()].astype(np.int64)
     if label.nunique() < 2:
-        raise ValueError(f"{csv}: expected both sexes in {sex}, found one only.")
+        raise ValueError(
+            f"{csv}: expected both sexes in {sex}, found {('none', 'one only')[label.nunique()]}."
+        )
     names = tables.identifiers(csv, rows[subject])
     numbers = {}
     no_features = {name.lower() for name in (subject, sex, *SUBJECT, *SEX, *NO_FEATURES)}
@@ -97,6 +99,10 @@ def load(
     if not numbers:
         raise ValueError(f"{csv}: no column of numbers beside {subject} and {sex}.")
     features = pd.DataFrame(numbers)
+    empty = features.isna().all(axis=1).to_numpy()
+    if empty.any():
+        said["subjects without a measure, left out"] = [str(empty.sum())]
+        features, label, rows, names = (part[~empty] for part in (features, label, rows, names))
     if "FS_InterCranial_Vol" in features and INTRACRANIAL not in features:
         features = features.rename(columns={"FS_InterCranial_Vol": INTRACRANIAL})
         said[f"called {INTRACRANIAL}, as in other exports"] = ["FS_InterCranial_Vol"]
@@ -134,7 +140,7 @@ def _named(csv: Path, rows: pd.DataFrame, name: str, others: tuple[str, ...]) ->
 
 def _labels(csv: Path, column: pd.Series, codes: Mapping[str, int] | None) -> pd.Series:
     """0 and 1, NaN where blank."""
-    values = column.str.strip().str.lower().str.removesuffix(".0")
+    values = column.str.strip().str.lower().str.removesuffix(".0").replace("", np.nan)
     if codes is not None:
         known = {str(c).strip().lower().removesuffix(".0"): label for c, label in codes.items()}
         if not set(known.values()) <= {0, 1}:
@@ -174,6 +180,18 @@ def _numbers(csv: Path, column: pd.Series) -> tuple[pd.Series | None, str]:
     if values.nunique() < 2:
         return None, "the same for everybody, dropped"
     return values.reindex(column.index), problem if infinite.any() else ""
+
+
+def subset(table: Table, rows: np.ndarray) -> Table:
+    """Some subjects of a table."""
+    return replace(
+        table,
+        features=table.features.iloc[rows].reset_index(drop=True),
+        sex=table.sex[rows],
+        subjects=table.subjects[rows],
+        groups=None if table.groups is None else table.groups[rows],
+        release=None if table.release is None else table.release[rows],
+    )
 
 
 def decisions(

@@ -236,7 +236,7 @@ def cross_validate(
         recorded["confounds"] = np.asarray(confounds).tolist()
     _prepare(out, cohort, assignment, make_network, recorded)
     cores = joblib.cpu_count()
-    jobs = min(len(chosen), workers or networks.workers())
+    jobs = min(len(chosen), workers or cores) if networks.device().type == "cpu" else 1
     threads = torch.get_num_threads() if jobs == 1 else max(1, cores // jobs)
     done = joblib.Parallel(jobs, return_as="generator")(
         joblib.delayed(_fold)(

@@ -75,6 +75,23 @@ def test_training_means_by_hand(study):
     np.testing.assert_allclose(men, cohort.volumes[[1, 3]].mean(0), atol=1e-6)
 
 
+@pytest.mark.parametrize(("sex", "name"), [(0, "women"), (1, "men")])
+def test_training_means_need_both_sexes(study, sex, name):
+    cohort, *_ = study
+    with pytest.raises(ValueError, match=f"fold 1: no {name} among training subjects"):
+        masks.training_means(cohort, (cohort.sex == sex).astype(int), 1)
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+@pytest.mark.parametrize("given", ["volumes", "reference"])
+def test_group_masks_refuse_what_is_not_finite(study, given, value):
+    cohort, _, networks, _ = study
+    options = {"volumes": cohort.volumes[:2].copy(), "reference": cohort.volumes[2].copy()}
+    options[given][..., -1, -1, -1] = value  # which no pooled cell sees
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        group_masks.group_mask(networks[0], iterations=2, progress=False, **options)
+
+
 def test_every_map_is_of_the_network_that_did_not_see_the_subject(study, explained):
     cohort, _, networks, fold = study
     rows, maps, table = explained
@@ -96,8 +113,10 @@ def test_every_map_is_of_the_network_that_did_not_see_the_subject(study, explain
         difference = blur(mean[target] - mean[1 - target])
         expected = blur(gradient * difference)
         np.testing.assert_allclose(maps[comparison.DIFFERENCE][n], expected, atol=2 * atol)
-        drawn = np.corrcoef(maps[comparison.RANDOM][n].ravel(), expected.ravel())[0, 1]
-        assert abs(drawn) < 0.9
+        *_, (_, random) = controls.randomised(network, seed=fold[row])  # another draw a fold
+        drawn = blur(slope(random, volume, target) * difference)
+        atol = 1e-4 * np.abs(drawn).max()
+        np.testing.assert_allclose(maps[comparison.RANDOM][n], drawn, atol=atol)
     assert maps["SmoothGrad"].min() >= 0
 
 
@@ -182,6 +201,21 @@ def test_again_compares_a_subject_with_itself(study):
     assert not (found["dice"] == 1).any()
 
 
+def test_again_explains_the_class_predicted(study, monkeypatch):
+    cohort, folder, networks, fold = study
+    own = [predicted(networks[number], volume) for number, volume in zip(fold, cohort.volumes)]
+    row = int(np.flatnonzero(own != cohort.sex)[0])
+    seen, plain = [], comparison.perturbation.optimise_masks
+
+    def optimise(*given, target, **options):
+        seen.append(int(target[0]))
+        return plain(*given, target=target, **options)
+
+    monkeypatch.setattr(comparison.perturbation, "optimise_masks", optimise)
+    comparison.again(cohort, folder, [row], np.ones(SHAPE, bool), iterations=2)
+    assert seen == [own[row]] * 3
+
+
 def test_cascade_follows_the_layers(study):
     cohort, _, networks, _ = study
     brain = np.ones(SHAPE, bool)
@@ -226,6 +260,13 @@ def test_removal_takes_its_regions_from_training_subjects(study, monkeypatch):
     assert found["region"].tolist()[-1] == "random"
     assert (found["only"] == 1.5).all()
     assert (found["without"] == 0.5).all()
+
+
+def test_an_empty_group_mask_is_no_random_region(study, monkeypatch):
+    cohort, _, networks, fold = study
+    monkeypatch.setattr(controls, "group_mask", lambda *_, **__: np.zeros(SHAPE, np.float32))
+    with pytest.raises(ValueError, match="group mask of men of 275 voxels or more, found 0"):
+        controls.removal(cohort, networks[0], fold == 0, np.ones(SHAPE, bool), None, epochs=1)
 
 
 def text(figure):

@@ -397,3 +397,9 @@ def test_controls_recover_what_was_planted_in_freesurfer_s_table(tmp_path, effec
         assert (after["low"] < 0.5).all()
         assert after["auc"].between(0.4, 0.6).all()
         assert regressed["auc"].between(0.42, 0.58).all()
+
+
+def test_text_that_is_all_numbers_is_numbers():
+    table = pd.DataFrame({"age": ["29", "31", "27"], "band": ["22-25", "26-30", "22-25"]})
+    found = columns(table, ["age", "band"])
+    np.testing.assert_array_equal(found, [[29, 0], [31, 1], [27, 0]])

@@ -536,3 +536,39 @@ def test_p_is_uniform_under_the_null():
     assert (found <= 0.05).mean() < 0.09
     # twins counted as strangers are significant too often
     assert (levels(200, None) <= 0.05).mean() > 0.09
+
+
+@pytest.mark.parametrize(
+    ("sex", "groups", "message"),
+    [
+        ([0] * 97 + [1] * 3, np.arange(100), "3 subjects of either sex"),
+        ([0, 1] * 6 + [1] * 4, ["a", "a"] * 4 + ["b", "b"] * 2 + list("cdef"), "one sex only"),
+    ],
+)
+def test_no_fold_is_left_without_one_sex(sex, groups, message):
+    with pytest.raises(ValueError, match=message):
+        folds(np.array(sex), groups=np.asarray(groups, str), folds=5)
+
+
+def test_the_interval_of_an_auc(monkeypatch):
+    """One split: Hanley and McNeil's variance by their formula; over folds, corrected t."""
+    sex = np.array([0] * 6 + [1] * 5)
+    decision = np.array([-3, -2, -1, 0.5, -0.5, 1.5, -0.2, 2, 3, 1, 0.7])
+    area = np.mean([[(m > w) for w in decision[:6]] for m in decision[6:]])
+    q1, q2 = area / (2 - area), 2 * area**2 / (1 + area)
+    se = math.sqrt((area * (1 - area) + 4 * (q1 - area**2) + 5 * (q2 - area**2)) / 30)
+    found = score(sex, decision, np.zeros(11))
+    assert found["auc"] == pytest.approx(area)
+    assert found["auc_low"] == pytest.approx(area - 1.959964 * se)
+    assert found["auc_high"] == pytest.approx(min(area + 1.959964 * se, 1))
+    where = np.array([0, 0, 0, 1, 1, 1, 0, 0, 1, 1, 1])
+    areas = [
+        np.mean([[m > w for w in decision[(where == n) & (sex == 0)]]
+                 for m in decision[(where == n) & (sex == 1)]])
+        for n in (0, 1)
+    ]  # fmt: skip
+    found = score(sex, decision, where)
+    mean, low, high = corrected_t(areas, folds=2)
+    assert found["auc"] == pytest.approx(mean)
+    assert found["auc_low"] == pytest.approx(max(low, 0))
+    assert found["auc_high"] == pytest.approx(min(high, 1))

@@ -406,3 +406,19 @@ def test_maps_are_drawn_in_millimetres():
     assert men.images[0].get_array().max() == 2
     assert women.images[0].get_array().max() == 0
     assert {text.get_text() for text in axial.texts} >= {"L", "R", "A", "P"}
+
+
+def test_families_change_places_as_a_whole(monkeypatch):
+    """Two families of four: all women, all men. Only two ways to label them."""
+    values = np.random.default_rng(0).normal(size=(8, 3))
+    sex, groups = np.array([0, 0, 0, 0, 1, 1, 1, 1]), np.array(list("aaaabbbb"))
+    share = features.shuffled(values, sex, groups=groups, shuffles=50, seed=0)
+    p = stats.ttest_ind(values[:4], values[4:], equal_var=False).pvalue
+    assert_allclose(share, np.mean(p < 0.05))
+    with pytest.raises(ValueError, match="a map that varies"):
+        features.shuffled(np.ones((8, 2)), sex)
+
+
+def test_maps_without_an_affine_lie_nowhere():
+    with pytest.raises(ValueError, match="expected an affine"):
+        features.map_affine(None)

@@ -349,6 +349,13 @@ def test_bad_input(name, network, volumes, change, options, message):
     ("name", "option"),
     [("gradient", "times"), ("integrated_gradients", "reference"), ("occlusion", "reference")],
 )
-def test_image_on_another_grid(name, option, network, volumes):
-    with pytest.raises(ValueError, match=r"\(22, 24, 27\), or one for each of 3 .* found \(5, 6\)"):
-        explained(name, network, volumes, **{option: np.zeros((5, 6))})
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (np.zeros((5, 6)), r"\(22, 24, 27\), or one for each of 3 .* found \(5, 6\)"),
+        (np.full(SHAPE, np.nan), "finite, found NaN"),
+    ],
+)
+def test_image_on_another_grid_or_not_finite(name, option, image, message, network, volumes):
+    with pytest.raises(ValueError, match=message):
+        explained(name, network, volumes, **{option: image})

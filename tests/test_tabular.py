@@ -503,7 +503,7 @@ def test_as_in_the_study_leaves_one_out_of_the_first():
         nearest = others[((scaled[others] - scaled[row]) ** 2).sum(1).argmin()]
         right += sex[nearest] == sex[row]
     assert sweep[0] == pytest.approx(right / 25)
-    assert found.loc[1, "leaks"] == ""
+    assert found.loc[1, "leaks"] == "relatives, if there are any"
 
 
 @pytest.mark.parametrize(("release", "names"), [("label", 1), ("one-hot", 3)])
@@ -532,3 +532,21 @@ def test_release_enters_as_the_study_coded_it(monkeypatch, release, names):
 def test_release_is_coded_in_no_other_way():
     with pytest.raises(ValueError, match=r"label.*one-hot"):
         replication.as_in_the_study(simulated(release=np.array(["a", "b"] * 30)), release="onehot")
+
+
+def test_subjects_without_any_measure_are_left_out_and_said(tmp_path, capsys):
+    found = loaded(tmp_path, "Subject,Gender,A,B\n1,F,1,2\n2,M,,\n3,M,2,\n4,F,3,1\n")
+    assert found.subjects.tolist() == ["1", "3", "4"]
+    assert found.sex.tolist() == [0, 1, 0]
+    np.testing.assert_array_equal(found.features, [[1, 2], [2, np.nan], [3, 1]])
+    assert "without a measure, left out: 1" in capsys.readouterr().out
+
+
+def test_a_subset_is_those_subjects():
+    table = simulated(12, groups=np.array(list("aabbccddeeff")))
+    some = tabular.subset(table, np.array([7, 2]))
+    assert some.subjects.tolist() == table.subjects[[7, 2]].tolist()
+    assert some.groups.tolist() == ["d", "b"]
+    np.testing.assert_array_equal(some.features, table.features.iloc[[7, 2]])
+    assert some.features.index.tolist() == [0, 1]
+    assert some.sex.tolist() == table.sex[[7, 2]].tolist()

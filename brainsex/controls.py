@@ -124,12 +124,8 @@ def removal(
 
     Returns
     -------
-    One row a region: region, only (networks that see nothing else), without.
-
-    Raises
-    ------
-    ValueError
-        A mask that is positive, once smoothed, in fewer voxels than the share asks for.
+    One row a region: region, only (networks that see nothing else), without; NaN, and said, where
+    a mask is positive, once smoothed, in fewer voxels than the share asks for.
     """
     voxels, regions = round(share * np.count_nonzero(brain)), {}
     for name, sexes in (("men", (1,)), ("women", (0,)), ("both", (0, 1))):
@@ -137,19 +133,20 @@ def removal(
         options = {"target": cohort.sex[train], "iterations": iterations, "seed": seed}
         mask = group_mask(network, Rows(cohort.volumes, train), **options)
         mask = smoothed(mask[None], 1.0)[0]
-        if (found := np.count_nonzero(mask[brain] > 0)) < voxels:  # the rest would be random
-            raise ValueError(
-                f"expected a group mask of {name} of {voxels} voxels or more, found {found}."
-            )
         regions[f"group mask of {name}"] = top(mask, brain, voxels)
+        if (found := np.count_nonzero(mask[brain] > 0)) < voxels:  # the rest would be random
+            print(f"group mask of {name}: {found} voxels, not {voxels}: no network sees it")
+            regions[f"group mask of {name}"] = None
     regions["random"] = random_region(brain, voxels, seed=seed)
-    given = cohort.volumes, cohort.sex, held_out
+
+    def accuracy(region: np.ndarray | None, keep: bool) -> float:
+        if region is None:
+            return np.nan
+        given = cohort.volumes, cohort.sex, held_out, region, make_network
+        return retrained(*given, keep=keep, seed=seed, **settings)
+
     return pd.DataFrame(
-        {
-            "region": name,
-            "only": retrained(*given, region, make_network, keep=True, seed=seed, **settings),
-            "without": retrained(*given, region, make_network, seed=seed, **settings),
-        }
+        {"region": name, "only": accuracy(region, True), "without": accuracy(region, False)}
         for name, region in regions.items()
     )
 

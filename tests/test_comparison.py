@@ -262,11 +262,16 @@ def test_removal_takes_its_regions_from_training_subjects(study, monkeypatch):
     assert (found["without"] == 0.5).all()
 
 
-def test_an_empty_group_mask_is_no_random_region(study, monkeypatch):
+def test_an_empty_group_mask_is_no_random_region(study, monkeypatch, capsys):
     cohort, _, networks, fold = study
     monkeypatch.setattr(controls, "group_mask", lambda *_, **__: np.zeros(SHAPE, np.float32))
-    with pytest.raises(ValueError, match="group mask of men of 275 voxels or more, found 0"):
-        controls.removal(cohort, networks[0], fold == 0, np.ones(SHAPE, bool), None, epochs=1)
+    monkeypatch.setattr(controls, "retrained", lambda *_, **__: 0.5)
+    brain = np.ones(SHAPE, bool)
+    found = controls.removal(cohort, networks[0], fold == 0, brain, None, epochs=1)
+    found = found.set_index("region")
+    assert found.filter(like="group mask", axis=0).isna().all(axis=None)
+    assert found.loc["random"].tolist() == [0.5, 0.5]
+    assert "group mask of men: 0 voxels, not 275" in capsys.readouterr().out
 
 
 def text(figure):

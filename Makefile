@@ -11,8 +11,8 @@ BIN := .venv/bin
 	$(BIN)/pip install --quiet --requirement requirements.txt
 	touch $@
 
-.venv/.tested: .venv/.installed
-	$(BIN)/pip install --quiet --editable '.[test]'
+.venv/.tested: .venv/.installed requirements-diffusion.txt
+	$(BIN)/pip install --quiet --editable '.[test]' --requirement requirements-diffusion.txt
 	touch $@
 
 # The table is written last: where it is, the cohort is whole.

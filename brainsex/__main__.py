@@ -19,6 +19,12 @@ def extract(arguments) -> None:
     archives.extract(**vars(arguments))
 
 
+def fa(arguments) -> None:
+    from brainsex import diffusion  # the one command that needs DIPY
+
+    diffusion.fit(**vars(arguments))
+
+
 def convert(arguments) -> None:
     folder = arguments.cohort
     volumes.convert(
@@ -93,6 +99,16 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--workers", type=int)
     sub.add_argument("--overwrite", action="store_true")
 
+    sub = command(fa, "fit each subject's FA map to its diffusion series, by DIPY")
+    sub.add_argument(
+        "source", type=Path, help="folder of packages or <ID>/T1w/Diffusion, at any depth"
+    )
+    sub.add_argument("target", type=Path)
+    sub.add_argument("--bmax", type=float, default=1500, help="largest shell, s/mm²")
+    sub.add_argument("--b0", type=float, default=50, help="no diffusion weighting up to it, s/mm²")
+    sub.add_argument("--workers", type=int, help="subjects at once; 0.7 GB each")
+    sub.add_argument("--overwrite", action="store_true")
+
     sub = command(convert, "turn COHORT/fa and its tables into tensors.npy")
     sub.add_argument("cohort", type=Path)
     sub.add_argument("--fa", type=Path, help="folder of <ID>.nii.gz; COHORT/fa by default")
@@ -130,7 +146,7 @@ def main(arguments: list[str] | None = None) -> None:
     del parsed.function
     try:
         function(parsed)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, ImportError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -12,7 +12,7 @@ import struct
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -31,10 +31,12 @@ MAX_INNER = 8 << 30
 CHUNK = 1 << 20
 UNREADABLE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, OverflowError)
 UNREADABLE += (RuntimeError, ValueError)
+SUBJECT = re.compile("[0-9A-Za-z]+")
+"""A subject's ID, at the start of the name of its archive or folder."""
 Member = tuple[zipfile.ZipFile, zipfile.ZipInfo, str]  # the string names it in messages
 
 
-class _Rejected(Exception):
+class Rejected(Exception):
     """Why a subject's archives give no volume, in words its user can act on."""
 
 
@@ -79,16 +81,39 @@ def extract(
     source, target = Path(source), Path(target)
     patterns = (member,) if isinstance(member, str) else tuple(member)
     archives: dict[str, list[Path]] = {}
-    for path in sorted(_zips(source)):
-        if subject := re.match("[0-9A-Za-z]+", path.name):
+    for path in sorted(files(source, ".zip")):
+        if subject := SUBJECT.match(path.name):
             archives.setdefault(subject[0], []).append(path)
+
+    def work(subject: str) -> None:
+        _extract_one(subject, archives[subject], source, target, patterns)
+
+    expected = "a folder with archives named <ID>_….zip or <ID>.zip"
+    return each_subject(work, archives, source, target, expected, "extracted", workers, overwrite)
+
+
+def each_subject(
+    work: Callable[[str], None],
+    subjects: Iterable[str],
+    source: Path,
+    target: Path,
+    expected: str,
+    done: str,
+    workers: int | None,
+    overwrite: bool,
+) -> pd.DataFrame:
+    """Call `work` for each of `subjects` without a volume in `target`; return as `extract` does.
+
+    `work` writes ``target/<ID>.nii.gz`` or raises `Rejected`; what it raises as OSError is taken
+    for a full disk. `expected` says what `source` should hold, `done` is the status of a success.
+    """
+    subjects = set(subjects)
     present = map(identifier, target.glob("*.nii*"))
     outcome = {subject: ("present", "") for subject in present if subject.isalnum()}
-    if not source.is_dir() or not (archives or outcome):
-        found = "none in it" if source.is_dir() else "no such folder"
+    if not source.exists() or not (subjects or outcome):
+        found = "none in it" if source.exists() else "no such folder"
         raise FileNotFoundError(
-            f"{source}: expected a folder with archives named <ID>_….zip or <ID>.zip, found "
-            f"{found}. DATA_ACCESS.md says how to get them."
+            f"{source}: expected {expected}, found {found}. DATA_ACCESS.md says how to get them."
         )
     target.mkdir(parents=True, exist_ok=True)
     failures: list[OSError] = []
@@ -96,18 +121,18 @@ def extract(
     def attempt(subject: str) -> tuple[str, str]:
         if not failures:  # a full disk is no subject's fault: the others stop too
             try:
-                _extract_one(subject, archives[subject], source, target, patterns)
-            except _Rejected as reason:
+                work(subject)
+            except Rejected as reason:
                 return "rejected", str(reason)
             except OSError as error:
                 failures.append(error)
-        return "extracted", ""
+        return done, ""
 
-    todo = sorted(archives if overwrite else archives.keys() - outcome.keys())
+    todo = sorted(subjects if overwrite else subjects - outcome.keys())
     workers = os.cpu_count() if workers is None else workers
     run = Parallel(workers, require="sharedmem", return_as="generator")  # threads
     results = run(delayed(attempt)(subject) for subject in todo)
-    outcome |= zip(todo, list(tqdm(results, "extract", total=len(todo), unit="subject")))
+    outcome |= zip(todo, list(tqdm(results, done, total=len(todo), unit="subject")))
     if failures:
         advice = "Nothing half-written stays: make room, run again, and it goes on from here"
         message = f"cannot write ({failures[0].strerror}). {advice}"
@@ -121,15 +146,15 @@ def extract(
     return table
 
 
-def _zips(source: Path) -> Iterator[Path]:
-    """Archives at any depth, behind links too: a download folder is often one, to a large disk."""
+def files(source: Path, *endings: str) -> Iterator[Path]:
+    """Files at any depth, behind links too: a download folder is often one, to a large disk."""
     seen = set()
     for folder, folders, names in os.walk(source, followlinks=True):
         if (real := os.path.realpath(folder)) in seen:  # a link to a folder above
             folders.clear()
             continue
         seen.add(real)
-        yield from (Path(folder, name) for name in names if name.lower().endswith(".zip"))
+        yield from (Path(folder, name) for name in names if name.lower().endswith(endings))
 
 
 def _extract_one(
@@ -137,12 +162,13 @@ def _extract_one(
 ) -> None:
     with ExitStack() as stack:
         labels = [path.relative_to(source).as_posix() for path in paths]
-        searches = (_find(*each, patterns, stack, target) for each in zip(paths, labels))
-        found = [hit for search in searches for hit in search]
+        searches = (find(*each, patterns, stack, target) for each in zip(paths, labels))
+        members = [hit for search in searches for hit in search]
+        found = [hit for hit in members if hit[1].filename.lower().endswith((".nii", ".nii.gz"))]
         if len(found) != 1:
             hits = ", ".join(label for _, _, label in found[:4]) or "none"
             hint = "" if found else "; HCP ships no FA map: fit one, DATA_ACCESS.md says how"
-            raise _Rejected(
+            raise Rejected(
                 f"{', '.join(labels)}: expected one file named like {' or '.join(patterns)}, "
                 f"found {hits}{hint}"
             )
@@ -150,16 +176,16 @@ def _extract_one(
         if found[0][1].filename.lower().endswith(other):
             end, other = other, end
         with replacing(target / (subject + end)) as partial, open(partial, "wb") as file:
-            for chunk in _chunks(found[0], MAX_MEMBER):
+            for chunk in chunks(found[0], MAX_MEMBER):
                 file.write(chunk)
         (target / (subject + other)).unlink(missing_ok=True)  # one volume a subject
 
 
-def _find(
+def find(
     file, label: str, patterns: tuple[str, ...], stack: ExitStack, scratch: Path | None = None
 ) -> list[Member]:
     """Return an archive's matching members; with `scratch` also those of the archives in it."""
-    with _reading(label):
+    with reading(label):
         archive = stack.enter_context(zipfile.ZipFile(file))
     found = []
     for info in archive.infolist():
@@ -168,13 +194,12 @@ def _find(
             continue
         if name.endswith(".zip") and scratch:
             inner = _open_inner(file, (archive, info, where), scratch, stack)
-            hits = _find(inner, where, patterns, stack)
+            hits = find(inner, where, patterns, stack)
             if not hits:
                 inner.close()  # which gives a temporary file's space back
             found += hits
-        elif name.endswith((".nii", ".nii.gz")):
-            if any(fnmatchcase(name, pattern.lower()) for pattern in patterns):
-                found.append((archive, info, where))
+        elif any(fnmatchcase(name, pattern.lower()) for pattern in patterns):
+            found.append((archive, info, where))
     return found
 
 
@@ -183,12 +208,12 @@ def _open_inner(path: Path, member: Member, scratch: Path, stack: ExitStack) -> 
     _, info, label = member
     if info.compress_type != zipfile.ZIP_STORED:
         file = stack.enter_context(tempfile.TemporaryFile(dir=scratch))
-        for chunk in _chunks(member, MAX_INNER):
+        for chunk in chunks(member, MAX_INNER):
             file.write(chunk)
         file.flush()
         return file
-    _check(info, label, info.file_size)  # read in place: of any size
-    with _reading(label):
+    check(info, label, info.file_size)  # read in place: of any size
+    with reading(label):
         outer = stack.enter_context(open(path, "rb", buffering=0))
         outer.seek(info.header_offset + 26)  # lengths of name and extra field, in a local header
         start = info.header_offset + 30 + sum(struct.unpack("<HH", outer.read(4)))
@@ -215,11 +240,11 @@ class _Window(io.RawIOBase):
         return self.file.readinto(memoryview(buffer)[: max(self.end - self.file.tell(), 0)])
 
 
-def _chunks(member: Member, limit: int) -> Iterator[bytes]:
+def chunks(member: Member, limit: int) -> Iterator[bytes]:
     """Yield a member's bytes to its end, where zipfile compares their checksum."""
     archive, info, label = member
-    _check(info, label, limit)
-    with _reading(label), archive.open(info) as stream:
+    check(info, label, limit)
+    with reading(label), archive.open(info) as stream:
         left = info.file_size
         while chunk := stream.read(CHUNK):
             left -= len(chunk)
@@ -228,22 +253,22 @@ def _chunks(member: Member, limit: int) -> Iterator[bytes]:
             raise EOFError(f"{left} fewer bytes than declared")
 
 
-def _check(info: zipfile.ZipInfo, label: str, limit: int) -> None:
+def check(info: zipfile.ZipInfo, label: str, limit: int) -> None:
     if info.flag_bits & 1:
-        raise _Rejected(f"{label}: encrypted, which HCP's archives are not: download it again")
+        raise Rejected(f"{label}: encrypted, which HCP's archives are not: download it again")
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise _Rejected(f"{label}: expected deflate, found method {info.compress_type}: repack it")
+        raise Rejected(f"{label}: expected deflate, found method {info.compress_type}: repack it")
     if info.file_size > limit:
-        raise _Rejected(f"{label}: expected at most {limit} bytes, declared are {info.file_size}")
+        raise Rejected(f"{label}: expected at most {limit} bytes, declared are {info.file_size}")
 
 
 @contextmanager
-def _reading(label: str) -> Iterator[None]:
-    """Turn what a bad archive raises into a rejection; what is written is written outside."""
+def reading(label: str, expected: str = "a whole zip archive") -> Iterator[None]:
+    """Turn what a bad file raises into a rejection; what is written is written outside."""
     try:
         yield
     except UNREADABLE as error:
         problem = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise _Rejected(
-            f"{label}: expected a whole zip archive, cannot read it ({problem}): download it again"
+        raise Rejected(
+            f"{label}: expected {expected}, cannot read it ({problem}): download it again"
         ) from error

@@ -12,9 +12,13 @@ LABELS = {"F": 0, "M": 1}
 """Label coding of HCP's Gender column, used everywhere: women 0, men 1."""
 
 
-def identifier(path: Path) -> str:
-    """The subject's ID in a volume's name, ``<ID>.nii.gz``, ``<ID>_FA.nii.gz`` or without gz."""
-    return path.name.removesuffix(".gz").removesuffix(".nii").removesuffix("_FA")
+def identifier(path: str | Path) -> str:
+    """The subject's ID in a volume's name, ``<ID>.nii.gz``, ``<ID>_FA.nii.gz`` or without gz.
+
+    BIDS's ``sub-`` is no part of it, here and in tables.
+    """
+    name = Path(path).name.removesuffix(".gz").removesuffix(".nii").removesuffix("_FA")
+    return name.removeprefix("sub-")
 
 
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "8000000000"}

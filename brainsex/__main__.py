@@ -7,7 +7,17 @@ from pathlib import Path
 
 import pandas as pd
 
-from brainsex import KEEP_MEMORY, archives, cohort, networks, synthetic, training, volumes
+from brainsex import (
+    KEEP_MEMORY,
+    archives,
+    cohort,
+    networks,
+    sources,
+    synthetic,
+    tables,
+    training,
+    volumes,
+)
 from brainsex import masks as held_out
 
 
@@ -26,10 +36,15 @@ def fa(arguments) -> None:
 
 
 def convert(arguments) -> None:
-    folder = arguments.cohort
-    volumes.convert(
-        arguments.fa or folder / "fa", arguments.table or folder, folder, regrid=arguments.regrid
-    )
+    folder, out = arguments.cohort, arguments.out or arguments.cohort
+    table = arguments.table or tables.find(folder)
+    found = arguments.fa
+    if found is None:
+        found = sources.find(folder)
+        print(sources.summary(found, tables.read(table)).to_string())
+        options = {"kind": arguments.kind, "session": arguments.session}
+        found = sources.choose(found, out / "all_FA", **options)
+    volumes.convert(found, table, out, regrid=arguments.regrid)
 
 
 def train(arguments) -> None:
@@ -109,10 +124,13 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--workers", type=int, help="subjects at once; 0.7 GB each")
     sub.add_argument("--overwrite", action="store_true")
 
-    sub = command(convert, "turn COHORT/fa and its tables into tensors.npy")
-    sub.add_argument("cohort", type=Path)
-    sub.add_argument("--fa", type=Path, help="folder of <ID>.nii.gz; COHORT/fa by default")
-    sub.add_argument("--table", type=Path, help="behavioural CSV; the one in COHORT by default")
+    sub = command(convert, "turn a folder's volumes and its table of people into tensors.npy")
+    sub.add_argument("cohort", type=Path, help="a layout that DATA_ACCESS.md lists")
+    sub.add_argument("--out", type=Path, help="where tensors.npy goes; COHORT by default")
+    sub.add_argument("--fa", type=Path, help="folder of <ID>.nii.gz, instead of what is in COHORT")
+    sub.add_argument("--table", type=Path, help="of people; the one in COHORT by default")
+    sub.add_argument("--kind", choices=sources.VOLUMES, help="of volumes, where there are several")
+    sub.add_argument("--session", help="BIDS's, where subjects came twice")
     sub.add_argument("--regrid", action="store_true", help="resample volumes on other grids")
 
     sub = command(train, "cross-validate the 3D CNN; fold-K.pt and folds.csv go to OUT")

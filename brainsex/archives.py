@@ -31,8 +31,8 @@ MAX_INNER = 8 << 30
 CHUNK = 1 << 20
 UNREADABLE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, OverflowError)
 UNREADABLE += (RuntimeError, ValueError)
-SUBJECT = re.compile("[0-9A-Za-z]+")
-"""A subject's ID, at the start of the name of its archive or folder."""
+SUBJECT = re.compile("(?:sub-)?([0-9A-Za-z]+)")
+"""A subject's ID, at the start of the name of its archive or folder; BIDS's ``sub-`` is no part."""
 Member = tuple[zipfile.ZipFile, zipfile.ZipInfo, str]  # the string names it in messages
 
 
@@ -55,8 +55,9 @@ def extract(
 
     Parameters
     ----------
-    source : folder of archives at any depth. An ID is the leading letters and digits of a name;
-        a subject's archives together hold one matching member, directly or in an inner archive.
+    source : folder of archives at any depth. An ID is the leading letters and digits of a name,
+        after ``sub-`` where it starts so; a subject's archives together hold one matching member,
+        directly or in an inner archive.
     target : folder for the volumes, made if absent.
     member : glob patterns of the member's base name, in any case; only NIfTI files are taken.
     workers : subjects at the same time; as many as there are cores by default.
@@ -80,10 +81,7 @@ def extract(
     """
     source, target = Path(source), Path(target)
     patterns = (member,) if isinstance(member, str) else tuple(member)
-    archives: dict[str, list[Path]] = {}
-    for path in sorted(files(source, ".zip")):
-        if subject := SUBJECT.match(path.name):
-            archives.setdefault(subject[0], []).append(path)
+    archives = by_subject(files(source, ".zip"), lambda path: path.name)
 
     def work(subject: str) -> None:
         _extract_one(subject, archives[subject], source, target, patterns)
@@ -148,13 +146,23 @@ def each_subject(
 
 def files(source: Path, *endings: str) -> Iterator[Path]:
     """Files at any depth, behind links too: a download folder is often one, to a large disk."""
-    seen = set()
+    above: dict[str, tuple[str, ...]] = {}  # by folder, its own and its parents' real places
     for folder, folders, names in os.walk(source, followlinks=True):
-        if (real := os.path.realpath(folder)) in seen:  # a link to a folder above
+        real, parents = os.path.realpath(folder), above.get(os.path.dirname(folder), ())
+        if real in parents:  # a link to a folder above
             folders.clear()
             continue
-        seen.add(real)
+        above[folder] = (*parents, real)
         yield from (Path(folder, name) for name in names if name.lower().endswith(endings))
+
+
+def by_subject(paths: Iterable[Path], name: Callable[[Path], str]) -> dict[str, list[Path]]:
+    """Paths by the subject that `name` starts with; what two links lead to counts once."""
+    found: dict[str, dict[str, Path]] = {}
+    for path in sorted(paths):
+        if subject := SUBJECT.match(name(path)):
+            found.setdefault(subject[1], {}).setdefault(os.path.realpath(path), path)
+    return {subject: list(real.values()) for subject, real in found.items()}
 
 
 def _extract_one(

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from brainsex import replacing, series
-from brainsex.archives import SUBJECT, each_subject, files, reading
+from brainsex.archives import by_subject, each_subject, files, reading
 
 try:
     from dipy.core.gradients import gradient_table
@@ -91,10 +91,8 @@ def fit(
                 f"{path}: expected bmax and b0 {(bmax, b0)} as asked for now, found {found}. A "
                 "cohort has one recipe: choose another target, or overwrite."
             )
-    inputs: dict[str, list[Path]] = {}
-    for path in [source] if source.is_file() else sorted(files(source, ".zip", series.DATA)):
-        if subject := SUBJECT.match(_subject_name(path)):
-            inputs.setdefault(subject[0], []).append(path)
+    paths = [source] if source.is_file() else files(source, ".zip", series.DATA)
+    inputs = by_subject(paths, _subject_name)
     root, neglected = source if source.is_dir() else source.parent, []
 
     def work(subject: str) -> None:

@@ -26,24 +26,30 @@ BESIDE = {
 }
 """What is read of the tables that may lie beside the behavioural one; FreeSurfer's are mm³."""
 
+BIDS = {"participant_id": "Subject", "sex": "Gender", "age": "Age"}
+"""HCP's names of the columns of a ``participants.tsv``."""
+SEXES = {"f": "F", "female": "F", "m": "M", "male": "M"}
+
 
 def find(folder: str | Path) -> Path:
-    """The behavioural CSV in a cohort's folder, under the project's or HCP's own name."""
+    """The table of people in a cohort's folder, under the project's, HCP's own or BIDS's name."""
     folder = Path(folder)
     named = folder / "unrestricted_behavioral.csv"
     found = [named] if named.is_file() else sorted(folder.glob("unrestricted_*.csv"))
     found = [path for path in found if "freesurfer" not in path.name.lower()]
+    if not found and (folder / "participants.tsv").is_file():
+        found = [folder / "participants.tsv"]
     if len(found) != 1:
         raise FileNotFoundError(
             f"{folder}: expected unrestricted_behavioral.csv or one unrestricted_*.csv with the "
-            f"columns Subject and Gender, found {[p.name for p in found] or 'none'}. "
-            "DATA_ACCESS.md says where to get it."
+            "columns Subject and Gender, or participants.tsv with participant_id and sex, found "
+            f"{[p.name for p in found] or 'none'}. DATA_ACCESS.md says where to get it."
         )
     return found[0]
 
 
 def read(table: str | Path) -> pd.DataFrame:
-    """HCP's behavioural table, with what the tables beside it know of the same subjects.
+    """HCP's behavioural table, or BIDS's, with what the tables beside it know of the subjects.
 
     ``unrestricted_hcp_freesurfer.csv`` adds the intracranial volume; ``restricted.csv`` adds
     family and exact age.
@@ -61,6 +67,7 @@ def read(table: str | Path) -> pd.DataFrame:
     """
     table = Path(table)
     rows = _columns(table, {"Gender": "Gender"}, {"Age": "age", "QC_Issue": "qc_issue"})
+    rows["Gender"] = rows["Gender"].str.strip().str.lower().map(SEXES).fillna(rows["Gender"])
     for name, wanted in BESIDE.items():
         path = _beside(table.parent, name)
         if path is not None and path != table:
@@ -111,7 +118,8 @@ def match(
         elif subject not in rows.index:
             rejected[subject] = "a volume, but no row in the table"
         elif len(files[subject]) > 1:
-            rejected[subject] = f"two volumes: {', '.join(path.name for path in files[subject])}"
+            names = ", ".join("/".join(path.parts[-3:]) for path in files[subject])
+            rejected[subject] = f"{len(files[subject])} volumes: {names}: keep one"
         elif not files[subject][0].is_file():
             rejected[subject] = "no file behind its name: a folder, or a broken link"
         elif (gender := rows.at[subject, "Gender"]) not in LABELS:
@@ -212,9 +220,10 @@ def _columns(table: Path, needed: dict[str, str], wanted: dict[str, str]) -> pd.
     """The columns needed, and those wanted where there are any, under our names, by Subject."""
     columns = {"Subject": "Subject"} | needed | wanted
     rows = raw(table)
+    rows = rows.rename(columns={old: new for old, new in BIDS.items() if new not in rows})
     if missing := [name for name in ("Subject", *needed) if name not in rows]:
         raise ValueError(f"{table}: expected a column {' and '.join(missing)}, found none.")
     rows = rows[[name for name in columns if name in rows]].rename(columns=columns)
     rows = rows.dropna(subset="Subject")
-    rows["Subject"] = identifiers(table, rows["Subject"])
+    rows["Subject"] = identifiers(table, rows["Subject"].str.strip().str.removeprefix("sub-"))
     return rows.set_index("Subject")

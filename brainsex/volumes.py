@@ -18,7 +18,7 @@ __all__ = ["brain_volume", "clean", "convert", "identifier", "load", "resample"]
 
 
 def convert(
-    fa_dir: str | Path,
+    fa_dir: str | Path | pd.DataFrame,
     table: str | Path,
     out_dir: str | Path,
     *,
@@ -33,7 +33,8 @@ def convert(
 
     Parameters
     ----------
-    fa_dir : folder of ``<ID>.nii.gz`` or ``<ID>.nii``, FA at native resolution.
+    fa_dir : folder of ``<ID>.nii.gz`` or ``<ID>.nii``, FA at native resolution; or what
+        `sources.choose` found in any other layout.
     table : the behavioural CSV (Subject, Gender, …), or the folder that holds it.
     out_dir : where ``tensors.npy`` (N, X, Y, Z) float32 in RAS, ``labels.npy`` (N,) int64,
         ``subjects.csv``, ``grid.json`` and ``rejected.csv`` go; subjects in the order of their IDs.
@@ -51,10 +52,14 @@ def convert(
         No volumes, no table, or not one usable volume. A single bad subject is left out, listed
         with its reason in ``rejected.csv``, and counted on screen.
     """
-    fa_dir, table, out_dir = Path(fa_dir), Path(table), Path(out_dir)
-    files: dict[str, list[Path]] = {}
-    for path in sorted([*fa_dir.glob("*.nii.gz"), *fa_dir.glob("*.nii")]):
-        files.setdefault(identifier(path), []).append(path)
+    table, out_dir = Path(table), Path(out_dir)
+    if not isinstance(fa_dir, pd.DataFrame):
+        fa_dir = Path(fa_dir)
+        paths = sorted([*fa_dir.glob("*.nii.gz"), *fa_dir.glob("*.nii")])
+        found = pd.DataFrame({"Subject": map(identifier, paths), "path": paths})
+    else:
+        found, fa_dir = fa_dir, fa_dir["path"].iloc[0].parent
+    files = found.groupby("Subject")["path"].agg(list).to_dict()
     if not files:
         raise FileNotFoundError(
             f"{fa_dir}: expected <ID>.nii.gz volumes, found none. Run `python -m brainsex extract` "

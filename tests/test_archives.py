@@ -563,6 +563,24 @@ def test_archives_behind_a_link_are_found_once(tmp_path):
     assert (tmp_path / "fa" / "000001.nii.gz").read_bytes() == b"volume"
 
 
+@pytest.mark.skipif(os.name == "nt", reason="links need a privilege on Windows")
+def test_two_links_are_two_subjects_or_one_archive(tmp_path):
+    """Of two subjects whose folders are links to one; and of one archive in a linked folder."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    (disk / "data.nii.gz").touch()
+    with zipfile.ZipFile(disk / "sub-03.zip", "w") as archive:
+        archive.writestr("FA.nii.gz", b"volume")
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("sub-01", "sub-02"):
+        (source / name).symlink_to(disk)
+    found = {path.relative_to(source).as_posix() for path in archives.files(source, ".nii.gz")}
+    assert found == {"sub-01/data.nii.gz", "sub-02/data.nii.gz"}
+    table = extract(source, tmp_path / "fa")
+    assert table[["Subject", "status"]].values.tolist() == [["03", "extracted"]]
+
+
 def test_a_volume_the_user_named_id_fa_is_present(tmp_path):
     (tmp_path / "fa").mkdir()
     (tmp_path / "fa" / "000001_FA.nii.gz").write_bytes(b"volume")

@@ -367,6 +367,7 @@ def test_brain_volume_in_millilitres():
 def test_identifier():
     names = ("012345.nii.gz", "012345_FA.nii.gz", "012345.nii", "012345_FA.nii")
     assert {identifier(Path("fa") / name) for name in names} == {"012345"}
+    assert identifier("fa/sub-01_FA.nii.gz") == "01"
 
 
 # ---------------------------------------------------------------------------------------- convert
@@ -465,7 +466,7 @@ def test_convert_leaves_out_every_bad_subject_and_does_the_rest(tmp_path, capsys
         "000015": "no affine",
         "000016": "not a NIfTI-1 file",
         "000017": "its grid (23, 28, 26)",
-        "000018": "two volumes: 000018.nii.gz, 000018_FA.nii",
+        "000018": "2 volumes: c/fa/000018.nii.gz, c/fa/000018_FA.nii: keep one",
         "000019": "Gender is nan, expected M or F",
         "000020": "no file behind its name",
         "000021": "expected fractional anisotropy in [0, 1]",

@@ -1,0 +1,216 @@
+"""What a folder holds, told by the names of its files before any volume is read (notebook 02).
+
+One table of patterns for what people have, of HCP or of another study. `choose` takes the volumes
+for `volumes.convert`; of packages and series, the last column says which command makes volumes.
+"""
+
+import gzip
+import json
+import math
+import os
+import re
+import zlib
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+from tqdm.auto import tqdm
+
+from brainsex import identifier, replacing
+from brainsex.archives import files
+from brainsex.nifti import MAX_BYTES, NOT_NIFTI
+
+NII, LABEL = r"\.nii(\.gz)?", "[0-9A-Za-z]+"
+HCP, ZIP = "(.*/)?(?P<subject>[^/]+)/T1w/", f"(.*/)?(sub-)?(?P<subject>{LABEL})"
+BIDS = f"(.*/)?sub-(?P<subject>{LABEL})/(ses-(?P<session>{LABEL})/)?"
+FIT, TAKE = "python -m brainsex fa COHORT COHORT/fa", "python -m brainsex extract COHORT COHORT/"
+SOURCES = {
+    # kind: image, path below the folder (of a subject where it says, else the file is its), next
+    "fa": ("fa", rf"fa/[^/]+{NII}", ""),
+    "bids-fa": ("fa", rf"{BIDS}dwi/[^/]+(_FA|_param-fa(_[^/]+)?_dwimap){NII}", ""),
+    "hcp-fa": ("fa", rf"{HCP}(.*/)?([^/]*_)?FA{NII}", ""),
+    "tbss-fa": ("fa", rf"(.*/)?FA/[^/]+_FA{NII}", ""),
+    "tbss-4d": ("fa", rf"(.*/)?all_FA{NII}", ""),
+    "t1": ("t1", rf"t1/[^/]+{NII}", ""),
+    "hcp-t1": ("t1", rf"{HCP}T1w_acpc_dc_restore_brain{NII}", ""),
+    "hcp-series": ("series", rf"{HCP}Diffusion/data\.nii\.gz", FIT),
+    "package-2017": ("series", rf"{ZIP}_3T_Diffusion_preproc\.zip", FIT),
+    "package-2025": ("series", rf"{ZIP}_Diffusion3TRecommended\.zip", FIT),
+    "package-t1": (
+        "t1",
+        rf"{ZIP}_(3T_Structural_preproc|StructuralRecommended)\.zip",
+        f"{TAKE}t1 --member T1w_acpc_dc_restore_brain.nii.gz",
+    ),
+    "archive": ("fa", rf"{ZIP}([^0-9A-Za-z/][^/]*)?\.zip", f"{TAKE}fa"),
+}
+"""The kinds; of volumes, `choose` takes the first that is there."""
+VOLUMES = [kind for kind, (*_, command) in SOURCES.items() if not command]
+MAX_LIST = 1 << 24
+"""Bytes of the longest list of IDs."""
+
+
+def find(folder: str | Path) -> pd.DataFrame:
+    """Find what `folder` holds of each subject, at any depth. No volume is read.
+
+    Returns
+    -------
+    A row a volume, series or package: Subject (str, without BIDS's ``sub-``), session (str, empty
+    where there is none), kind and image (``fa``, ``t1`` or ``series``) of `SOURCES`, path; number
+    of the volume in a 4D file, else -1.
+
+    Raises
+    ------
+    FileNotFoundError
+        No such folder, nothing in it that a pattern of `SOURCES` fits, or no list of IDs beside
+        ``all_FA.nii.gz``.
+    """
+    folder, rows, real = Path(folder), [], set()
+    for path in sorted(files(folder, ".nii", ".nii.gz", ".zip")):
+        below = path.relative_to(folder).as_posix()
+        if re.search(r"(^|/)(\.|__MACOSX/)", below):
+            continue
+        kind, subject, session = _match(below)
+        place = (kind, subject, session, os.path.realpath(path))
+        if kind and place not in real:  # what two links lead to counts once
+            real.add(place)
+            subjects = enumerate(_list(path)) if kind == "tbss-4d" else [(-1, subject)]
+            image = SOURCES[kind][0]
+            rows += [(name, session, kind, image, path, number) for number, name in subjects]
+    if not rows:
+        found = "none of these" if folder.is_dir() else "no such folder"
+        raise FileNotFoundError(
+            f"{folder}: expected fa/<ID>.nii.gz, <ID>/T1w/…, sub-<ID>/…/dwi/…_FA.nii.gz, "
+            f"FA/<ID>_FA.nii.gz or packages <ID>_….zip, found {found}. DATA_ACCESS.md lists what "
+            "is recognised, and says how to get HCP's data."
+        )
+    return pd.DataFrame(rows, columns=["Subject", "session", "kind", "image", "path", "number"])
+
+
+def subject(path: str | Path) -> str:
+    """The ID in the path of a volume: of the folder that a pattern names, else of the file."""
+    return _match(Path(os.path.abspath(path)).as_posix())[1]
+
+
+def _match(place: str) -> tuple[str, str, str]:
+    """Kind (empty if there is none), subject and session of a path."""
+    for kind, (_, pattern, _) in SOURCES.items():
+        if hit := re.fullmatch(pattern, place):
+            groups = hit.groupdict()
+            name = groups.get("subject") or identifier(place)
+            return kind, name.removeprefix("sub-"), groups.get("session") or ""
+    return "", identifier(place), ""
+
+
+def _list(path: Path) -> list[str]:
+    """The IDs of a 4D file's volumes, one a line of the text file beside it."""
+    named = path.with_name("all_FA.txt")
+    found = [named] if named.is_file() else sorted(path.parent.glob("*.txt"))
+    if len(found) != 1 or found[0].stat().st_size > MAX_LIST:
+        raise FileNotFoundError(
+            f"{path}: expected all_FA.txt beside it, or one text file, of one ID a line in the "
+            f"order of its volumes, found {', '.join(p.name for p in found) or 'none'}. TBSS takes "
+            "the images of FA/ in the order of their names."
+        )
+    return [identifier(line) for line in found[0].read_text("utf-8-sig").split()]
+
+
+def summary(found: pd.DataFrame, people: pd.DataFrame) -> pd.DataFrame:
+    """How many subjects of what kind, and what is missing, before anything is read.
+
+    Parameters
+    ----------
+    found : as from `find`.
+    people : as from `tables.read`.
+
+    Returns
+    -------
+    A row a kind: image; subjects; of these ``several`` (volumes, as of two sessions), ``absent``
+    (a name, but no file behind it: a broken link, or content that DataLad has not fetched),
+    ``no row`` (in the table of people); ``rows without`` (people of whom there is none); next (the
+    command that makes volumes of it, none for volumes).
+    """
+    rows = {}
+    for kind, part in found.groupby("kind", sort=False):
+        subjects = set(part["Subject"])
+        rows[kind] = {
+            "image": SOURCES[kind][0],
+            "subjects": len(subjects),
+            "several": int((part["Subject"].value_counts() > 1).sum()),
+            "absent": sum(not path.is_file() for path in part["path"]),
+            "no row": len(subjects - set(people.index)),
+            "rows without": len(set(people.index) - subjects),
+            "next": SOURCES[kind][-1],
+        }
+    return pd.DataFrame.from_dict(rows, orient="index").reindex([k for k in SOURCES if k in rows])
+
+
+def choose(
+    found: pd.DataFrame, scratch: str | Path, *, kind: str | None = None, session: str | None = None
+) -> pd.DataFrame:
+    """The rows of `found` for `volumes.convert`: volumes of one kind.
+
+    Parameters
+    ----------
+    found : as from `find`.
+    scratch : folder that a 4D file's volumes are written to, one file each.
+    kind : of `SOURCES`; the first there is volumes of by default.
+    session : keep this one, where subjects came twice.
+
+    Raises
+    ------
+    ValueError
+        No volumes of that kind or session, or a 4D file that is damaged, or of more or fewer
+        volumes than its list has IDs.
+    """
+    there = [name for name in VOLUMES if name in set(found["kind"])]
+    kind = kind or next(iter(there), None)
+    chosen = found[found["kind"] == kind]
+    if session is not None:
+        chosen = chosen[chosen["session"] == session]
+    if kind not in VOLUMES or chosen.empty:
+        commands = {SOURCES[name][-1] for name in found["kind"]} - {""}
+        raise ValueError(
+            f"expected volumes of kind {kind or 'fa or t1'}, session {session or 'any'}, found "
+            f"those of kind {', '.join(there) or 'none'}. "
+            + " ".join(f"`{command}` makes some." for command in sorted(commands))
+        )
+    print(f"{chosen['Subject'].nunique()} subjects of kind {kind} (there are: {', '.join(there)})")
+    return _split(chosen, Path(scratch)) if kind == "tbss-4d" else chosen
+
+
+def _split(chosen: pd.DataFrame, target: Path) -> pd.DataFrame:
+    """Write a 4D file's volumes one at a time; its record, without which all is done anew, last."""
+    path, *others = chosen["path"].unique()
+    if others:
+        raise ValueError(
+            f"expected one all_FA.nii.gz, found {path} and {others[0]}: move one away."
+        )
+    places = [target / f"{number:05d}.nii.gz" for number in chosen["number"]]
+    stat, record = path.stat(), target / "split.json"
+    key = json.dumps([stat.st_size, stat.st_mtime_ns, len(places)])
+    if not record.is_file() or record.read_text() != key:
+        record.unlink(missing_ok=True)
+        opened = gzip.open if path.suffix == ".gz" else open
+        try:
+            with opened(path, "rb") as stream:
+                image = nib.Nifti1Image.from_stream(stream)
+                if image.ndim != 4 or image.shape[3] != len(places):
+                    raise ValueError(f"expected {len(places)} volumes (IDs), found {image.shape}")
+                if math.prod(image.shape[:3]) * 4 > MAX_BYTES:
+                    raise ValueError(f"a volume of more than {MAX_BYTES} bytes: {image.shape}")
+                header = image.header.copy()
+                header.set_data_shape(image.shape[:3])
+                header.set_data_dtype(np.float32)
+                header.set_slope_inter(1, 0)
+                for number, place in enumerate(tqdm(places, "split", unit="volume")):
+                    volume = np.asarray(image.dataobj[..., number], np.float32)
+                    content = nib.Nifti1Image(volume, None, header).to_bytes()
+                    with replacing(place) as partial:
+                        partial.write_bytes(gzip.compress(content, 1, mtime=0))
+                stream.read(1)  # at its end gzip compares the checksum
+        except (*NOT_NIFTI, EOFError, zlib.error, gzip.BadGzipFile, ValueError) as error:
+            raise ValueError(f"{path}: cannot be split: {error}.") from error
+        with replacing(record) as partial:
+            partial.write_text(key)
+    return chosen.assign(path=places)

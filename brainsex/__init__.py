@@ -12,6 +12,10 @@ LABELS = {"F": 0, "M": 1}
 """Label coding of HCP's Gender column, used everywhere: women 0, men 1."""
 
 
+MODALITIES = {"fa": "FA", "t1": "T1w (brain's median 0.5)"}
+"""What a cohort's volumes are, and how figures label their values, which are in [0, 1]."""
+
+
 def identifier(path: str | Path) -> str:
     """The subject's ID in a volume's name, ``<ID>.nii.gz``, ``<ID>_FA.nii.gz`` or without gz.
 

@@ -19,7 +19,7 @@ class Cohort:
     """The folder's name, with the word synthetic where the cohort is."""
     synthetic: bool
     volumes: np.ndarray
-    """(N, X, Y, Z) float32, FA in [0, 1], RAS; memory-mapped, read-only."""
+    """(N, X, Y, Z) float32, FA (or T1) in [0, 1], RAS; memory-mapped, read-only."""
     sex: np.ndarray
     """(N,) int64, women 0, men 1."""
     subjects: np.ndarray
@@ -30,6 +30,10 @@ class Cohort:
     """(4, 4), voxel indices to mm; None where unknown."""
     table: pd.DataFrame
     """subjects.csv: brain volume in ml, intracranial volume in ml, age, … in the same order."""
+    modality: str = "fa"
+    """``fa`` or ``t1``: a key of `brainsex.MODALITIES`, for labels and for scaling new volumes."""
+    normalised: bool = False
+    """Whether all brains were brought to one size; else head size is in the volumes."""
 
     def __len__(self) -> int:
         return len(self.sex)
@@ -82,6 +86,7 @@ def load(folder: str | Path, *, affine: np.ndarray | None = None) -> Cohort:
     else:
         names = [f"{i:0{len(str(len(sex)))}d}" for i in range(len(sex))]
         table = pd.DataFrame({"Subject": names, "label": sex})
+    grid = {}
     if (folder / "grid.json").is_file():
         grid = json.loads((folder / "grid.json").read_text())
         if tuple(grid["shape"]) != volumes.shape[1:]:
@@ -102,6 +107,8 @@ def load(folder: str | Path, *, affine: np.ndarray | None = None) -> Cohort:
         groups=tables.filled(groups),
         affine=affine,
         table=table,
+        modality=grid.get("modality", "fa"),
+        normalised=grid.get("normalised", False),
     )
 
 

@@ -34,15 +34,17 @@ STYLE = {
 
 
 @plt.rc_context(STYLE)
-def slices(panels, *, title, cohort, at=None):
+def slices(panels, *, title, cohort, at=None, values="FA"):
     """Sagittal, coronal and axial slices through one point, a row a volume, all to one scale.
 
     Parameters
     ----------
     panels : dict
-        Label -> (FA (X, Y, Z), affine); the grids may differ.
+        Label -> (volume (X, Y, Z) in [0, 1], affine); the grids may differ.
     at : (x, y, z), optional
         Point in mm; the first volume's centre of mass by default.
+    values : str
+        What they are, beside the colour bar: of `brainsex.MODALITIES`.
     """
     volume, affine = next(iter(panels.values()))
     at = apply_affine(affine, center_of_mass(volume)) if at is None else at
@@ -57,7 +59,7 @@ def slices(panels, *, title, cohort, at=None):
         for axis, ax in enumerate(row):
             picture = _slice(ax, volume, affine, axis, at, cmap="gray", vmin=0, vmax=1)
             _frame(ax, axis, at, (low + high) / 2, (widths[axis], height))
-    figure.colorbar(picture, ax=axes, label="FA", shrink=0.6, aspect=30, pad=0.02)
+    figure.colorbar(picture, ax=axes, label=values, shrink=0.6, aspect=30, pad=0.02)
     return finish(figure, title, cohort)
 
 

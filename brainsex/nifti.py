@@ -13,7 +13,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from scipy.ndimage import gaussian_filter1d, zoom
+from scipy.ndimage import affine_transform, gaussian_filter, gaussian_filter1d, zoom
 
 from brainsex import SHAPE
 
@@ -25,9 +25,11 @@ NOT_NIFTI = (
     nib.wrapstruct.WrapStructError,
 )
 BRAIN_FA = 0.02
-"""Fractional anisotropy above which a voxel counts as brain."""
+"""Fractional anisotropy (or scaled T1 intensity) above which a voxel counts as brain."""
 MAX_OUT_OF_RANGE = 0.01
 """Largest share of non-zero voxels that may be no FA at all before a volume is rejected."""
+MIDDLE = 0.75
+"""Share of each axis of the grid that `normalise` makes a brain fill."""
 
 
 def load(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
@@ -135,8 +137,17 @@ def resample(
     return reduced.clip(low, high), affine @ to_old
 
 
-def clean(volume: np.ndarray) -> tuple[np.ndarray, dict[str, int]]:
-    """Bring an FA volume into [0, 1]: non-finite and negative voxels to 0, others to 1 at most.
+def clean(volume: np.ndarray, modality: str = "fa") -> tuple[np.ndarray, dict[str, int]]:
+    """Bring a volume into [0, 1]: non-finite and negative voxels to 0, others to 1 at most.
+
+    A T1-weighted volume (of the brain alone) has arbitrary units. It is divided first by twice the
+    median of the brain, that being what is above a tenth of the 99th percentile: white matter
+    then lies near 0.6, grey matter near 0.45, CSF below 0.3.
+
+    Parameters
+    ----------
+    volume : (X, Y, Z).
+    modality : ``fa``, or ``t1`` for T1-weighted.
 
     Returns
     -------
@@ -147,17 +158,20 @@ def clean(volume: np.ndarray) -> tuple[np.ndarray, dict[str, int]]:
     ------
     ValueError
         If nothing is left, or if more than 1 % of the non-zero voxels were out of range:
-        then it is no FA map.
+        then it is no FA map. (Of T1, any share may be above: bright vessels.)
     """
     finite = np.isfinite(volume)
     values = np.where(finite, volume, 0).astype(np.float32, copy=False)
+    if modality == "t1" and (floor := np.percentile(values, 99) / 10) > 0:
+        values = values / (2 * np.median(values[values > floor]))
     changed = {"non_finite": ~finite, "negative": values < 0, "above_one": values > 1}
     counts = {name: int(np.count_nonzero(where)) for name, where in changed.items()}
     cleaned = values.clip(0, 1)
     brain = np.count_nonzero(cleaned)
     if brain == 0:
         raise ValueError("no voxel above 0: an empty volume.")
-    if counts["negative"] + counts["above_one"] > MAX_OUT_OF_RANGE * brain:
+    outside = counts["negative"] + counts["above_one"]
+    if modality == "fa" and outside > MAX_OUT_OF_RANGE * brain:
         raise ValueError(
             f"values from {values.min():.4g} to {values.max():.4g}, expected fractional "
             "anisotropy in [0, 1]: another kind of image, or scaled."
@@ -165,6 +179,34 @@ def clean(volume: np.ndarray) -> tuple[np.ndarray, dict[str, int]]:
     return cleaned, counts
 
 
+def normalise(volume: np.ndarray) -> np.ndarray:
+    """Stretch and shift a brain along X, Y and Z to fill the middle three quarters of its grid.
+
+    So all brains get one size, and one place. A brain's ends along an axis are where the half per
+    cent of its voxels begins, so that a stray voxel does not count.
+
+    Parameters
+    ----------
+    volume : (X, Y, Z) in [0, 1], brain above `BRAIN_FA`.
+
+    Returns
+    -------
+    (X, Y, Z) float32 on the same grid, interpolated linearly and without aliasing.
+    """
+    brain, step, middle = volume > BRAIN_FA, np.ones(3), np.zeros(3)
+    for axis, size in enumerate(volume.shape):
+        share = np.cumsum(brain.sum(axis=tuple({0, 1, 2} - {axis})))
+        if not share[-1]:
+            raise ValueError("no voxel that counts as brain.")
+        edges = np.arange(size + 1) - 0.5  # of the voxels, between which the share grows evenly
+        low, high = np.interp((0.005, 0.995), np.concatenate([[0], share]) / share[-1], edges)
+        step[axis] = max((high - low) / (MIDDLE * size), 1e-3)
+        middle[axis] = (low + high) / 2
+    smooth = gaussian_filter(volume, np.maximum(step - 1, 0) / 2, mode="mirror")
+    offset = middle - step * (np.array(volume.shape) - 1) / 2
+    return affine_transform(smooth, step, offset, order=1)
+
+
 def brain_volume(volume: np.ndarray, affine: np.ndarray) -> float:
-    """Volume in ml of the voxels with FA above 0.02; in native space, a measure of brain size."""
+    """Volume in ml of the voxels above `BRAIN_FA`; in native space, a measure of brain size."""
     return float(np.count_nonzero(volume > BRAIN_FA) * abs(np.linalg.det(affine[:3, :3])) / 1000)

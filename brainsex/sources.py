@@ -26,7 +26,7 @@ HCP, ZIP = "(.*/)?(?P<subject>[^/]+)/T1w/", f"(.*/)?(sub-)?(?P<subject>{LABEL})"
 BIDS = f"(.*/)?sub-(?P<subject>{LABEL})/(ses-(?P<session>{LABEL})/)?"
 FIT, TAKE = "python -m brainsex fa COHORT COHORT/fa", "python -m brainsex extract COHORT COHORT/"
 SOURCES = {
-    # kind: image, path below the folder (of a subject where it says, else the file is its), next
+    # kind: modality, path below the folder (of a subject where it says, else the file is its), next
     "fa": ("fa", rf"fa/[^/]+{NII}", ""),
     "bids-fa": ("fa", rf"{BIDS}dwi/[^/]+(_FA|_param-fa(_[^/]+)?_dwimap){NII}", ""),
     "hcp-fa": ("fa", rf"{HCP}(.*/)?([^/]*_)?FA{NII}", ""),
@@ -56,8 +56,8 @@ def find(folder: str | Path) -> pd.DataFrame:
     Returns
     -------
     A row a volume, series or package: Subject (str, without BIDS's ``sub-``), session (str, empty
-    where there is none), kind and image (``fa``, ``t1`` or ``series``) of `SOURCES`, path; number
-    of the volume in a 4D file, else -1.
+    where there is none), kind and modality (``fa``, ``t1`` or ``series``) of `SOURCES`, path;
+    number of the volume in a 4D file, else -1.
 
     Raises
     ------
@@ -75,8 +75,8 @@ def find(folder: str | Path) -> pd.DataFrame:
         if kind and place not in real:  # what two links lead to counts once
             real.add(place)
             subjects = enumerate(_list(path)) if kind == "tbss-4d" else [(-1, subject)]
-            image = SOURCES[kind][0]
-            rows += [(name, session, kind, image, path, number) for number, name in subjects]
+            modality = SOURCES[kind][0]
+            rows += [(name, session, kind, modality, path, number) for number, name in subjects]
     if not rows:
         found = "none of these" if folder.is_dir() else "no such folder"
         raise FileNotFoundError(
@@ -84,7 +84,7 @@ def find(folder: str | Path) -> pd.DataFrame:
             f"FA/<ID>_FA.nii.gz or packages <ID>_….zip, found {found}. DATA_ACCESS.md lists what "
             "is recognised, and says how to get HCP's data."
         )
-    return pd.DataFrame(rows, columns=["Subject", "session", "kind", "image", "path", "number"])
+    return pd.DataFrame(rows, columns=["Subject", "session", "kind", "modality", "path", "number"])
 
 
 def subject(path: str | Path) -> str:
@@ -125,7 +125,7 @@ def summary(found: pd.DataFrame, people: pd.DataFrame) -> pd.DataFrame:
 
     Returns
     -------
-    A row a kind: image; subjects; of these ``several`` (volumes, as of two sessions), ``absent``
+    A row a kind: modality; subjects; of these ``several`` (volumes, as of two sessions), ``absent``
     (a name, but no file behind it: a broken link, or content that DataLad has not fetched),
     ``no row`` (in the table of people); ``rows without`` (people of whom there is none); next (the
     command that makes volumes of it, none for volumes).
@@ -134,7 +134,7 @@ def summary(found: pd.DataFrame, people: pd.DataFrame) -> pd.DataFrame:
     for kind, part in found.groupby("kind", sort=False):
         subjects = set(part["Subject"])
         rows[kind] = {
-            "image": SOURCES[kind][0],
+            "modality": SOURCES[kind][0],
             "subjects": len(subjects),
             "several": int((part["Subject"].value_counts() > 1).sum()),
             "absent": sum(not path.is_file() for path in part["path"]),

@@ -98,7 +98,7 @@ def _beside(folder: Path, name: str) -> Path | None:
 
 
 def match(
-    files: dict[str, list[Path]], rows: pd.DataFrame
+    files: dict[str, list[Path]], rows: pd.DataFrame, leave_out_qc: bool = False
 ) -> tuple[dict[str, Path], dict[str, str]]:
     """The volumes that have a row and a sex; and why every other file and row is left out.
 
@@ -106,11 +106,14 @@ def match(
     ----------
     files : by subject, the volumes named by its ID.
     rows : as from `read`.
+    leave_out_qc : also those with a QC_Issue.
 
     Returns
     -------
     accepted, rejected : a path, and a reason, by subject; each in the order of the IDs.
     """
+    if leave_out_qc and "qc_issue" not in rows:
+        raise ValueError("expected a column QC_Issue in the table of people, found none.")
     accepted, rejected = {}, {}
     for subject in sorted({*files, *rows.index}):
         if subject not in files:
@@ -124,6 +127,8 @@ def match(
             rejected[subject] = "no file behind its name: a folder, or a broken link"
         elif (gender := rows.at[subject, "Gender"]) not in LABELS:
             rejected[subject] = f"Gender is {gender!r}, expected M or F"
+        elif leave_out_qc and not pd.isna(issue := rows.at[subject, "qc_issue"]):
+            rejected[subject] = f"QC_Issue {issue}"
         else:
             accepted[subject] = files[subject][0]
     return accepted, rejected

@@ -12,9 +12,12 @@ from scipy.ndimage import affine_transform, gaussian_filter
 from tqdm.auto import tqdm
 
 from brainsex import LABELS, SHAPE, identifier, replacing, tables
-from brainsex.nifti import brain_volume, clean, load, resample
+from brainsex.nifti import brain_volume, clean, load, normalise, resample
 
-__all__ = ["brain_volume", "clean", "convert", "identifier", "load", "resample"]
+__all__ = ["brain_volume", "clean", "convert", "identifier", "load", "prepare", "resample"]
+
+MAX_BRAIN = 2500
+"""ml: a T1-weighted volume with more of it is a head with its skull."""
 
 
 def convert(
@@ -24,9 +27,11 @@ def convert(
     *,
     shape: tuple[int, int, int] = SHAPE,
     regrid: bool = False,
+    normalised: bool = False,
+    leave_out_qc: bool = False,
     workers: int | None = None,
 ) -> Path:
-    """Turn a folder of FA volumes and HCP's behavioural table into a cohort that loads at once.
+    """Turn a folder of volumes and a table of people into a cohort that loads at once.
 
     Streams: memory does not depend on the number of subjects. Resumes after a kill where it
     stopped, and does nothing when files, table and options are those of the last complete run.
@@ -40,6 +45,9 @@ def convert(
         ``subjects.csv``, ``grid.json`` and ``rejected.csv`` go; subjects in the order of their IDs.
     shape : voxels along X, Y, Z.
     regrid : resample volumes on another grid than the first accepted one's, instead of rejecting.
+    normalised : bring all brains to one size and place (`nifti.normalise`): in native space a
+        network sees the size of a head. The brain volume in ``subjects.csv`` stays the native one.
+    leave_out_qc : reject the subjects whose QC_Issue is not blank.
     workers : threads; all cores by default.
 
     Returns
@@ -66,17 +74,19 @@ def convert(
             "first, or fit FA as DATA_ACCESS.md says."
         )
     rows = tables.read(tables.find(table) if table.is_dir() else table)
-    accepted, rejected = tables.match(files, rows)
+    accepted, rejected = tables.match(files, rows, leave_out_qc)
     known = rows.loc[list(accepted)]
     stats = [path.stat() for path in accepted.values()]
     stamps = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
-    key = json.dumps([stamps, rejected, known.to_json(), list(map(int, shape)), regrid])
+    modality = "fa" if "modality" not in found else found["modality"].iloc[0]
+    options = [list(map(int, shape)), regrid, modality, normalised]
+    key = json.dumps([stamps, rejected, known.to_json(), *options])
     key = hashlib.sha256(key.encode()).hexdigest()
     target, parts = out_dir / "tensors.npy", out_dir / f".convert-{key[:16]}"
     if not _complete(out_dir, key):
         for stale in set(out_dir.glob(".convert-*")) - {parts}:
             shutil.rmtree(stale)
-        records = _reduce(accepted, parts, workers or joblib.cpu_count(), shape, regrid)
+        records = _reduce(accepted, parts, workers or joblib.cpu_count(), *options)
         rejected |= {s: record["reason"] for s, record in records.items() if "reason" in record}
         target.unlink(missing_ok=True)  # nothing loads until everything is written
         with replacing(out_dir / "rejected.csv") as path:
@@ -85,7 +95,8 @@ def convert(
         kept = {s: record for s, record in records.items() if "reason" not in record}
         if kept:
             again = any("again" in record for record in records.values())
-            _write(out_dir, "" if again else key, known.loc[list(kept)], kept, parts)
+            grid = {"key": "" if again else key, "modality": modality, "normalised": normalised}
+            _write(out_dir, grid, known.loc[list(kept)], kept, parts)
     shutil.rmtree(parts, ignore_errors=True)
     if not target.is_file():
         raise ValueError(
@@ -109,31 +120,29 @@ def _complete(out_dir: Path, key: str) -> bool:
     return json.loads((out_dir / "grid.json").read_text()).get("key") == key
 
 
-def _reduce(
-    accepted: dict[str, Path], parts: Path, workers: int, shape, regrid: bool
-) -> dict[str, dict]:
+def _reduce(accepted: dict[str, Path], parts: Path, workers: int, *options) -> dict[str, dict]:
     """The record of each subject, reduced into ``parts/<ID>.npz`` unless that is there."""
-    tasks = [(path, parts / f"{subject}.npz", shape, regrid) for subject, path in accepted.items()]
+    tasks = [(parts / f"{subject}.npz", path, *options) for subject, path in accepted.items()]
     records: list[dict] = []
     with tqdm(total=len(tasks), desc="convert", unit="subject") as bar:
         first = None  # whose grid is the cohort's: until it is found, one by one
         while first is None and len(records) < len(tasks):
-            records.append(_part(*tasks[len(records)], None))
+            records.append(_part(None, *tasks[len(records)]))
             first = None if "reason" in records[-1] else records[-1]
             bar.update()
         for record in joblib.Parallel(workers, prefer="threads", return_as="generator")(
-            joblib.delayed(_part)(*task, first) for task in tasks[len(records) :]
+            joblib.delayed(_part)(first, *task) for task in tasks[len(records) :]
         ):
             records.append(record)
             bar.update()
     return dict(zip(accepted, records))
 
 
-def _part(path: Path, part: Path, shape, regrid: bool, first: dict | None) -> dict:
+def _part(first: dict | None, part: Path, path: Path, *options) -> dict:
     """What `_reduced` found, without the volume, or the reason why it could not: kept in `part`."""
     if not part.is_file():
         try:
-            content = _reduced(path, shape, regrid, first)
+            content = _reduced(first, path, *options)
         except ValueError as error:
             content = {"reason": str(error)}
         except OSError as error:  # a disk's fault, not the file's: the next run tries again
@@ -144,11 +153,39 @@ def _part(path: Path, part: Path, shape, regrid: bool, first: dict | None) -> di
         return {name: saved[name].tolist() for name in saved.files if name != "volume"}
 
 
-def _reduced(path: Path, shape, regrid: bool, first: dict | None) -> dict:
-    """A subject's volume on the small grid, what it measured and what was cleaned before."""
+def prepare(
+    path: str | Path, modality: str = "fa", normalised: bool = False
+) -> tuple[np.ndarray, np.ndarray, dict]:
+    """Read a volume as a cohort's `modality` and `normalised` want it, on its own grid.
+
+    Returns
+    -------
+    volume : (X, Y, Z) float32 in [0, 1], RAS.
+    affine : (4, 4), voxel indices to mm; of a normalised brain, those of its grid.
+    record : ``brain_volume_ml``, of the native brain, and the counts of `clean`.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        As `load` and `clean`; a T1-weighted volume with its skull.
+    """
     volume, affine = load(path)
-    volume, counts = clean(volume)
-    record = {"brain_volume_ml": round(brain_volume(volume, affine), 3), **counts}
+    volume, counts = clean(volume, modality)
+    size = round(brain_volume(volume, affine), 3)
+    if modality == "t1" and size > MAX_BRAIN:
+        raise ValueError(
+            f"expected the brain alone, at most {MAX_BRAIN} ml, found {size:.0f} ml: take the "
+            "skull off first (HCP's is T1w_acpc_dc_restore_brain.nii.gz)."
+        )
+    volume = normalise(volume) if normalised else volume
+    return volume, affine, {"brain_volume_ml": size, **counts}
+
+
+def _reduced(
+    first: dict | None, path: Path, shape, regrid: bool, modality: str, normalised: bool
+) -> dict:
+    """A subject's volume on the small grid, what it measured and what was cleaned before."""
+    volume, affine, record = prepare(path, modality, normalised)
     if first is not None:
         grid, to_mm = tuple(first["native_shape"]), np.array(first["native_affine"])
         if volume.shape != grid or not np.allclose(affine, to_mm, atol=1e-3):
@@ -174,7 +211,7 @@ def _onto(volume: np.ndarray, affine: np.ndarray, shape: tuple, to_mm: np.ndarra
     return moved
 
 
-def _write(out_dir: Path, key: str, known: pd.DataFrame, records: dict, parts: Path) -> None:
+def _write(out_dir: Path, grid: dict, known: pd.DataFrame, records: dict, parts: Path) -> None:
     """The cohort's files from its parts; ``tensors.npy``, without which nothing loads, last."""
     subjects = known.reset_index()
     subjects.insert(2, "label", subjects["Gender"].map(LABELS))
@@ -188,7 +225,7 @@ def _write(out_dir: Path, key: str, known: pd.DataFrame, records: dict, parts: P
     with replacing(out_dir / "labels.npy") as path, path.open("wb") as file:
         np.save(file, subjects["label"].to_numpy(np.int64))
     with replacing(out_dir / "grid.json") as path:
-        grid = {"shape": shape, "affine": records[first]["affine"], "key": key}
+        grid = {"shape": shape, "affine": records[first]["affine"], **grid}
         path.write_text(json.dumps(grid))
     with replacing(out_dir / "tensors.npy") as path, path.open("wb") as file:
         header = {"shape": (len(records), *shape), "fortran_order": False}

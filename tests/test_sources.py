@@ -145,7 +145,7 @@ def test_summary_says_what_is_missing_before_a_volume_is_read(tmp_path):
     other.symlink_to("not-fetched")
     table = summary(find(tmp_path), PEOPLE.set_index("Subject"))
     assert table.loc["bids-fa"].to_dict() == {
-        "image": "fa", "subjects": 2, "several": 1, "absent": 1, "no row": 1, "rows without": 2,
+        "modality": "fa", "subjects": 2, "several": 1, "absent": 1, "no row": 1, "rows without": 2,
         "next": "",
     }  # fmt: skip
 

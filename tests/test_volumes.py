@@ -15,9 +15,11 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy.ndimage import center_of_mass, gaussian_filter, zoom
+from scipy.optimize import brentq
 from skimage.transform import resize
 
 from brainsex import cohort, replacing, volumes
+from brainsex.nifti import normalise
 from brainsex.volumes import brain_volume, clean, convert, identifier, load, resample
 
 SHAPE = (23, 28, 25)
@@ -357,6 +359,59 @@ def test_clean_refuses_what_is_no_fa(volume, message):
         clean(volume)
 
 
+@pytest.mark.parametrize("scale", [1e-3, 1, 4e4])
+def test_clean_scales_t1_by_the_brain_s_median(scale):
+    volume = fa(1)
+    brain = volume > 0
+    volume[brain] += 0.5
+    expected = volume / np.median(volume[brain]) / 2
+    assert (expected > 1).sum() == 0
+    volume[2, 3, 4:9] = -1, np.nan, 1e-9, 1e-12, 0  # ringing outside the brain
+    volume[12, 14, 12] = 50  # a vessel
+    cleaned, counts = clean(volume * scale, "t1")
+    assert counts == {"non_finite": 1, "negative": 1, "above_one": 1}
+    expected[12, 14, 12] = 1
+    np.testing.assert_allclose(cleaned, expected, atol=2e-4)
+    with pytest.raises(ValueError, match="empty volume"):
+        clean(np.zeros(SHAPE), "t1")
+
+
+def test_clean_puts_white_matter_of_a_real_template_near_three_fifths():
+    """The MNI template that nilearn brings along: a T1-weighted brain."""
+    from nilearn.datasets import load_mni152_template, load_mni152_wm_mask
+
+    volume = load_mni152_template(resolution=2).get_fdata()
+    cleaned, counts = clean(volume * 700, "t1")
+    white = cleaned[load_mni152_wm_mask(resolution=2).get_fdata() > 0]
+    assert 0.5 < white.mean() < 0.65
+    assert counts["above_one"] == 0
+    assert 1500 < brain_volume(cleaned, 2 * np.eye(4)) < 2100
+
+
+def ellipsoid(shape, centre, radii):
+    axes = np.meshgrid(*map(np.arange, shape), indexing="ij")
+    return sum(((x - c) / r) ** 2 for x, c, r in zip(axes, centre, radii))
+
+
+def test_normalise_gives_heads_of_any_size_and_place_one_size_and_place():
+    shape = (40, 50, 44)
+    low = ellipsoid(shape, (17, 26, 20), (12, 15, 11))
+    high = ellipsoid(shape, (21, 24, 23), (17, 21, 18))
+    found = [normalise(np.float32((1 - r).clip(0))) for r in (low, high)]
+    # where the half per cent of an ellipsoid begins, as a share of its radii; and it is smaller
+    # than its rim, as what is above 0.02 is 0.99 of the radii
+    share = brentq(lambda x: (2 - 3 * x + x**3) / 4 - 0.005, 0, 1) * 0.98**0.5
+    expected = ellipsoid(shape, (np.array(shape) - 1) / 2, 0.375 / share * np.array(shape))
+    for volume in found:
+        assert volume.shape == shape
+        np.testing.assert_allclose(volume, (1 - expected).clip(0), atol=0.06)
+    stray = np.float32(high < 1)
+    stray[0, 0, 0] = 1
+    np.testing.assert_allclose(normalise(stray), normalise(np.float32(high < 1)), atol=0.02)
+    with pytest.raises(ValueError, match="no voxel"):
+        normalise(np.zeros(shape))
+
+
 def test_brain_volume_in_millilitres():
     volume = np.zeros(SHAPE, np.float32)
     volume[:10, :10, :10] = 0.5
@@ -581,6 +636,49 @@ def test_convert_resamples_other_grids_when_asked(tmp_path):
     table = pd.read_csv(folder / "subjects.csv")
     expected = (smooth.astype(np.float32) > 0.02).sum() * 11.25 / 27 / 1000
     assert table["brain_volume_ml"][1] == pytest.approx(expected, abs=1e-3)  # in native space
+
+
+def test_convert_normalised_keeps_the_native_brain_volume(tmp_path):
+    folder = make(tmp_path / "c", 0)
+    radii = {"000001": (7, 8, 7), "000002": (10, 12, 11)}
+    for subject, sizes in radii.items():
+        brain = np.float32(ellipsoid(SHAPE, (11, 14, 12), sizes) < 1) / 2
+        save(folder / "fa" / f"{subject}.nii.gz", brain)
+    (folder / "unrestricted_behavioral.csv").write_text("Subject,Gender\n000001,F\n000002,M\n")
+    ratio = {}
+    for normalised in (False, True):
+        run(folder, shape=SHAPE, normalised=normalised)
+        data = cohort.load(folder)
+        assert (data.normalised, data.modality) == (normalised, "fa")
+        small, large = (brain_volume(np.float32(v > 0.25), data.affine) for v in data.volumes)
+        ratio[normalised] = large / small
+        native = data.table["brain_volume_ml"]
+        assert native[1] / native[0] == pytest.approx(10 * 12 * 11 / (7 * 8 * 7), rel=0.1)
+    assert ratio[False] > 3
+    assert ratio[True] == pytest.approx(1, abs=0.05)
+
+
+def test_convert_leaves_out_who_has_a_qc_issue_when_asked(tmp_path):
+    folder = make(tmp_path / "c", 3)
+    with pytest.raises(ValueError, match="expected a column QC_Issue"):
+        run(folder, leave_out_qc=True)
+    table = "Subject,Gender,QC_Issue\n000001,F,\n000002,M,A;B\n000003,F,\n"
+    (folder / "unrestricted_behavioral.csv").write_text(table)
+    run(folder)
+    assert cohort.load(folder).table["qc_issue"].tolist()[1] == "A;B"
+    run(folder, leave_out_qc=True)
+    assert cohort.load(folder).subjects.tolist() == ["000001", "000003"]
+    assert rejected(folder) == {"000002": "QC_Issue A;B"}
+
+
+def test_convert_refuses_t1_with_its_skull(tmp_path):
+    folder = make(tmp_path / "c", 1)
+    wide = np.diag([8.0, 8, 8, 1])  # 3220 ml
+    save(folder / "fa" / "000001.nii.gz", fa(0), wide)
+    found = pd.DataFrame({"Subject": "000001", "modality": "t1"}, index=[0])
+    found = found.assign(path=[folder / "fa" / "000001.nii.gz"])
+    with pytest.raises(ValueError, match=r"expected the brain alone.*skull"):
+        convert(found, folder, folder, shape=SMALL)
 
 
 def test_convert_when_nothing_is_usable(tmp_path):

@@ -5,13 +5,12 @@ import os
 import sys
 from pathlib import Path
 
-import pandas as pd
-
 from brainsex import (
     KEEP_MEMORY,
     archives,
     cohort,
     networks,
+    prediction,
     sources,
     synthetic,
     tables,
@@ -44,7 +43,8 @@ def convert(arguments) -> None:
         print(sources.summary(found, tables.read(table)).to_string())
         options = {"kind": arguments.kind, "session": arguments.session}
         found = sources.choose(found, out / "all_FA", **options)
-    volumes.convert(found, table, out, regrid=arguments.regrid)
+    options = {name: getattr(arguments, name) for name in ("regrid", "normalised", "leave_out_qc")}
+    volumes.convert(found, table, out, **options)
 
 
 def train(arguments) -> None:
@@ -61,13 +61,14 @@ def train(arguments) -> None:
 
 
 def predict(arguments) -> None:
-    network = networks.load(arguments.network)
-    rows = []
-    for path in arguments.volumes:
-        volume, affine = volumes.load(path)
-        small, _ = volumes.resample(volumes.clean(volume)[0], affine)
-        rows.append((volumes.identifier(path), training.predict(network, small[None])[0, 1]))
-    pd.DataFrame(rows, columns=["Subject", "probability_of_man"]).to_csv(sys.stdout, index=False)
+    found, rejected = prediction.predict(
+        arguments.network, arguments.volumes, orientation=arguments.orientation
+    )
+    found.to_csv(sys.stdout, index=False)
+    for subject, reason in rejected.itertuples(index=False):
+        print(f"{subject}: left out: {reason}", file=sys.stderr)
+    if found.empty:
+        raise ValueError(f"not one of {len(rejected)} volumes could be used.")
 
 
 def masks(arguments) -> None:
@@ -132,6 +133,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--kind", choices=sources.VOLUMES, help="of volumes, where there are several")
     sub.add_argument("--session", help="BIDS's, where subjects came twice")
     sub.add_argument("--regrid", action="store_true", help="resample volumes on other grids")
+    sub.add_argument("--normalised", action="store_true", help="bring all brains to one size")
+    sub.add_argument("--leave-out-qc", action="store_true", help="subjects with a QC_Issue")
 
     sub = command(train, "cross-validate the 3D CNN; fold-K.pt and folds.csv go to OUT")
     sub.add_argument("cohort", type=Path)
@@ -145,8 +148,13 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--workers", type=int, help="folds at once; 4.8 GB each at these sizes")
 
-    sub = command(predict, "the probability of man for FA volumes, as CSV")
-    sub.add_argument("network", type=Path, help="fold-K.pt")
+    sub = command(predict, "the probability of man for new volumes, as CSV")
+    sub.add_argument("network", type=Path, help="fold-K.pt, or a published state dict")
+    sub.add_argument(
+        "--orientation",
+        default="RAS",
+        help="of the arrays the network was trained on; LAS for HCP's files read without affine",
+    )
     sub.add_argument("volumes", type=Path, nargs="+", help="<ID>.nii.gz")
 
     sub = command(masks, "perturbation masks of held-out subjects, as NIfTI")

@@ -11,6 +11,7 @@ import joblib
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from brainsex import SHAPE
@@ -276,6 +277,9 @@ def by_subject(logits: Tensor) -> Tensor:
 def load(path: str | Path, shape: tuple[int, int, int] = SHAPE) -> MriNet3d | MriNet2d:
     """The network of a state dict, in evaluation mode; its form is read off the weights.
 
+    One saved from the published architecture loads too: its parts have these names and shapes, and
+    whether its head was a log-softmax or logits makes no difference to the probabilities.
+
     Raises
     ------
     FileNotFoundError
@@ -291,6 +295,7 @@ def load(path: str | Path, shape: tuple[int, int, int] = SHAPE) -> MriNet3d | Mr
         )
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        consume_prefix_in_state_dict_if_present(state, "module.")  # of DataParallel
         if "convolution.weight" in state:
             channels, depth = state["convolution.weight"].shape[:2]
             form = {"axis": state["_extra_state"].item(), "residual": "hidden2.4.weight" in state}

@@ -264,7 +264,14 @@ def _prepare(out: Path, cohort, assignment: np.ndarray, make_network, settings: 
     for volume in cohort.volumes:
         data.update(np.ascontiguousarray(volume))
     settings = {name: str(value) for name, value in settings.items()}
-    run = json.dumps({"data": data.hexdigest(), "network": network, **settings}, indent=1)
+    grid = {
+        "shape": cohort.volumes.shape[1:],
+        "affine": None if cohort.affine is None else cohort.affine.tolist(),
+        "modality": cohort.modality,
+        "normalised": cohort.normalised,
+    }
+    run = {"data": data.hexdigest(), "network": network, "grid": grid, **settings}
+    run = json.dumps(run, indent=1)
     if not (out / "run.json").is_file() or (out / "run.json").read_text() != run:
         for pattern in ("fold-*.pt", "fold-*.json", ".fold-*.checkpoint"):
             for stale in out.glob(pattern):

@@ -8,9 +8,11 @@ from pathlib import Path
 from brainsex import (
     KEEP_MEMORY,
     archives,
+    checks,
     cohort,
     networks,
     prediction,
+    replacing,
     sources,
     synthetic,
     tables,
@@ -45,6 +47,18 @@ def convert(arguments) -> None:
         found = sources.choose(found, out / "all_FA", **options)
     options = {name: getattr(arguments, name) for name in ("regrid", "normalised", "leave_out_qc")}
     volumes.convert(found, table, out, **options)
+
+
+def check(arguments) -> None:
+    data, out = cohort.load(arguments.cohort), arguments.out
+    found = checks.table(data)
+    checks.montage(data, found, out / "montage.html")
+    with replacing(out / "checks.csv") as path:
+        found.to_csv(path, index=False)
+    flagged = found.loc[found["flags"] != "", ["Subject", "flags"]]
+    print(f"{len(flagged)} of {len(found)} flagged; all are in {out / 'montage.html'}")
+    for subject, flags in flagged.itertuples(index=False):
+        print(f"{subject}: {flags}")
 
 
 def train(arguments) -> None:
@@ -135,6 +149,10 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--regrid", action="store_true", help="resample volumes on other grids")
     sub.add_argument("--normalised", action="store_true", help="bring all brains to one size")
     sub.add_argument("--leave-out-qc", action="store_true", help="subjects with a QC_Issue")
+
+    sub = command(check, "outliers and a page of all subjects: checks.csv, montage.html in OUT")
+    sub.add_argument("cohort", type=Path, help="as convert wrote it")
+    sub.add_argument("out", type=Path)
 
     sub = command(train, "cross-validate the 3D CNN; fold-K.pt and folds.csv go to OUT")
     sub.add_argument("cohort", type=Path)

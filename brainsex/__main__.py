@@ -5,6 +5,8 @@ import os
 import sys
 from pathlib import Path
 
+import pandas as pd
+
 from brainsex import (
     KEEP_MEMORY,
     archives,
@@ -36,17 +38,25 @@ def fa(arguments) -> None:
     diffusion.fit(**vars(arguments))
 
 
+def survey(arguments) -> pd.DataFrame:
+    found = sources.find(arguments.cohort)
+    people = tables.read(arguments.table or tables.find(arguments.cohort))
+    print(sources.summary(found, people).to_string())
+    return found
+
+
 def convert(arguments) -> None:
     folder, out = arguments.cohort, arguments.out or arguments.cohort
     table = arguments.table or tables.find(folder)
     found = arguments.fa
     if found is None:
-        found = sources.find(folder)
-        print(sources.summary(found, tables.read(table)).to_string())
+        found = survey(arguments)
         options = {"kind": arguments.kind, "session": arguments.session}
         found = sources.choose(found, out / "all_FA", **options)
     options = {name: getattr(arguments, name) for name in ("regrid", "normalised", "leave_out_qc")}
     volumes.convert(found, table, out, **options)
+    if (folder / "SYNTHETIC").is_file():
+        (out / "SYNTHETIC").touch()
 
 
 def check(arguments) -> None:
@@ -138,6 +148,10 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--b0", type=float, default=50, help="no diffusion weighting up to it, s/mm²")
     sub.add_argument("--workers", type=int, help="subjects at once; 0.7 GB each")
     sub.add_argument("--overwrite", action="store_true")
+
+    sub = command(survey, "how many subjects of what kind a folder holds, and what is missing")
+    sub.add_argument("cohort", type=Path, help="a layout that DATA_ACCESS.md lists")
+    sub.add_argument("--table", type=Path, help="of people; the one in COHORT by default")
 
     sub = command(convert, "turn a folder's volumes and its table of people into tensors.npy")
     sub.add_argument("cohort", type=Path, help="a layout that DATA_ACCESS.md lists")

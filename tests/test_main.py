@@ -35,6 +35,15 @@ def test_convert_leaves_a_cohort_of_all_who_have_a_volume(folder):
     assert list(table.loc[data.subjects, "Gender"]) == ["FM"[label] for label in data.sex]
 
 
+def test_a_synthetic_cohort_converted_elsewhere_stays_one(folder, tmp_path, capsys):
+    main(["convert", str(folder), "--out", str(tmp_path / "other"), "--normalised"])
+    data = cohort.load(tmp_path / "other")
+    assert (len(data), data.synthetic, data.normalised) == (10, True, True)
+    assert not cohort.load(folder).normalised
+    main(["survey", str(folder)])
+    assert "archive" in capsys.readouterr().out
+
+
 def test_predict_prints_what_the_network_says_of_each_file(folder, trained, capsys):
     data = cohort.load(folder)
     files = [str(folder / "fa" / f"{subject}.nii.gz") for subject in data.subjects[:2]]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from scipy.ndimage import affine_transform, gaussian_filter, gaussian_filter1d, zoom
+from scipy.ndimage import affine_transform, gaussian_filter1d, zoom
 
 from brainsex import SHAPE
 
@@ -191,7 +191,12 @@ def normalise(volume: np.ndarray) -> np.ndarray:
 
     Returns
     -------
-    (X, Y, Z) float32 on the same grid, interpolated linearly and without aliasing.
+    (X, Y, Z) float32 on the same grid, interpolated linearly.
+
+    Raises
+    ------
+    ValueError
+        No voxel of brain.
     """
     brain, step, middle = volume > BRAIN_FA, np.ones(3), np.zeros(3)
     for axis, size in enumerate(volume.shape):
@@ -202,9 +207,8 @@ def normalise(volume: np.ndarray) -> np.ndarray:
         low, high = np.interp((0.005, 0.995), np.concatenate([[0], share]) / share[-1], edges)
         step[axis] = max((high - low) / (MIDDLE * size), 1e-3)
         middle[axis] = (low + high) / 2
-    smooth = gaussian_filter(volume, np.maximum(step - 1, 0) / 2, mode="mirror")
     offset = middle - step * (np.array(volume.shape) - 1) / 2
-    return affine_transform(smooth, step, offset, order=1)
+    return affine_transform(volume, step, offset, order=1)  # step < 4/3: nothing to smooth for
 
 
 def brain_volume(volume: np.ndarray, affine: np.ndarray) -> float:

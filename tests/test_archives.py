@@ -558,6 +558,7 @@ def test_archives_behind_a_link_are_found_once(tmp_path):
     source.mkdir()
     (source / "archives").symlink_to(disk)
     (disk / "back").symlink_to(source)
+    assert len(list(archives.files(source, ".zip"))) == 1
     table = extract(source, tmp_path / "fa")
     assert table[["Subject", "status"]].values.tolist() == [["000001", "extracted"]]
     assert (tmp_path / "fa" / "000001.nii.gz").read_bytes() == b"volume"

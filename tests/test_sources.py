@@ -267,7 +267,8 @@ def test_what_two_links_lead_to_counts_once_a_subject(tmp_path):
         place.mkdir(parents=True)
         (place / f"sub-{name}_FA.nii.gz").symlink_to(tmp_path / "store/x_FA.nii.gz")
     (tmp_path / "data/again").symlink_to(tmp_path / "data")
-    (tmp_path / "data/copy").symlink_to(tmp_path / "data/sub-01")
+    (tmp_path / "data/copy").mkdir()
+    (tmp_path / "data/copy/sub-01").symlink_to(tmp_path / "data/sub-01")
     assert sorted(find(tmp_path / "data")["Subject"]) == ["01", "02"]
 
 

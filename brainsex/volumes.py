@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def convert(
         paths = sorted([*fa_dir.glob("*.nii.gz"), *fa_dir.glob("*.nii")])
         found = pd.DataFrame({"Subject": map(identifier, paths), "path": paths})
     else:
-        found, fa_dir = fa_dir, fa_dir["path"].iloc[0].parent
+        found, fa_dir = fa_dir, os.path.commonpath(list(fa_dir["path"]))
     files = found.groupby("Subject")["path"].agg(list).to_dict()
     if not files:
         raise FileNotFoundError(

@@ -1,7 +1,10 @@
 """Networks on new volumes: ours, and state dicts saved from the published architecture."""
 
 import json
+import os
+from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
@@ -67,6 +70,18 @@ def test_a_published_checkpoint_in_the_orientation_it_was_trained_in(tmp_path, p
     turned = probability(network, array[::-1].transpose(2, 0, 1)[::-1])  # axes I, R, A
     found, _ = predict(file, [path], orientation="IRA")
     assert found["probability_of_man"][0] == pytest.approx(turned, abs=1e-5)
+
+
+@pytest.mark.skipif(
+    "BRAINSEX_REAL_FA" not in os.environ,
+    reason="BRAINSEX_REAL_FA is not set: a folder of real FA volumes",
+)
+def test_a_published_checkpoint_on_a_real_volume_read_as_the_study_did(published):
+    network, file = published
+    path = Path(os.environ["BRAINSEX_REAL_FA"]) / "template_FA_1.25mm.nii.gz"
+    found, _ = predict(file, [path], orientation="LAS")
+    array = nib.load(path).get_fdata(dtype=np.float32)
+    assert found["probability_of_man"][0] == pytest.approx(probability(network, array), abs=1e-5)
 
 
 def test_a_checkpoint_of_dataparallel(tmp_path, published):

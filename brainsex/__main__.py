@@ -48,11 +48,11 @@ def survey(arguments) -> pd.DataFrame:
 def convert(arguments) -> None:
     folder, out = arguments.cohort, arguments.out or arguments.cohort
     table = arguments.table or tables.find(folder)
-    found = arguments.fa
+    found, choice = arguments.fa, {"kind": arguments.kind, "session": arguments.session}
     if found is None:
-        found = survey(arguments)
-        options = {"kind": arguments.kind, "session": arguments.session}
-        found = sources.choose(found, out / "all_FA", **options)
+        found = sources.choose(survey(arguments), out / "all_FA", **choice)
+    elif any(choice.values()):
+        raise ValueError("--kind and --session choose from COHORT; --fa names another folder.")
     options = {name: getattr(arguments, name) for name in ("regrid", "normalised", "leave_out_qc")}
     volumes.convert(found, table, out, **options)
     if (folder / "SYNTHETIC").is_file():

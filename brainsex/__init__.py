@@ -1,5 +1,6 @@
 """What a network sees in men's and women's brains: from FA archives to perturbation masks."""
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,11 @@ LABELS = {"F": 0, "M": 1}
 def identifier(path: Path) -> str:
     """The subject's ID in a volume's name, ``<ID>.nii.gz``, ``<ID>_FA.nii.gz`` or without gz."""
     return path.name.removesuffix(".gz").removesuffix(".nii").removesuffix("_FA")
+
+
+def seeded(seed: int, subject: str) -> int:
+    """A seed for one subject's draws, of the run's seed and the subject's name alone."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{subject}".encode()).digest()[:7], "big")
 
 
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "8000000000"}

@@ -111,16 +111,17 @@ def region_bars(table, *, title, cohort):
         Of `atlases.regions`, of groups among women and men.
     """
     inside = table[table["label"] > 0]
-    order = inside.groupby("name")["share"].max().sort_values()[-12:].index
+    order = inside.groupby("label")["share"].max().sort_values()[-12:].index
+    names = inside.drop_duplicates("label").set_index("label").loc[order, "name"]
     groups = [name for name in PALETTE if name in set(table["group"])]
     figure, ax = opened(1, 1, figsize=(7.5, 1.2 + 0.36 * len(order)))
     for number, group in enumerate(groups):
-        rows = inside[inside["group"] == group].set_index("name").loc[order]
+        rows = inside[inside["group"] == group].set_index("label").loc[order]
         places = np.arange(len(order)) + 0.2 * (2 * number - 1) * (len(groups) > 1)
         ax.barh(places, 100 * rows["share"], 0.38, color=PALETTE[group], label=f"maps of {group}")
         expected = 100 * rows["volume_ml"] / table.loc[table["group"] == group, "volume_ml"].sum()
         ax.plot(expected, places, "|", color=DARK, markersize=9)
-    ax.set_yticks(range(len(order)), order, fontsize=8)
+    ax.set_yticks(range(len(order)), names, fontsize=8)
     ax.set_xlabel("share of the map inside the region (%)")
     ax.plot([], [], "|", color=DARK, label="the region's share of the brain")
     ax.legend(loc="lower right")

@@ -15,9 +15,9 @@ from brainsex.cohort import name_of
 SUBJECT = ("Subject", "participant_id", "eid")
 SEX = ("Gender", "sex")
 """Columns looked for, in any case, when the one named is not there: HCP, BIDS, UK Biobank."""
-CODES = {"f": 0, "female": 0, "w": 0, "woman": 0, "m": 1, "male": 1, "man": 1}
-NUMBERS = ({"0": 0, "1": 1}, {"1": 1, "2": 0})
-"""Number codes: 0 women, 1 men (UK Biobank); 1 men, 2 women (ISO 5218)."""
+WORDS = {"f": 0, "female": 0, "w": 0, "woman": 0, "m": 1, "male": 1, "man": 1}
+CODES = ({"0": 0, "1": 1}, {"1": 1, "2": 0}, WORDS)
+"""Numbers: 0 women, 1 men (UK Biobank), or 1 men, 2 women (ISO 5218); or words."""
 NO_FEATURES = ("Release",)
 INTRACRANIAL = "FS_IntraCranial_Vol"
 
@@ -45,13 +45,7 @@ class Table:
         return len(self.sex)
 
 
-def load(
-    csv: str | Path,
-    *,
-    subject: str = "Subject",
-    sex: str = "Gender",
-    codes: Mapping[str, int] | None = None,
-) -> Table:
+def load(csv: str | Path, *, subject: str = "Subject", sex: str = "Gender") -> Table:
     """Read a morphometry table: HCP's FreeSurfer CSV as exported, or any other.
 
     What is dropped is printed, and kept in ``notes``: columns of text, blank or the same for
@@ -61,8 +55,7 @@ def load(
     ----------
     csv : with a header; commas, semicolons or tabs; any line ends.
     subject, sex : the columns; HCP's, BIDS's and UK Biobank's names are found by themselves.
-    codes : what the sex column's values mean, women 0, men 1. By default M and F, male and female,
-        0 and 1 (men), or 1 (men) and 2.
+        Sexes are M and F, male and female, 0 and 1 (men), or 1 (men) and 2.
 
     Raises
     ------
@@ -75,7 +68,7 @@ def load(
     subject, sex = _named(csv, rows, subject, SUBJECT), _named(csv, rows, sex, SEX)
     said: dict[str, list[str]] = {}
     said["second of a name"] = [name for name in rows if name.endswith(" (2)")]
-    label = _labels(csv, rows[sex], codes)
+    label = _labels(csv, rows[sex])
     if blank := int(label.isna().sum()):
         said["subjects without a sex, left out"] = [str(blank)]
     rows, label = rows[label.notna()], label[label.notna()].astype(np.int64)
@@ -138,24 +131,17 @@ def _named(csv: Path, rows: pd.DataFrame, name: str, others: tuple[str, ...]) ->
     return found[0]
 
 
-def _labels(csv: Path, column: pd.Series, codes: Mapping[str, int] | None) -> pd.Series:
+def _labels(csv: Path, column: pd.Series) -> pd.Series:
     """0 and 1, NaN where blank."""
     values = column.str.strip().str.lower().str.removesuffix(".0").replace("", np.nan)
-    if codes is not None:
-        known = {str(c).strip().lower().removesuffix(".0"): label for c, label in codes.items()}
-        if not set(known.values()) <= {0, 1}:
-            raise ValueError(
-                f"{csv}: expected codes of 0 (women) and 1 (men), found {dict(codes)}."
-            )
-    else:
-        present = set(values.dropna())
-        known = next((numbers for numbers in NUMBERS if present <= set(numbers)), CODES)
+    present = set(values.dropna())
+    known = next((codes for codes in CODES if present <= set(codes)), WORDS)
     unknown = values.notna() & ~values.isin(list(known))
     if unknown.any():
         row = unknown.idxmax()
         raise ValueError(
-            f"{csv}: column {column.name}, line {row + 2}: expected one of {', '.join(known)}, "
-            f"found {column[row]!r}. Say what it means: tabular.load(csv, codes={{…}})."
+            f"{csv}: column {column.name}, line {row + 2}: expected one of {', '.join(known)}, or "
+            f"numbers (0 women, 1 men; 1 men, 2 women), found {column[row]!r}. Recode the column."
         )
     return values.map(known)
 
@@ -200,7 +186,6 @@ def decisions(
     *,
     chosen: Mapping[str, BaseEstimator] | None = None,
     confounds: np.ndarray | None = None,
-    jobs: int | None = None,
 ) -> dict[str, np.ndarray]:
     """Each classifier's decisions on held-out subjects, of the same shape as `assignment`.
 
@@ -208,14 +193,13 @@ def decisions(
     ----------
     assignment : (N,) or (R, N), of `evaluation.folds`.
     chosen : classifiers by name; `classifiers.chosen_inside` by default.
-    confounds, jobs : of `classifiers.cross_predict`.
+    confounds : of `classifiers.cross_predict`.
     """
-    options = {"confounds": confounds, "jobs": jobs}
     found = {}
     for name, classifier in (chosen or classifiers.chosen_inside()).items():
         each = [
             classifiers.cross_predict(
-                classifier, table.features, table.sex, folds, name=name, **options
+                classifier, table.features, table.sex, folds, confounds=confounds, name=name
             )
             for folds in np.atleast_2d(assignment)
         ]
@@ -228,24 +212,15 @@ def compare(
     *,
     folds: int = 10,
     seed: int = 0,
-    repeats: int = 1,
     chosen: Mapping[str, BaseEstimator] | None = None,
     confounds: np.ndarray | None = None,
-    jobs: int | None = None,
 ) -> pd.DataFrame:
     """The classifiers side by side, on the same folds; families, where known, never span two.
 
-    Returns
-    -------
-    One row a classifier: its name and `evaluation.score`.
+    Parameters as in `decisions` and `evaluation.folds`; returns `scores`.
     """
-    assignment = np.stack(
-        [
-            evaluation.folds(table.sex, groups=table.groups, folds=folds, seed=seed + repeat)
-            for repeat in range(repeats)
-        ]
-    )
-    found = decisions(table, assignment, chosen=chosen, confounds=confounds, jobs=jobs)
+    assignment = evaluation.folds(table.sex, groups=table.groups, folds=folds, seed=seed)
+    found = decisions(table, assignment, chosen=chosen, confounds=confounds)
     return scores(table.sex, found, assignment)
 
 

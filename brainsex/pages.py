@@ -40,12 +40,10 @@ def surface(volume, affine, level, *, smooth=1.0, max_faces=40_000):
 
     Parameters
     ----------
-    affine : (4, 4) array
-        To mm; it may flip axes.
-    smooth : float
-        Gaussian sigma in voxels, applied first.
-    max_faces : int
-        The volume is sampled the more coarsely until the triangles are no more than this.
+    affine : (4, 4), to mm; it may flip axes.
+    smooth : sigma of a Gaussian in voxels, applied first.
+    max_faces : the volume is sampled the more coarsely until the triangles are no more than
+        this.
     """
     for step in itertools.count(1):
         margin = int(np.ceil(4 * smooth)) + 2 * step
@@ -85,15 +83,7 @@ def preview(meshes, *, title, cohort):
 def page(path, meshes, *, title, caption):
     """Write an HTML page that shows meshes in 3D, each with its switch; it works offline.
 
-    Parameters
-    ----------
-    caption : str
-        Stands at the foot, with the cohort's name and n.
-
-    Raises
-    ------
-    ValueError
-        If the page would have 4 MB or more.
+    The caption stands at the foot. A page of 4 MB or more is a ValueError.
     """
     bundle = next(Path(nilearn.__file__).parent.rglob("plotly-gl3d*.min.js"), None)
     if bundle is None:

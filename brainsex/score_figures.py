@@ -14,6 +14,7 @@ from brainsex.figures import DARK, PALE, PALETTE, STYLE, finish, opened
 HUES = (DARK, "#E69F00", "#56B4E9", "#009E73", "#CC79A7")
 """Colours of Okabe and Ito's set, for up to five kinds beside each other."""
 MARKS = "osDv^"
+GROUPS = 6  # of subjects ordered by a confound
 
 
 @plt.rc_context(STYLE)
@@ -26,7 +27,6 @@ def dots(
     cohort: str,
     value: str = "accuracy",
     label: str = "accuracy (share of subjects)",
-    chance: float = 0.5,
     published: dict | None = None,
 ):
     """Scores with intervals: a line of dots a row, a colour and mark a kind.
@@ -35,7 +35,6 @@ def dots(
     ----------
     table : columns `rows`, `hue`, `value` and, where there is an interval, low and high.
     value, label : the score's column, and what the axis says.
-    chance : drawn dotted.
     published : (row, kind) -> (value, standard deviation or None), drawn in grey beneath.
     """
     names, kinds = (list(dict.fromkeys(table[column])) for column in (rows, hue))
@@ -62,7 +61,7 @@ def dots(
         ax.errorbar(number, y, xerr=deviation, fmt="d", color=PALE, markersize=4, linewidth=1)
     if published:
         ax.plot([], [], "d", color=PALE, markersize=4, label="published")
-    ax.axvline(chance, color=DARK, linewidth=0.9, linestyle=":")
+    ax.axvline(0.5, color=DARK, linewidth=0.9, linestyle=":")
     ax.set(xlabel=label, ylim=(len(names) - 0.5, -0.5))
     ax.set_yticks(range(len(names)), names)
     ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, fontsize=8)
@@ -120,7 +119,6 @@ def overlap(
     label: str,
     title: str,
     cohort: str,
-    bins: int = 6,
 ):
     """How men and women overlap in a confound, and who is right about whom.
 
@@ -134,7 +132,6 @@ def overlap(
     sex : (N,) 0 and 1.
     right : name -> (N,) bool, whether a classifier was right about each held-out subject.
     label : the confound's name and unit.
-    bins : of equal numbers of subjects.
     """
     figure, axes = opened(1, 2, figsize=(9.6, 3.6), width_ratios=(1, 1.15))
     grid = np.linspace(size.min(), size.max(), 200)
@@ -146,7 +143,7 @@ def overlap(
     axes[0].legend()
     at = np.stack([curve(size) for curve in density])
     typical = at[sex, np.arange(len(sex))] / at.sum(0)
-    groups = np.array_split(np.argsort(typical, kind="stable"), bins)
+    groups = np.array_split(np.argsort(typical, kind="stable"), GROUPS)
     middle = np.array([typical[rows].mean() for rows in groups])
     for (name, correct), colour, mark in zip(right.items(), HUES, MARKS):
         shares = np.array([correct[rows].mean() for rows in groups])
@@ -160,7 +157,7 @@ def overlap(
     axes[1].set(xlim=(0, 1), ylim=(-0.02, 1.02), ylabel="accuracy (share of subjects)")
     axes[1].set_xlabel("how typical for their own sex\n(0: the other sex's, 1: their own)")
     axes[1].legend(fontsize=8, loc="lower right")
-    return finish(figure, title, f"{cohort} · right: {bins} groups of equal size, Wilson 95 %")
+    return finish(figure, title, f"{cohort} · right: {GROUPS} groups of equal size, Wilson 95 %")
 
 
 def _enough(kinds) -> None:

@@ -117,7 +117,6 @@ def cross_predict(
     ----------
     classifier : of scikit-learn; everything it learns comes from the training folds.
     features : (N, P), NaN where blank.
-    sex : (N,) 0 and 1.
     assignment, name : as in `over_folds`.
     confounds : (N, K), regressed out of the features inside the training folds; what is blank is
         then the training folds' mean.
@@ -171,8 +170,8 @@ def importances(
     """What a classifier weighs, over folds, and what it loses without.
 
     One fit's importances of correlated features mislead: another fold weighs a neighbour instead.
-    So the spread over folds stands beside the mean, and for the strongest features the loss of
-    AUC in held-out subjects when their values change places: Breiman 2001, Mach. Learn. 45:5.
+    So the spread over folds stands beside the mean, and of the `STRONGEST` the loss of AUC in
+    held-out subjects when their values change places: Breiman 2001, Mach. Learn. 45:5.
 
     Parameters
     ----------
@@ -183,11 +182,10 @@ def importances(
     Returns
     -------
     Sorted: Region_name, Importance (mean over folds; of coefficients, their size), higher_in (the
-    sex with the higher mean), permutation (loss of AUC, of the `STRONGEST`), and the standard
-    deviations over folds, spread and permutation_spread.
+    sex with the higher mean), permutation (loss of AUC); their SD over folds, …spread.
     """
     values, sex = features.to_numpy(float), np.asarray(sex)
-    tested = [fold for fold in np.unique(assignment) if fold >= 0]
+    tested = np.unique(assignment)
     parallel = joblib.Parallel(-1)
     fits = (joblib.delayed(_weigh)(classifier, values, sex, assignment != f) for f in tested)
     fitted, weights = zip(*parallel(fits))
@@ -232,16 +230,11 @@ def voxel_svm(
 ) -> np.ndarray:
     """Decisions (N,) of the study's support vector machine (RBF) on standardised voxels.
 
-    Brain mask (mean FA above 0.02), scaling and regression come from the training folds alone.
-
-    Parameters
-    ----------
-    cohort : its voxels within the brain must fit into memory, several times over.
-    assignment, confounds : as in `cross_predict`.
+    Brain mask (mean FA above 0.02), scaling and regression come from the training folds alone. The
+    voxels within the brain must fit into memory, several times over.
     """
     decision = np.full(len(cohort), np.nan)
-    tested = [fold for fold in np.unique(assignment) if fold >= 0]
-    for fold in tqdm(tested, desc="voxel SVM", unit="fold"):
+    for fold in tqdm(np.unique(assignment), desc="voxel SVM", unit="fold"):
         train, test = (np.flatnonzero(rows) for rows in (assignment != fold, assignment == fold))
         brain = sum(cohort.volumes[row] / len(train) for row in train) > BRAIN_FA
         values = cohort.volumes

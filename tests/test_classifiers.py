@@ -288,16 +288,6 @@ def test_permutation_costs_the_auc_that_it_costs_by_hand(monkeypatch):
     assert (few[0][0]["permutation"] != few[1][0]["permutation"])[:2].all()
 
 
-@pytest.mark.filterwarnings("error")
-def test_importances_of_one_split():
-    """The tested fold and the rest, which is in none: no spread, and none invented."""
-    features, sex, where = planted()
-    only = np.where(where == 0, 0, -1)
-    found = classifiers.importances(PUBLISHED["logistic regression"], features, sex, only)
-    assert found["Region_name"][0] == "FS_3"
-    assert found["spread"].isna().all()
-
-
 @pytest.mark.parametrize("name", ["XGBoost", "logistic regression"])
 def test_importances_of_a_column_blank_in_all_training_rows_of_a_fold(name):
     """It weighs nothing there, and the others keep their places."""

@@ -10,12 +10,8 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pandas as pd
-from nibabel.affines import voxel_sizes
-from nilearn.datasets import (
-    load_mni152_brain_mask,
-    load_mni152_gm_template,
-    load_mni152_wm_template,
-)
+from nibabel.affines import apply_affine, from_matvec, voxel_sizes
+from nilearn import datasets
 from scipy.ndimage import affine_transform, gaussian_filter
 from scipy.spatial import KDTree
 
@@ -92,9 +88,8 @@ class Anatomy:
 def grid(spacing: float) -> tuple[tuple[int, int, int], np.ndarray]:
     """Shape and RAS affine of HCP's field of view at `spacing` mm (1.25: HCP's own grid)."""
     shape = tuple(int(n * 1.25 / spacing + 0.5) for n in (145, 174, 145))
-    affine = np.diag([spacing, spacing, spacing, 1.0])
-    affine[:3, 3] = 90 - spacing * (shape[0] - 1), -126, -72  # LAS's first voxel is at x = 90
-    return shape, affine
+    first = 90 - spacing * (shape[0] - 1), -126, -72  # LAS's first voxel is at x = 90
+    return shape, from_matvec(spacing * np.eye(3), first)
 
 
 def anatomy(spacing: float = 2.5, template: str | Path | None = None) -> Anatomy:
@@ -113,11 +108,11 @@ def anatomy(spacing: float = 2.5, template: str | Path | None = None) -> Anatomy
         The template is not there, is no FA map, or leaves a planted region without a voxel.
     """
     shape, affine = grid(spacing)
-    millimetres = _millimetres(shape, affine)
-    white = _sampled(load_mni152_wm_template(resolution=1), shape, affine)
+    millimetres = apply_affine(affine, np.moveaxis(np.indices(shape), 0, -1))
+    white = _sampled(datasets.load_mni152_wm_template(resolution=1), shape, affine)
     if template is None:
-        mask = _sampled(load_mni152_brain_mask(resolution=1), shape, affine) > 0.5
-        grey = _sampled(load_mni152_gm_template(resolution=1), shape, affine)
+        mask = _sampled(datasets.load_mni152_brain_mask(resolution=1), shape, affine) > 0.5
+        grey = _sampled(datasets.load_mni152_gm_template(resolution=1), shape, affine)
         fa = 0.10 * grey + white * (0.35 + _tracts(millimetres))
         texture = gaussian_filter(np.random.default_rng(0).standard_normal(shape), 5 / spacing)
         fa = fa + 0.05 * (0.2 + white) * texture / texture.std()
@@ -150,9 +145,8 @@ def anatomy(spacing: float = 2.5, template: str | Path | None = None) -> Anatomy
 def region_table(base: Anatomy) -> pd.DataFrame:
     """The planted regions, one row each, as ``truth/regions.csv`` holds them.
 
-    label, name; ``fa_men_minus_women`` as planted at the region's peak, before deformation and
-    noise, which leave 0.7 of it in the volumes' mean (`brainsex.synthetic` says why); ``x_mm``,
-    ``y_mm``, ``z_mm``, the centre in MNI space; ``volume_ml`` in the template's space.
+    label, name; ``fa_men_minus_women`` at the region's peak, of which deformation and noise leave
+    0.7 in the volumes' mean; ``x_mm``, ``y_mm``, ``z_mm``, the centre in MNI space; ``volume_ml``.
     """
     centres, _, effects = zip(*REGIONS.values())
     voxels = np.bincount(base.labels.ravel(), minlength=len(REGIONS) + 1)[1:]
@@ -161,10 +155,6 @@ def region_table(base: Anatomy) -> pd.DataFrame:
     columns |= dict(zip(("x_mm", "y_mm", "z_mm"), zip(*centres)))
     columns |= {"volume_ml": voxels * abs(np.linalg.det(base.affine[:3, :3])) / 1000}
     return pd.DataFrame(columns)
-
-
-def _millimetres(shape, affine) -> np.ndarray:
-    return np.moveaxis(np.indices(shape), 0, -1) @ affine[:3, :3].T + affine[:3, 3]
 
 
 def _sampled(image, shape, affine) -> np.ndarray:

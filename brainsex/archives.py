@@ -21,13 +21,11 @@ import pandas as pd
 from joblib import Parallel, delayed
 from tqdm.auto import tqdm
 
-from brainsex import identifier, replacing
+from brainsex import identifier, replacing, write
 
 FA_MEMBERS = ("*_FA.nii.gz", "FA.nii.gz", "*_FA.nii", "FA.nii")
-MAX_MEMBER = 2 << 30
-"""Bytes of the largest volume taken out, whatever its archive declares."""
-MAX_INNER = 8 << 30
-"""Bytes of the largest compressed inner archive inflated to a temporary file."""
+MAX_MEMBER = 2 << 30  # bytes of the largest volume taken out
+MAX_INNER = 8 << 30  # bytes of the largest compressed inner archive inflated to a temporary file
 CHUNK = 1 << 20
 UNREADABLE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, OverflowError)
 UNREADABLE += (RuntimeError, ValueError)
@@ -67,14 +65,9 @@ def extract(
 
     Raises
     ------
-    FileNotFoundError
-        No folder `source`, or no archive in it and no volume in `target`.
-    OSError
-        `target` cannot be written (the disk is full, say). Finished volumes stay.
-
-    References
-    ----------
-    Kan et al. (2020), arXiv 2006.15969; HCP S1200 Release Reference Manual, Appendix III (names).
+    FileNotFoundError, OSError
+        No archive in `source` and no volume in `target`; `target` cannot be written (the disk is
+        full, say): finished volumes stay.
     """
     source, target = Path(source), Path(target)
     patterns = (member,) if isinstance(member, str) else tuple(member)
@@ -115,8 +108,7 @@ def extract(
     rows = [(subject, *outcome[subject]) for subject in sorted(outcome)]
     table = pd.DataFrame(rows, columns=["Subject", "status", "reason"])
     rejected = table.loc[table["status"] == "rejected", ["Subject", "reason"]]
-    with replacing(target / "rejected.csv") as partial:
-        rejected.to_csv(partial, index=False)
+    write(target / "rejected.csv", rejected.to_csv(index=False))
     print(f"{len(table)} subjects, {len(rejected)} of them rejected (rejected.csv says why)")
     return table
 

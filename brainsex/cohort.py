@@ -60,10 +60,8 @@ def load(folder: str | Path, *, affine: np.ndarray | None = None) -> Cohort:
 
     Raises
     ------
-    FileNotFoundError
-        The folder, or one of its two arrays, is not there.
-    ValueError
-        The files do not belong together, or the labels are no 0 and 1.
+    FileNotFoundError, ValueError
+        One of the two arrays is not there; the files do not belong together.
     """
     folder = Path(folder)
     volumes, sex = _array(folder / "tensors.npy"), _array(folder / "labels.npy")
@@ -92,17 +90,8 @@ def load(folder: str | Path, *, affine: np.ndarray | None = None) -> Cohort:
         if affine.shape != (4, 4):
             raise ValueError(f"expected an affine (4, 4), found {affine.shape}.")
     groups = table.set_index("Subject")["group"] if "group" in table else pd.Series(dtype=str)
-    name, synthetic = name_of(folder)
-    return Cohort(
-        name=name,
-        synthetic=synthetic,
-        volumes=volumes,
-        sex=sex,
-        subjects=table["Subject"].to_numpy(str),
-        groups=tables.filled(groups),
-        affine=affine,
-        table=table,
-    )
+    subjects, groups = table["Subject"].to_numpy(str), tables.filled(groups)
+    return Cohort(*name_of(folder), volumes, sex, subjects, groups, affine, table)
 
 
 def subset(cohort: Cohort, rows: np.ndarray) -> Cohort:

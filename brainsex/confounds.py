@@ -15,24 +15,18 @@ from scipy.optimize import linear_sum_assignment
 def columns(table: pd.DataFrame, names: Sequence[str]) -> np.ndarray:
     """Columns of a table as numbers (N, K), one per column, or per category of a text column.
 
-    Text that is all numbers is numbers.
-
-    Raises
-    ------
-    ValueError
-        A column that is not there, has blanks, or is the same for everybody.
+    Text that is all numbers is numbers. No column may have blanks or be the same for everybody.
     """
     if unknown := [name for name in names if name not in table]:
         raise ValueError(f"no column {', '.join(unknown)}: there are {', '.join(table.columns)}.")
     chosen = table[list(names)].replace([np.inf, -np.inf], np.nan)
-    for name, values in chosen.items():
-        if values.isna().any() or values.nunique() < 2:
-            problem = f"is blank for {values.isna().sum()} of {len(values)} subjects"
-            if not values.isna().any():
-                problem = "is the same for everybody"
-            raise ValueError(f"confound {name} {problem}.")
     for name in chosen:
-        numbers = pd.to_numeric(chosen[name], errors="coerce")
+        values = chosen[name]
+        if blank := values.isna().sum():
+            raise ValueError(f"confound {name} is blank for {blank} of {len(values)} subjects.")
+        if values.nunique() < 2:
+            raise ValueError(f"confound {name} is the same for everybody.")
+        numbers = pd.to_numeric(values, errors="coerce")
         if numbers.notna().all():
             chosen[name] = numbers
     return pd.get_dummies(chosen, drop_first=True).to_numpy(float)
@@ -92,12 +86,7 @@ def matched(
 
     Returns
     -------
-    Rows, sorted; half of them men's.
-
-    Raises
-    ------
-    ValueError
-        No pair is that close.
+    Rows, sorted; half of them men's. No pair that close is a ValueError.
     """
     sex, confounds = np.asarray(sex), np.asarray(confounds, float).reshape(len(sex), -1)
     if not np.isfinite(confounds).all():

@@ -12,12 +12,7 @@ LINES = (("#000000", "-"), ("#CC79A7", "--"))  # two forms, told apart by colour
 
 @plt.rc_context(STYLE)
 def form_curves(histories, *, title, cohort):
-    """Loss and accuracy over epochs, a column a form of the network.
-
-    Parameters
-    ----------
-    histories : dict, form -> table as `figures.curves` takes it.
-    """
+    """Loss and accuracy over epochs, a column a form: form -> history as of `figures.curves`."""
     size = (2.3 * len(histories) + 1.2, 4.2)
     figure, axes = opened(2, len(histories), figsize=size, sharex=True, sharey="row", squeeze=False)
     for column, (form, history) in zip(axes.T, histories.items()):
@@ -72,9 +67,7 @@ def slab_positions(background, affine, accuracy, *, title, cohort):
 def feature_bars(tables, *, title, cohort):
     """Women's and men's mean of every feature map, a panel a measure, marked where they differ.
 
-    Parameters
-    ----------
-    tables : dict, axis label with its unit -> table of `features.compare`.
+    `tables` are axis label with its unit -> table of `features.compare`.
     """
     widest = max(map(len, tables.values()))
     size = (max(7.5, 0.36 * widest + 1), 2.7 * len(tables))
@@ -109,9 +102,7 @@ def feature_bars(tables, *, title, cohort):
 def effect_sizes(tables, *, title, cohort):
     """Cohen's d of every feature map with its interval, a column a measure, a row a condition.
 
-    Parameters
-    ----------
-    tables : dict, measure -> condition -> table of `features.compare`.
+    `tables` are measure -> condition -> table of `features.compare`.
     """
     rows = list(next(iter(tables.values())))
     size = (8.4, 1.2 + 0.85 * len(rows))

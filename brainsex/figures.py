@@ -38,9 +38,7 @@ STYLE = {
 def slices(panels, *, title, cohort):
     """Slices through the first volume's centre of mass, a row a volume, all to one scale.
 
-    Parameters
-    ----------
-    panels : dict, label -> (FA (X, Y, Z), affine); the grids may differ.
+    `panels` are label -> (FA (X, Y, Z), affine); the grids may differ.
     """
     at = centre(*next(iter(panels.values())))
     boxes = np.array([box(*panel) for panel in panels.values()])
@@ -101,9 +99,7 @@ def overlay(background, saliency, affine, *, title, cohort, outlines=None, vmax=
 def curves(history, *, title, cohort):
     """Loss and accuracy over epochs, each fold thin and their mean bold.
 
-    Parameters
-    ----------
-    history : fold, epoch, train_loss, validation_loss, train_accuracy, validation_accuracy.
+    `history`: fold, epoch, train_loss, validation_loss, train_accuracy, validation_accuracy.
     """
     figure, axes = opened(1, 2, figsize=(8.4, 3.4))
     draw_curves(axes, history)
@@ -128,11 +124,8 @@ def draw_curves(axes, history):
 def fold_accuracies(table, intervals, *, title, cohort, published=None):
     """Accuracy of every fold, the mean and its interval, beside published values.
 
-    Parameters
-    ----------
-    table : model, fold, accuracy (share of subjects).
-    intervals : dict, model -> (mean, low, high, name of the interval).
-    published : dict, model -> (mean, standard deviation).
+    The table has model, fold and accuracy (share of subjects), `intervals` are model -> (mean, low,
+    high, name of the interval), `published` model -> (mean, standard deviation).
     """
     figure, ax = opened(1, 1, figsize=(8.4, 1.2 + 0.7 * len(intervals)))
     for row, (model, (mean, low, high, name)) in enumerate(intervals.items()):

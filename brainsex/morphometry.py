@@ -12,21 +12,16 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 
-SEX_DIFFERENCE = 0.14
-"""Standard deviation, over structures and measures, of Cohen's d at equal head size."""
+SEX_DIFFERENCE = 0.14  # SD, over structures and measures, of Cohen's d at equal head size
 FACTORS = {"volume": 0.35, "intensity": 0.45, "area": 0.4, "thickness": 0.4, "shape": 0.25}
 """Correlation of two structures of one kind of measure, head size aside."""
-BILATERAL = 0.6
-"""Correlation of left and right in what is a structure's own."""
+BILATERAL = 0.6  # correlation of left and right in what is a structure's own
 
 # Name, mean volume in mm³, its coefficient of variation, mean intensity on FreeSurfer's scale.
 PAIRED = (
-    *(
-        ("LatVent", 7000, 0.45, 32),
-        ("InfLatVent", 280, 0.45, 45),
-        ("Cerebellum_WM", 15000, 0.1, 96),
-    ),
-    *(("Cerebellum_Cort", 56000, 0.08, 66), ("ThalamusProper", 8400, 0.08, 89)),
+    *(("LatVent", 7000, 0.45, 32), ("InfLatVent", 280, 0.45, 45)),
+    *(("Cerebellum_WM", 15000, 0.1, 96), ("Cerebellum_Cort", 56000, 0.08, 66)),
+    ("ThalamusProper", 8400, 0.08, 89),
     *(("Caudate", 3900, 0.1, 81), ("Putamen", 5500, 0.1, 88), ("Pallidum", 1500, 0.11, 101)),
     *(("Hippo", 4400, 0.08, 72), ("Amygdala", 1650, 0.1, 71), ("AccumbensArea", 600, 0.15, 73)),
     *(("VentDC", 4000, 0.08, 91), ("Vessel", 60, 0.55, 66), ("ChoroidPlexus", 1050, 0.22, 51)),
@@ -153,10 +148,8 @@ def freesurfer(
     labels, values = zip(*columns)
     labels = [name.replace("R_Cerebellum_Cort", "L_Cerebellum_Cort") for name in labels]
     found = pd.DataFrame(np.column_stack(values).round(4), subjects.index)
-    found = pd.concat([subjects[["Subject", "Release", "Gender"]], found], axis=1)
-    return found.set_axis(
-        ["Subject", "Release", "Gender", *(f"FS_{name}" for name in labels)], axis=1
-    )
+    found.columns = [f"FS_{name}" for name in labels]
+    return pd.concat([subjects[["Subject", "Release", "Gender"]], found], axis=1)
 
 
 def _totals(seg: dict[str, np.ndarray], grey: np.ndarray, head: np.ndarray, draw) -> dict:
@@ -164,16 +157,7 @@ def _totals(seg: dict[str, np.ndarray], grey: np.ndarray, head: np.ndarray, draw
     noise = draw(6)
     both = {name: seg[f"L_{name}"] + seg[f"R_{name}"] for name, *_ in PAIRED}
     left, right = grey[:, :34].sum(1), grey[:, 34:].sum(1)
-    deep = (
-        "ThalamusProper",
-        "Caudate",
-        "Putamen",
-        "Pallidum",
-        "Hippo",
-        "Amygdala",
-        "AccumbensArea",
-    )
-    deep = sum(both[name] for name in deep)
+    deep = sum(both[name] for name, *_ in PAIRED[4:11])  # thalamus to accumbens
     white = 225_000 * head[:, None] * np.exp(0.04 * noise[:, :1] + 0.01 * noise[:, 1:3])
     ventricles = both["LatVent"] + both["InfLatVent"] + both["ChoroidPlexus"] + seg["3rdVent"]
     upper = left + right + deep + both["VentDC"] + white.sum(1)

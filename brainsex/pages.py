@@ -42,8 +42,7 @@ def surface(volume, affine, level, *, smooth=1.0, max_faces=40_000):
     ----------
     affine : (4, 4), to mm; it may flip axes.
     smooth : sigma of a Gaussian in voxels, applied first.
-    max_faces : the volume is sampled the more coarsely until the triangles are no more than
-        this.
+    max_faces : until there are no more, the volume is sampled more coarsely.
     """
     for step in itertools.count(1):
         margin = int(np.ceil(4 * smooth)) + 2 * step

@@ -8,13 +8,11 @@ import pandas as pd
 
 from brainsex import LABELS
 
-ROWS, MEN = 1113, 507
-"""Subjects in HCP's tables, and the men among them."""
+ROWS, MEN = 1113, 507  # subjects in HCP's tables, and the men among them
 SHARES = {"family": 0.4, "twins": 0.45, "own": 0.15}
 """Variance of anatomy that a family shares, that identical twins share besides, and one's own:
 brain volumes of siblings correlate by about 0.4, of identical twins by 0.85 or more."""
-FAMILY_SIZES = (0.22, 0.28, 0.32, 0.14, 0.03, 0.01)
-"""Shares of families of 1, 2, … members."""
+FAMILY_SIZES = (0.22, 0.28, 0.32, 0.14, 0.03, 0.01)  # shares of families of 1, 2, … members
 
 
 @dataclass(frozen=True)

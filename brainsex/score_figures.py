@@ -31,11 +31,8 @@ def dots(
 ):
     """Scores with intervals: a line of dots a row, a colour and mark a kind.
 
-    Parameters
-    ----------
-    table : columns `rows`, `hue`, `value` and, where there is an interval, low and high.
-    value, label : the score's column, and what the axis says.
-    published : (row, kind) -> (value, standard deviation or None), drawn in grey beneath.
+    The table has columns `rows`, `hue`, `value` (`label` on the axis) and, where there is an
+    interval, low and high; `published` are (row, kind) -> (value, standard deviation or None).
     """
     names, kinds = (list(dict.fromkeys(table[column])) for column in (rows, hue))
     _enough(kinds)
@@ -85,12 +82,9 @@ def neighbours(sweeps: dict[str, np.ndarray], *, title: str, cohort: str):
 
 @plt.rc_context(STYLE)
 def strongest(table: pd.DataFrame, *, count: int, label: str, title: str, cohort: str):
-    """The strongest features: their weight over folds, and what is lost without them.
+    """The strongest features of `classifiers.importances`: weight over folds, loss without them.
 
-    Parameters
-    ----------
-    table : of `classifiers.importances`.
-    label : what the weight is.
+    `label` is what the weight is.
     """
     some = table.head(count)
     figure, axes = opened(1, 2, figsize=(9, 1.6 + 0.19 * count), sharey=True)
@@ -128,10 +122,9 @@ def overlap(
 
     Parameters
     ----------
-    size : (N,) the confound.
+    size, label : (N,) the confound; its name and unit.
     sex : (N,) 0 and 1.
     right : name -> (N,) bool, whether a classifier was right about each held-out subject.
-    label : the confound's name and unit.
     """
     figure, axes = opened(1, 2, figsize=(9.6, 3.6), width_ratios=(1, 1.15))
     grid = np.linspace(size.min(), size.max(), 200)

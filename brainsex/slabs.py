@@ -13,18 +13,12 @@ import pandas as pd
 import torch
 from nibabel.affines import apply_affine
 
-from brainsex import evaluation, networks, replacing
+from brainsex import evaluation, networks, write
 from brainsex.cohort import Cohort, Rows
 
 
 def centres(network: networks.MriNet2d, affine: np.ndarray | None) -> np.ndarray:
-    """Millimetres along the network's axis of the middle of each slab, (S,).
-
-    Raises
-    ------
-    ValueError
-        The affine is unknown.
-    """
+    """Millimetres along the network's axis of the middle of each slab, (S,); of a known affine."""
     if affine is None:
         raise ValueError("expected an affine (4, 4), found none: cohort.load(folder, affine=…).")
     count = network.shape[network.axis] // network.depth
@@ -40,8 +34,7 @@ def positions(table: pd.DataFrame, millimetres: np.ndarray) -> pd.DataFrame:
     """
     test = table[table["part"] == "test"]
     correct, subjects = np.sum(test["correct_by_slab"].tolist(), 0), int(test["subjects"].sum())
-    limits = [evaluation.wilson(int(right), subjects) for right in correct]
-    low, high = zip(*limits)
+    low, high = zip(*(evaluation.wilson(int(right), subjects) for right in correct))
     columns = {"mm": millimetres, "accuracy": correct / subjects, "low": low, "high": high}
     return pd.DataFrame(columns)
 
@@ -56,12 +49,7 @@ def vote(log_odds: np.ndarray) -> np.ndarray:
 
 
 def scores(log_odds: np.ndarray, sex: np.ndarray) -> dict:
-    """How many are right, of slabs and of subjects.
-
-    Parameters
-    ----------
-    log_odds : (N, S) of man, of each subject's slabs.
-    sex : (N,) 0 or 1.
+    """How many are right, of slabs and of subjects, by log-odds of man (N, S) and sex (N,).
 
     Returns
     -------
@@ -96,10 +84,8 @@ def evaluate(
 
     Raises
     ------
-    FileNotFoundError
-        A fold has no network.
-    ValueError
-        The folds are of other subjects, or the networks no `MriNet2d`.
+    FileNotFoundError, ValueError
+        A fold has no network; they are of other subjects, or no `MriNet2d`.
     """
     folder = Path(folder)
     if not (folder / "folds.csv").is_file():
@@ -118,6 +104,5 @@ def evaluate(
             logits = networks.evaluate(network, volumes, torch.float32).numpy()
             log_odds = logits[..., 1] - logits[..., 0]
             rows.append({"fold": int(fold), "part": part, **scores(log_odds, data.sex[chosen])})
-    with replacing(folder / "slabs.json") as path:
-        path.write_text(json.dumps(rows, indent=1))
+    write(folder / "slabs.json", json.dumps(rows, indent=1))
     return pd.DataFrame(rows)

@@ -78,10 +78,8 @@ class Anatomy:
 
     fa: np.ndarray
     mask: np.ndarray
-    effect: np.ndarray
-    """FA of men minus FA of women."""
-    labels: np.ndarray
-    """1, 2, … in the order of `REGIONS`; 0 elsewhere."""
+    effect: np.ndarray  # FA of men minus FA of women
+    labels: np.ndarray  # 1, 2, … in the order of `REGIONS`; 0 elsewhere
     affine: np.ndarray
 
 

@@ -15,19 +15,14 @@ from brainsex import tables
 class Cohort:
     """A converted cohort. ``len()`` is its number of subjects."""
 
-    name: str
-    """The folder's name, with the word synthetic where the cohort is."""
+    name: str  # the folder's name, with the word synthetic where the cohort is
     synthetic: bool
-    volumes: np.ndarray
-    """(N, X, Y, Z) float32, FA in [0, 1], RAS; memory-mapped, read-only."""
-    sex: np.ndarray
-    """(N,) int64, women 0, men 1."""
-    subjects: np.ndarray
-    """(N,) str."""
+    volumes: np.ndarray  # (N, X, Y, Z) float32, FA in [0, 1], RAS; memory-mapped, read-only
+    sex: np.ndarray  # (N,) int64, women 0, men 1
+    subjects: np.ndarray  # (N,) str
     groups: np.ndarray | None
     """(N,) str, families, who has none known being one alone; None where all are unknown."""
-    affine: np.ndarray | None
-    """(4, 4), voxel indices to mm; None where unknown."""
+    affine: np.ndarray | None  # (4, 4), voxel indices to mm; None where unknown
     table: pd.DataFrame
     """subjects.csv: brain volume in ml, intracranial volume in ml, age, … in the same order."""
 

@@ -21,8 +21,7 @@ class People:
 
     behavioural: pd.DataFrame
     """HCP's table as far as it matters here; ``3T_dMRI_Compl`` says who has a volume."""
-    restricted: pd.DataFrame
-    """Subject, Age_in_Yrs, ZygositySR, Family_ID, Mother_ID, Father_ID."""
+    restricted: pd.DataFrame  # Subject, Age_in_Yrs, ZygositySR, Family_ID, Mother_ID, Father_ID
     kin: pd.DataFrame
     """Numbers that the members of a family, and that identical twins, have in common; and one's
     own: family, twins, own."""

@@ -26,20 +26,14 @@ INTRACRANIAL = "FS_IntraCranial_Vol"
 class Table:
     """Morphometry of N subjects. ``len()`` is their number."""
 
-    name: str
-    """The folder's name, with the word synthetic where the cohort is."""
-    features: pd.DataFrame
-    """(N, P) numbers, NaN where blank."""
-    sex: np.ndarray
-    """(N,) int64, women 0, men 1."""
-    subjects: np.ndarray
-    """(N,) str."""
+    name: str  # the folder's name, with the word synthetic where the cohort is
+    features: pd.DataFrame  # (N, P) numbers, NaN where blank
+    sex: np.ndarray  # (N,) int64, women 0, men 1
+    subjects: np.ndarray  # (N,) str
     groups: np.ndarray | None
     """(N,) str, families, of ``restricted.csv`` beside the table; None where all are unknown."""
-    release: np.ndarray | None
-    """(N,) str, HCP's Release, which is no feature."""
-    notes: dict[str, tuple[str, ...]]
-    """What was dropped, renamed or changed: columns by reason."""
+    release: np.ndarray | None  # (N,) str, HCP's Release, which is no feature
+    notes: dict[str, tuple[str, ...]]  # what was dropped, renamed or changed: columns by reason
 
     def __len__(self) -> int:
         return len(self.sex)
@@ -60,8 +54,8 @@ def load(csv: str | Path, *, subject: str = "Subject", sex: str = "Gender") -> T
     Raises
     ------
     FileNotFoundError, ValueError
-        No such table, or too large; no such column, or several; an unknown code; a subject twice;
-        a value among a column's numbers that is none; one sex only; no feature.
+        No such table; no such column, or several; an unknown code; a subject twice; a value among a
+        column's numbers that is none; one sex only; no feature.
     """
     csv = Path(csv)
     rows = tables.raw(csv).dropna(how="all")  # blank lines; the index still counts lines

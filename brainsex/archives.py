@@ -124,9 +124,7 @@ def _zips(source: Path) -> Iterator[Path]:
         yield from (Path(folder, name) for name in names if name.lower().endswith(".zip"))
 
 
-def _extract_one(
-    subject: str, paths: list[Path], source: Path, target: Path, patterns: tuple[str, ...]
-) -> None:
+def _extract_one(subject: str, paths: list[Path], source: Path, target: Path, patterns) -> None:
     with ExitStack() as stack:
         labels = [path.relative_to(source).as_posix() for path in paths]
         searches = (_find(*each, patterns, stack, target) for each in zip(paths, labels))
@@ -148,7 +146,7 @@ def _extract_one(
 
 
 def _find(
-    file, label: str, patterns: tuple[str, ...], stack: ExitStack, scratch: Path | None = None
+    file, label: str, patterns, stack: ExitStack, scratch: Path | None = None
 ) -> list[Member]:
     """Return an archive's matching members; with `scratch` also those of the archives in it."""
     with _reading(label):

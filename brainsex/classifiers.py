@@ -49,16 +49,11 @@ def neighbours(k: int) -> Pipeline:
 
 
 def chosen_inside() -> dict[str, BaseEstimator]:
-    """The four classifiers, each of whose settings is chosen by five inner folds.
-
-    Inner folds may part relatives: they choose, they do not judge.
-    """
+    """The four classifiers, their settings chosen by five inner folds, which may part relatives."""
     nearest = GridSearchCV(KNeighborsClassifier(), {"n_neighbors": NEIGHBOURS})
     vectors = GridSearchCV(SVC(), {"C": (0.1, 1.0, 10.0)})
-    logistic = LogisticRegressionCV(
-        Cs=np.logspace(-4, 0, 5), l1_ratios=(0,), scoring="accuracy", max_iter=1000,
-        use_legacy_attributes=False,
-    )  # fmt: skip
+    options = {"scoring": "accuracy", "max_iter": 1000, "use_legacy_attributes": False}
+    logistic = LogisticRegressionCV(Cs=np.logspace(-4, 0, 5), l1_ratios=(0,), **options)
     return {
         "XGBoost": boosted_trees(),
         "KNN": _standardised(nearest),
@@ -86,8 +81,8 @@ def over_folds(
 
     Parameters
     ----------
-    one : takes rows of training and test, each (N,) bool, and the arguments; returns the decisions
-        (…, n) of the n tested.
+    one : takes rows of training and test, each (N,) bool, and the arguments; returns decisions
+        (…, n) of the tested.
     assignment : (N,) the fold in which each subject is tested; below 0, in none: NaN.
     name : shown beside the progress; without it there is none.
     """
@@ -117,7 +112,7 @@ def cross_predict(
     ----------
     classifier : of scikit-learn; everything it learns comes from the training folds.
     features : (N, P), NaN where blank.
-    assignment, name : as in `over_folds`.
+    assignment, name : of `over_folds`.
     confounds : (N, K), regressed out of the features inside the training folds; what is blank is
         then the training folds' mean.
     """

@@ -79,7 +79,6 @@ def matched(
     ----------
     sex : (N,) 0 and 1.
     confounds : (N, K), see `columns`.
-    caliper : in standard deviations of each confound over all subjects.
     within : (N,) folds: pairs are of one fold, so that every fold is matched. Otherwise a test
         subject's pair, of the other sex and the same size, may be in training, and a confound
         that says nothing any more scores below chance.

@@ -22,13 +22,8 @@ def folds(
 ) -> np.ndarray:
     """The fold in which each subject is tested, 0 to `folds` - 1, (N,) int64.
 
-    Stratified by sex; where groups (families) are known, none of them spans two folds.
-
-    Raises
-    ------
-    ValueError
-        Fewer subjects of one sex, or groups, than folds; or families so large that a fold is left
-        without one sex.
+    Stratified by sex; where groups (families) are known, none of them spans two folds. A ValueError
+    where there are too few for that.
     """
     sex = np.asarray(sex)
     unit, fewest = "subjects of either sex", min(np.bincount(sex, minlength=2))
@@ -97,15 +92,9 @@ def score(sex: np.ndarray, decision: np.ndarray, assignment: np.ndarray) -> dict
     tested = [(sex[at], decision[r, at]) for r, at in parts]
     if pooled:
         tested = [tuple(map(np.concatenate, zip(*tested)))]
-    rows = [
-        (
-            np.mean((values > 0) == labels),
-            balanced_accuracy_score(labels, values > 0),
-            roc_auc_score(labels, values) if len(set(labels)) == 2 else np.nan,
-        )
-        for labels, values in tested
-    ]
-    accuracy, balanced, auc = np.transpose(rows)
+    accuracy = np.array([np.mean((values > 0) == labels) for labels, values in tested])
+    balanced = [balanced_accuracy_score(labels, values > 0) for labels, values in tested]
+    auc = [roc_auc_score(*each) if len(set(each[0])) == 2 else np.nan for each in tested]
     anybody = np.isfinite(decision).any(0)
     n = int(anybody.sum())
     if pooled:
@@ -121,7 +110,7 @@ def score(sex: np.ndarray, decision: np.ndarray, assignment: np.ndarray) -> dict
         "low": max(low, 0.0),
         "high": min(high, 1.0),
         "interval": "Wilson" if pooled else "corrected resampled t",
-        "balanced_accuracy": float(balanced.mean()),
+        "balanced_accuracy": float(np.mean(balanced)),
         "auc": float(np.mean(auc)),
         "auc_low": max(float(auc_low), 0.0),
         "auc_high": min(float(auc_high), 1.0),
@@ -137,9 +126,7 @@ def _hanley(auc: float, sex: np.ndarray) -> float:
     return float(Z * math.sqrt(variance / (women * men)))
 
 
-def _tested(
-    sex: np.ndarray, tested: np.ndarray, assignment: np.ndarray
-) -> tuple[list[tuple[int, np.ndarray]], int, bool]:
+def _tested(sex, tested, assignment):
     """Repetition and rows of every fold tested; how many folds there are; whether to pool them."""
     assignment = np.atleast_2d(assignment)
     if not tested.shape == assignment.shape == (len(assignment), len(sex)):
@@ -165,11 +152,7 @@ def paired(
 
     The corrected resampled t test (Nadeau and Bengio 2003); where a fold is one subject or there
     is one fold, McNemar's exact test with the interval of Agresti and Min 2005, Stat. Med. 24:729.
-
-    Parameters
-    ----------
-    sex, assignment : as in `score`.
-    first, second : decisions, as in `score`.
+    Parameters as in `score`.
 
     Returns
     -------
@@ -219,18 +202,9 @@ def shuffled(
 
 
 def permutation_test(
-    statistic: Callable[[np.ndarray], float],
-    sex: np.ndarray,
-    *,
-    groups: np.ndarray | None = None,
-    permutations: int = 100,
-    seed: int = 0,
+    statistic: Callable, sex: np.ndarray, *, groups=None, permutations: int = 100, seed: int = 0
 ) -> tuple[float, np.ndarray, float]:
-    """Whether a score is higher than the same procedure reaches on labels that are `shuffled`.
-
-    Parameters
-    ----------
-    statistic : the whole procedure: takes labels (N,), returns its score.
+    """Whether a whole procedure's score, of labels (N,), is higher than on `shuffled` labels.
 
     Returns
     -------

@@ -31,16 +31,11 @@ def form_curves(histories, *, title, cohort):
 def slab_positions(background, affine, accuracy, *, title, cohort):
     """Accuracy of each slab along Y under the anatomy it lies in, slabs of one depth a column.
 
-    Parameters
-    ----------
-    background : (X, Y, Z), mean FA.
-    accuracy : dict, column's label -> form -> table of mm (middle of the slab), accuracy, low,
-        high.
+    The background (X, Y, Z) is the mean FA; `accuracy` are a column's label -> form -> table of
+    `slabs.positions`.
     """
-    figure, axes = opened(
-        2, len(accuracy), figsize=(5 * len(accuracy), 7), sharex=True, squeeze=False,
-        height_ratios=(1.8, 1),
-    )  # fmt: skip
+    shares = {"sharex": True, "squeeze": False, "height_ratios": (1.8, 1)}
+    figure, axes = opened(2, len(accuracy), figsize=(5 * len(accuracy), 7), **shares)
     at = figures.centre(background, affine)
     for (above, below), (label, forms) in zip(axes.T, accuracy.items()):
         plane(above, background, affine, 0, at, cmap="gray", vmin=0)
@@ -69,8 +64,7 @@ def feature_bars(tables, *, title, cohort):
 
     `tables` are axis label with its unit -> table of `features.compare`.
     """
-    widest = max(map(len, tables.values()))
-    size = (max(7.5, 0.36 * widest + 1), 2.7 * len(tables))
+    size = (max(7.5, 0.36 * max(map(len, tables.values())) + 1), 2.7 * len(tables))
     figure, axes = opened(len(tables), 1, figsize=size, squeeze=False)
     for ax, (label, table) in zip(axes[:, 0], tables.items()):
         for shift, name in ((-0.2, "women"), (0.2, "men")):
@@ -191,7 +185,5 @@ def feature_maps(background, affine, maps, map_affine, chosen, *, title, cohort)
         row[0].set_ylabel(f"map {number}")
         figure.colorbar(mean, ax=row[:2], label="activation", shrink=0.8, pad=0.02)
         figure.colorbar(apart, ax=row[2:], label="men − women", shrink=0.8, pad=0.02)
-    foot = (
-        f"{cohort} · activation after ReLU, in the network's units; differences: faint where small"
-    )
-    return finish(figure, title, foot)
+    foot = "activation after ReLU, in the network's units; differences: faint where small"
+    return finish(figure, title, f"{cohort} · {foot}")

@@ -5,9 +5,9 @@ bin b, of 256 equal bins from the lowest to the highest value which that map tak
 
     entropy = - sum_b h(b) log h(b), in nats.
 
-The range is one a feature map, the same for everybody: a subject's own would take away how far its
-values spread, and a batch's would make it depend on the company. All voxels count, as in the
-study, those outside the brain too: so both numbers know how much of the volume a head fills.
+The range of a feature map is the same for everybody: a subject's own would take away how far its
+values spread. All voxels count, as in the study, those outside the brain too: so both numbers know
+how much of the volume a head fills.
 """
 
 import copy
@@ -197,12 +197,7 @@ def counts(table: pd.DataFrame) -> dict[str, int]:
 
 
 def shuffled(
-    values: np.ndarray,
-    sex: np.ndarray,
-    *,
-    groups: np.ndarray | None = None,
-    shuffles: int = 1000,
-    seed: int = 0,
+    values: np.ndarray, sex: np.ndarray, *, groups=None, shuffles: int = 1000, seed: int = 0
 ) -> np.ndarray:
     """Share of the maps with p < .05 (Welch), uncorrected, for each of some shuffles of the sexes.
 
@@ -244,8 +239,8 @@ def _sexes(sex: np.ndarray) -> np.ndarray:
     sex = np.asarray(sex)
     women, men = ((sex == LABELS[letter]).sum() for letter in "FM")
     if min(women, men) < 2 or women + men != len(sex):
+        found = f"{women} women and {men} men among {len(sex)}"
         raise ValueError(
-            "expected labels 0 (women) and 1 (men), at least two of each: found "
-            f"{women} women and {men} men among {len(sex)}."
+            f"expected labels 0 (women), 1 (men), at least two of each: found {found}."
         )
     return sex.astype(np.int64)

@@ -7,7 +7,6 @@ is accounted for (Ritchie et al. 2018, Cereb. Cortex 28:2959).
 """
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
@@ -63,20 +62,14 @@ def _segments() -> dict[str, tuple]:
     return {name: known[name] for name in dict.fromkeys([*middle, *right, *single])}
 
 
-def freesurfer(
-    subjects: pd.DataFrame,
-    head: np.ndarray,
-    draw: Callable[[int], np.ndarray],
-    *,
-    effect: float = 1.0,
-) -> pd.DataFrame:
+def freesurfer(subjects: pd.DataFrame, head: np.ndarray, draw, *, effect: float) -> pd.DataFrame:
     """FreeSurfer's measures of N subjects.
 
     Parameters
     ----------
     subjects : Subject, Release and Gender of each.
     head : (N,) head volume relative to the template's.
-    draw : gives (N, count) standard normal numbers, in which relatives resemble each other.
+    draw : of a count makes (N, count) standard normal numbers, in which relatives are alike.
     effect : multiplies the differences between the sexes at equal head size.
 
     Returns

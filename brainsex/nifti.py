@@ -121,15 +121,8 @@ def resample(
 def clean(volume: np.ndarray) -> tuple[np.ndarray, dict[str, int]]:
     """Bring an FA volume into [0, 1]: non-finite and negative voxels to 0, others to 1 at most.
 
-    Returns
-    -------
-    volume : (X, Y, Z) float32 in [0, 1].
-    counts : voxels changed: ``non_finite``, ``negative``, ``above_one``.
-
-    Raises
-    ------
-    ValueError
-        Nothing is left, or more than 1 % of the non-zero voxels were out of range: no FA map.
+    The second is how many: ``non_finite``, ``negative``, ``above_one``. A ValueError where nothing
+    is left, or more than 1 % of the non-zero voxels were out of range: that is no FA map.
     """
     finite = np.isfinite(volume)
     values = np.where(finite, volume, 0).astype(np.float32, copy=False)

@@ -71,7 +71,7 @@ def _kinship(rows: int, rng: np.random.Generator) -> pd.DataFrame:
     first = np.flatnonzero(eldest & (np.diff(family, append=rows) == 0))
     first = first[rng.random(len(first)) < 0.5]
     identical = first[rng.random(len(first)) < 0.6]
-    own, birth, twins = np.arange(rows), np.arange(rows), np.arange(rows)
+    own, birth, twins = (np.arange(rows) for _ in range(3))
     birth[first + 1], twins[identical + 1] = first, identical
     zygosity = np.full(rows, "NotTwin", dtype=object)
     zygosity[[*first, *(first + 1)]] = "NotMZ"
@@ -80,9 +80,7 @@ def _kinship(rows: int, rng: np.random.Generator) -> pd.DataFrame:
     return pd.DataFrame(columns).iloc[rng.permutation(rows)].reset_index(drop=True)
 
 
-def _whole(
-    units: pd.Series, kind: np.ndarray, room: list[int], rng: np.random.Generator
-) -> np.ndarray:
+def _whole(units: pd.Series, kind: np.ndarray, room: list[int], rng) -> np.ndarray:
     """(N,) bool: as many of each kind as there is room, units whole as far as they fit."""
     chosen, left = np.zeros(len(units), bool), np.array(room)
     for names in (units, np.arange(len(units))):
@@ -107,7 +105,5 @@ def anatomical_draws(kin: pd.Series, seed: int, count: int) -> np.ndarray:
 
 def correlated(kin: pd.DataFrame, rng: np.random.Generator, count: int) -> np.ndarray:
     """Standard normal numbers (N, count) of everybody at once; those of relatives correlate."""
-    drawn = rng.standard_normal((len(SHARES), len(kin), count))
-    return sum(
-        math.sqrt(share) * each[kin[name]] for (name, share), each in zip(SHARES.items(), drawn)
-    )
+    drawn = zip(SHARES.items(), rng.standard_normal((len(SHARES), len(kin), count)))
+    return sum(math.sqrt(share) * each[kin[name]] for (name, share), each in drawn)

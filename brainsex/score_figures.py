@@ -4,31 +4,20 @@ Figures are returned for the caller to save; title and cohort as in `brainsex.fi
 """
 
 import numpy as np
-import pandas as pd
 from matplotlib import pyplot as plt
 from scipy.stats import gaussian_kde
 
 from brainsex.evaluation import wilson
 from brainsex.figures import DARK, PALE, PALETTE, STYLE, finish, opened
 
-HUES = (DARK, "#E69F00", "#56B4E9", "#009E73", "#CC79A7")
-"""Colours of Okabe and Ito's set, for up to five kinds beside each other."""
+HUES = (DARK, "#E69F00", "#56B4E9", "#009E73", "#CC79A7")  # of Okabe and Ito's set
 MARKS = "osDv^"
+SHARE = "accuracy (share of subjects)"
 GROUPS = 6  # of subjects ordered by a confound
 
 
 @plt.rc_context(STYLE)
-def dots(
-    table: pd.DataFrame,
-    *,
-    rows: str,
-    hue: str,
-    title: str,
-    cohort: str,
-    value: str = "accuracy",
-    label: str = "accuracy (share of subjects)",
-    published: dict | None = None,
-):
+def dots(table, *, rows, hue, title, cohort, value="accuracy", label=SHARE, published=None):
     """Scores with intervals: a line of dots a row, a colour and mark a kind.
 
     The table has columns `rows`, `hue`, `value` (`label` on the axis) and, where there is an
@@ -66,7 +55,7 @@ def dots(
 
 
 @plt.rc_context(STYLE)
-def neighbours(sweeps: dict[str, np.ndarray], *, title: str, cohort: str):
+def neighbours(sweeps, *, title, cohort):
     """Accuracy of k nearest neighbours against k, a line a protocol, its best k ringed."""
     _enough(sweeps)
     figure, ax = opened(1, 1, figsize=(7, 3.6))
@@ -75,13 +64,13 @@ def neighbours(sweeps: dict[str, np.ndarray], *, title: str, cohort: str):
         label = f"{name}: best k = {best + 1}, {accuracy[best]:.3f}"
         ax.plot(ks, accuracy, color=colour, linewidth=1.3, label=label)
         ax.plot(best + 1, accuracy[best], "o", color=colour, mfc="none", ms=9)
-    ax.set(xlabel="k, number of neighbours", ylabel="accuracy (share of subjects)", xlim=(0, None))
+    ax.set(xlabel="k, number of neighbours", ylabel=SHARE, xlim=(0, None))
     ax.legend(fontsize=8)
     return finish(figure, title, cohort)
 
 
 @plt.rc_context(STYLE)
-def strongest(table: pd.DataFrame, *, count: int, label: str, title: str, cohort: str):
+def strongest(table, *, count, label, title, cohort):
     """The strongest features of `classifiers.importances`: weight over folds, loss without them.
 
     `label` is what the weight is.
@@ -105,26 +94,13 @@ def strongest(table: pd.DataFrame, *, count: int, label: str, title: str, cohort
 
 
 @plt.rc_context(STYLE)
-def overlap(
-    size: np.ndarray,
-    sex: np.ndarray,
-    right: dict[str, np.ndarray],
-    *,
-    label: str,
-    title: str,
-    cohort: str,
-):
+def overlap(size, sex, right, *, label, title, cohort):
     """How men and women overlap in a confound, and who is right about whom.
 
-    Subjects are ordered by how typical the confound is for their sex: the share that their own
-    sex's density has of both. A classifier that reads nothing else is wrong on the left and right
-    on the right; one that does not depend on it is level.
-
-    Parameters
-    ----------
-    size, label : (N,) the confound; its name and unit.
-    sex : (N,) 0 and 1.
-    right : name -> (N,) bool, whether a classifier was right about each held-out subject.
+    Subjects are ordered by how typical the confound `size` (N,), named by `label`, is for their
+    sex: the share that their own sex's density has of both. A classifier that reads nothing else is
+    wrong on the left and right on the right; one that does not depend on it is level. `right` are
+    name -> (N,) bool, whether it was right about each held-out subject.
     """
     figure, axes = opened(1, 2, figsize=(9.6, 3.6), width_ratios=(1, 1.15))
     grid = np.linspace(size.min(), size.max(), 200)
@@ -147,12 +123,12 @@ def overlap(
         )
     axes[1].axhline(0.5, color=DARK, linewidth=0.9, linestyle=":")
     axes[1].axvline(0.5, color=PALE, linewidth=0.9, linestyle=":")
-    axes[1].set(xlim=(0, 1), ylim=(-0.02, 1.02), ylabel="accuracy (share of subjects)")
+    axes[1].set(xlim=(0, 1), ylim=(-0.02, 1.02), ylabel=SHARE)
     axes[1].set_xlabel("how typical for their own sex\n(0: the other sex's, 1: their own)")
     axes[1].legend(fontsize=8, loc="lower right")
     return finish(figure, title, f"{cohort} · right: {GROUPS} groups of equal size, Wilson 95 %")
 
 
-def _enough(kinds) -> None:
+def _enough(kinds):
     if len(kinds) > len(HUES):
         raise ValueError(f"expected at most {len(HUES)} kinds, found {len(kinds)}.")

@@ -67,25 +67,16 @@ def scores(log_odds: np.ndarray, sex: np.ndarray) -> dict:
     }
 
 
-def evaluate(
-    data: Cohort, folder: str | Path, *, only: Sequence[int] | None = None
-) -> pd.DataFrame:
+def evaluate(data: Cohort, folder: Path, *, only: Sequence[int] | None = None) -> pd.DataFrame:
     """Score each fold's network on the subjects it was trained on and on those it has not seen.
 
     Parameters
     ----------
-    data : the cohort that `training.cross_validate` was given.
-    folder : its `out`. ``slabs.json`` is written into it, the table's rows as records.
-    only : folds, where not all were run.
+    data, folder, only : of `training.cross_validate`, whose `out` gets ``slabs.json``, the rows.
 
     Returns
     -------
     Two rows a fold: fold, part (train or test), and the columns of `scores`.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        A fold has no network; they are of other subjects, or no `MriNet2d`.
     """
     folder = Path(folder)
     if not (folder / "folds.csv").is_file():

@@ -4,11 +4,10 @@ Every subject starts from one `anatomy`, and has a head size, a smooth deformati
 Rician-like noise, and the bright rim of real maps. Relatives share a part of all but noise and rim,
 and of what FreeSurfer would measure.
 
-The truth is kept in the template's space, where masks of different subjects are compared. Head
-size and deformation move a brain voxel by 2.5 mm (median; 2.7 mm with the default `head_size`),
-one voxel at 2.5 mm, so that a subject's own regions overlap the template's with a Dice coefficient
-of 0.76 (standard deviation 0.05). Averaged over subjects, and after noise, the difference between
-men and women within a region is therefore 0.7 of what is planted there.
+The truth is kept in the template's space. Head size and deformation move a brain voxel by 2.5 mm
+(median; 2.7 mm with the default `head_size`), so that a subject's own regions overlap the
+template's with a Dice coefficient of 0.76 (standard deviation 0.05). Averaged over subjects, and
+after noise, the sexes' difference in a region is therefore 0.7 of what is planted there.
 """
 
 import gzip
@@ -46,13 +45,7 @@ def head_volume(sex, head_size: float, draw):
 
 
 def subject_volume(
-    base: Anatomy,
-    sex: int,
-    draws: np.ndarray,
-    *,
-    head_size: float,
-    effect: float,
-    rng: np.random.Generator,
+    base: Anatomy, sex: int, draws: np.ndarray, *, head_size: float, effect: float, rng
 ) -> np.ndarray:
     """One subject's FA, (X, Y, Z) float32 in [0, 1], on the template's grid.
 

@@ -1,13 +1,13 @@
 """Morphometry tables: HCP's FreeSurfer export or any other, and what classifiers make of it."""
 
 import re
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from sklearn.base import BaseEstimator
 
 from brainsex import classifiers, evaluation, tables
 from brainsex.cohort import name_of
@@ -60,11 +60,10 @@ def load(csv: str | Path, *, subject: str = "Subject", sex: str = "Gender") -> T
     csv = Path(csv)
     rows = tables.raw(csv).dropna(how="all")  # blank lines; the index still counts lines
     subject, sex = _named(csv, rows, subject, SUBJECT), _named(csv, rows, sex, SEX)
-    said: dict[str, list[str]] = {}
-    said["second of a name"] = [name for name in rows if name.endswith(" (2)")]
+    said = defaultdict(list, {"second of a name": [n for n in rows if n.endswith(" (2)")]})
     label = _labels(csv, rows[sex])
     if blank := int(label.isna().sum()):
-        said["subjects without a sex, left out"] = [str(blank)]
+        said["subjects without a sex, left out"].append(str(blank))
     rows, label = rows[label.notna()], label[label.notna()].astype(np.int64)
     if label.nunique() < 2:
         raise ValueError(
@@ -76,11 +75,11 @@ def load(csv: str | Path, *, subject: str = "Subject", sex: str = "Gender") -> T
     for name in rows:
         if re.sub(r" \(\d+\)$", "", name).lower() in no_features:
             if name not in (subject, sex, *NO_FEATURES):
-                said.setdefault("names a subject, its sex or release, dropped", []).append(name)
+                said["names a subject, its sex or release, dropped"].append(name)
             continue
         values, problem = _numbers(csv, rows[name])
         if problem:
-            said.setdefault(problem, []).append(name)
+            said[problem].append(name)
         if values is not None:
             numbers[name] = values
     if not numbers:
@@ -88,7 +87,7 @@ def load(csv: str | Path, *, subject: str = "Subject", sex: str = "Gender") -> T
     features = pd.DataFrame(numbers)
     empty = features.isna().all(axis=1).to_numpy()
     if empty.any():
-        said["subjects without a measure, left out"] = [str(empty.sum())]
+        said["subjects without a measure, left out"].append(str(empty.sum()))
         features, label, rows, names = (part[~empty] for part in (features, label, rows, names))
     if "FS_InterCranial_Vol" in features and INTRACRANIAL not in features:
         features = features.rename(columns={"FS_InterCranial_Vol": INTRACRANIAL})
@@ -130,14 +129,17 @@ def _labels(csv: Path, column: pd.Series) -> pd.Series:
     values = column.str.strip().str.lower().str.removesuffix(".0").replace("", np.nan)
     present = set(values.dropna())
     known = next((codes for codes in CODES if present <= set(codes)), WORDS)
+    numbers = "numbers (0 women, 1 men; 1 men, 2 women; recode others)"
     unknown = values.notna() & ~values.isin(list(known))
-    if unknown.any():
-        row = unknown.idxmax()
-        raise ValueError(
-            f"{csv}: column {column.name}, line {row + 2}: expected one of {', '.join(known)}, or "
-            f"numbers (0 women, 1 men; 1 men, 2 women), found {column[row]!r}. Recode the column."
-        )
+    _refuse(csv, column, unknown, f"one of {', '.join(known)}, or {numbers}")
     return values.map(known)
+
+
+def _refuse(csv: Path, column: pd.Series, bad: pd.Series, expected: str) -> None:
+    if bad.any():
+        row = bad.idxmax()
+        where = f"{csv}: column {column.name}, line {row + 2}"
+        raise ValueError(f"{where}: expected {expected}, found {column[row]!r}.")
 
 
 def _numbers(csv: Path, column: pd.Series) -> tuple[pd.Series | None, str]:
@@ -149,11 +151,7 @@ def _numbers(csv: Path, column: pd.Series) -> tuple[pd.Series | None, str]:
         return None, "all blank, dropped"
     if bad.all():
         return None, "text, dropped"
-    if bad.any():
-        row = bad.idxmax()
-        raise ValueError(
-            f"{csv}: column {column.name}, line {row + 2}: expected a number, found {given[row]!r}."
-        )
+    _refuse(csv, given, bad, "a number")
     infinite = np.isinf(values)
     values = values[~infinite]
     problem = f"{infinite.sum()} infinite, the first in line {infinite.idxmax() + 2}: now blank"
@@ -164,30 +162,21 @@ def _numbers(csv: Path, column: pd.Series) -> tuple[pd.Series | None, str]:
 
 def subset(table: Table, rows: np.ndarray) -> Table:
     """Some subjects of a table."""
-    return replace(
-        table,
-        features=table.features.iloc[rows].reset_index(drop=True),
-        sex=table.sex[rows],
-        subjects=table.subjects[rows],
-        groups=None if table.groups is None else table.groups[rows],
-        release=None if table.release is None else table.release[rows],
-    )
+    known = {name: getattr(table, name) for name in ("sex", "subjects", "groups", "release")}
+    some = {name: values if values is None else values[rows] for name, values in known.items()}
+    return replace(table, features=table.features.iloc[rows].reset_index(drop=True), **some)
 
 
 def decisions(
-    table: Table,
-    assignment: np.ndarray,
-    *,
-    chosen: Mapping[str, BaseEstimator] | None = None,
-    confounds: np.ndarray | None = None,
+    table: Table, assignment: np.ndarray, *, chosen: Mapping | None = None, confounds=None
 ) -> dict[str, np.ndarray]:
-    """Each classifier's decisions on held-out subjects, of the same shape as `assignment`.
+    """Each classifier's decisions on held-out subjects, of the shape of the assignment.
 
     Parameters
     ----------
     assignment : (N,) or (R, N), of `evaluation.folds`.
     chosen : classifiers by name; `classifiers.chosen_inside` by default.
-    confounds : of `classifiers.cross_predict`.
+    confounds : (N, K), of `classifiers.cross_predict`.
     """
     found = {}
     for name, classifier in (chosen or classifiers.chosen_inside()).items():
@@ -202,12 +191,7 @@ def decisions(
 
 
 def compare(
-    table: Table,
-    *,
-    folds: int = 10,
-    seed: int = 0,
-    chosen: Mapping[str, BaseEstimator] | None = None,
-    confounds: np.ndarray | None = None,
+    table: Table, *, folds: int = 10, seed: int = 0, chosen: Mapping | None = None, confounds=None
 ) -> pd.DataFrame:
     """The classifiers side by side, on the same folds; families, where known, never span two.
 

@@ -97,14 +97,11 @@ def convert(
 def _complete(out_dir: Path, key: str) -> bool:
     """Whether a run over the very same input has ended here."""
     names = ("tensors.npy", "labels.npy", "subjects.csv", "rejected.csv", "grid.json")
-    if not all((out_dir / name).is_file() for name in names):
-        return False
-    return json.loads((out_dir / "grid.json").read_text()).get("key") == key
+    there = all((out_dir / name).is_file() for name in names)
+    return there and json.loads((out_dir / "grid.json").read_text()).get("key") == key
 
 
-def _reduce(
-    accepted: dict[str, Path], parts: Path, workers: int, shape, regrid: bool
-) -> dict[str, dict]:
+def _reduce(accepted: dict[str, Path], parts: Path, workers: int, shape, regrid: bool) -> dict:
     """The record of each subject, reduced into ``parts/<ID>.npz`` unless that is there."""
     tasks = ((path, parts / f"{subject}.npz", shape, regrid) for subject, path in accepted.items())
 

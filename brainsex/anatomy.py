@@ -98,12 +98,7 @@ def anatomy(spacing: float = 2.5, template: str | Path | None = None) -> Anatomy
     spacing : voxel size in mm over HCP's field of view.
     template : path of a real FA map in MNI space to start from (FSL's FMRIB58_FA, whose scale of
         0 to 10,000 is recognised, or any group template in [0, 1]); by default FA is made from the
-        MNI152 tissue templates.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        The template is not there, is no FA map, or leaves a planted region without a voxel.
+        MNI152 tissue templates. A ValueError where it leaves a planted region without a voxel.
     """
     shape, affine = grid(spacing)
     millimetres = apply_affine(affine, np.moveaxis(np.indices(shape), 0, -1))

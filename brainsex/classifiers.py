@@ -108,13 +108,9 @@ def cross_predict(
 ) -> np.ndarray:
     """Decisions (N,) on held-out subjects, above 0 for man: a margin, log-odds, or a probability.
 
-    Parameters
-    ----------
-    classifier : of scikit-learn; everything it learns comes from the training folds.
-    features : (N, P), NaN where blank.
-    assignment, name : of `over_folds`.
-    confounds : (N, K), regressed out of the features inside the training folds; what is blank is
-        then the training folds' mean.
+    All that is learnt comes from the training folds. Features (N, P) are NaN where blank, and the
+    training folds' mean if confounds (N, K) are to be regressed out of them. `assignment` and
+    `name` as of `over_folds`.
     """
     data = (np.asarray(features, float), np.asarray(sex), classifier, confounds)
     return over_folds(_predict, assignment, *data, name=name)

@@ -77,8 +77,7 @@ def matched(
 
     Parameters
     ----------
-    sex : (N,) 0 and 1.
-    confounds : (N, K), see `columns`.
+    sex, confounds : (N,) 0 and 1; (N, K), see `columns`.
     within : (N,) folds: pairs are of one fold, so that every fold is matched. Otherwise a test
         subject's pair, of the other sex and the same size, may be in training, and a confound
         that says nothing any more scores below chance.

@@ -139,12 +139,7 @@ def _each(
 
 
 def compare(values: np.ndarray, sex: np.ndarray) -> pd.DataFrame:
-    """Test every feature map between women and men.
-
-    Parameters
-    ----------
-    values : (N, C) finite: means or entropies, as they are or `confounds.Residuals`.
-    sex : (N,) 0 or 1, two of each.
+    """Test every feature map between women and men, two of each at least, by finite values (N, C).
 
     Returns
     -------

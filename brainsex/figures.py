@@ -22,15 +22,8 @@ ENDS = "LRPAIS"  # the low and the high end of X, Y, Z
 COLUMNS = 7  # of a mosaic
 GLOW = plt.get_cmap("inferno")(np.linspace(0.35, 0.97, 256))
 GLOW[:, 3] = np.clip(np.linspace(0, 4, 256), 0, 1)  # what is faint shows the brain beneath
-STYLE = {
-    "font.family": "sans-serif",
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "text.color": DARK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-}
+STYLE = {"font.size": 9, "axes.titlesize": 9, "text.color": DARK, "legend.frameon": False}
+STYLE |= {"font.family": "sans-serif", "axes.spines.top": False, "axes.spines.right": False}
 """Matplotlib settings of every figure, for ``plt.rc_context``."""
 
 

@@ -39,30 +39,21 @@ def positions(table: pd.DataFrame, millimetres: np.ndarray) -> pd.DataFrame:
     return pd.DataFrame(columns)
 
 
-def vote(log_odds: np.ndarray) -> np.ndarray:
-    """Class (N,) for which most of the slabs, with log-odds of man (N, S), are.
-
-    Where as many are for the one as for the other, the mean of the log-odds decides.
-    """
-    margin = np.sign(log_odds).sum(1)
-    return (np.where(margin == 0, log_odds.mean(1), margin) > 0).astype(np.int64)
-
-
 def scores(log_odds: np.ndarray, sex: np.ndarray) -> dict:
     """How many are right, of slabs and of subjects, by log-odds of man (N, S) and sex (N,).
 
     Returns
     -------
-    subjects, slabs (N S), and of them right: correct_slabs, correct_vote, correct_mean (mean of
-    the log-odds); correct_by_slab, a list of S numbers of subjects.
+    subjects, slabs (N S), and of them right: correct_slabs, correct_vote (majority, or the mean
+    where there is none), correct_mean (of the log-odds); correct_by_slab, S numbers of subjects.
     """
-    right = (log_odds > 0) == sex[:, None]
+    right, margin, mean = (log_odds > 0) == sex[:, None], np.sign(log_odds).sum(1), log_odds.mean(1)
     return {
         "subjects": len(sex),
         "slabs": right.size,
         "correct_slabs": int(right.sum()),
-        "correct_vote": int((vote(log_odds) == sex).sum()),
-        "correct_mean": int(((log_odds.mean(1) > 0) == sex).sum()),
+        "correct_vote": int(((np.where(margin == 0, mean, margin) > 0) == sex).sum()),
+        "correct_mean": int(((mean > 0) == sex).sum()),
         "correct_by_slab": right.sum(0).tolist(),
     }
 

@@ -47,10 +47,7 @@ def head_volume(sex, head_size: float, draw):
 def subject_volume(
     base: Anatomy, sex: int, draws: np.ndarray, *, head_size: float, effect: float, rng
 ) -> np.ndarray:
-    """One subject's FA, (X, Y, Z) float32 in [0, 1], on the template's grid.
-
-    `draws` are its anatomy, (`DRAWS`,) standard normal numbers; `rng` is its noise.
-    """
+    """One subject's FA (X, Y, Z) in [0, 1], of its anatomy's standard normal `DRAWS` and noise."""
     *displacement, variation = draws[2:].reshape(4, *FIELD)
     position = _position(base, head_volume(sex, head_size, draws[0]), displacement)
     fa = map_coordinates(base.fa, position, order=1)
@@ -224,12 +221,7 @@ def load_truth(
     Returns
     -------
     labels : (X, Y, Z) int64, RAS; a voxel belongs to the region that fills more than half of it.
-    regions : as `anatomy.region_table`.
-
-    Raises
-    ------
-    FileNotFoundError
-        The cohort is real.
+    regions : as `anatomy.region_table`. A real cohort has neither: FileNotFoundError.
     """
     folder = Path(folder) / "truth"
     if not (folder / "regions.csv").is_file():

@@ -67,7 +67,9 @@ def convert(
     key = json.dumps([stamps, rejected, known.to_json(), list(map(int, shape)), regrid])
     key = hashlib.sha256(key.encode()).hexdigest()
     target, parts = out_dir / "tensors.npy", out_dir / f".convert-{key[:16]}"
-    if not _complete(out_dir, key):
+    names = ("tensors.npy", "labels.npy", "subjects.csv", "rejected.csv", "grid.json")
+    there = all((out_dir / name).is_file() for name in names)
+    if not there or json.loads((out_dir / "grid.json").read_text()).get("key") != key:
         for stale in set(out_dir.glob(".convert-*")) - {parts}:
             shutil.rmtree(stale)
         records = _reduce(accepted, parts, workers or joblib.cpu_count(), shape, regrid)
@@ -92,13 +94,6 @@ def convert(
         f"volumes rejected, {absent} rows without a volume (rejected.csv)"
     )
     return target
-
-
-def _complete(out_dir: Path, key: str) -> bool:
-    """Whether a run over the very same input has ended here."""
-    names = ("tensors.npy", "labels.npy", "subjects.csv", "rejected.csv", "grid.json")
-    there = all((out_dir / name).is_file() for name in names)
-    return there and json.loads((out_dir / "grid.json").read_text()).get("key") == key
 
 
 def _reduce(accepted: dict[str, Path], parts: Path, workers: int, shape, regrid: bool) -> dict:

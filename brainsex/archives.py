@@ -53,21 +53,18 @@ def extract(
     ----------
     source : folder of archives at any depth. An ID is the leading letters and digits of a name;
         a subject's archives together hold one matching member, directly or in an inner archive.
-    target : folder for the volumes, made if absent.
     member : glob patterns of the member's base name, in any case; only NIfTI files are taken.
     workers : subjects at the same time; as many as there are cores by default.
     overwrite : extract anew what is in `target` (what is then rejected keeps its old volume).
 
     Returns
     -------
-    DataFrame sorted by Subject (a string: leading zeros survive) with status (``extracted``,
-    ``present`` or ``rejected``) and reason (of a rejection, else empty).
+    By Subject (str), sorted: status (``extracted``, ``present``, ``rejected``) and reason.
 
     Raises
     ------
     FileNotFoundError, OSError
-        No archive in `source` and no volume in `target`; `target` cannot be written (the disk is
-        full, say): finished volumes stay.
+        No archive and no volume; a full disk, say: finished volumes stay.
     """
     source, target = Path(source), Path(target)
     patterns = (member,) if isinstance(member, str) else tuple(member)

@@ -162,13 +162,8 @@ def importances(
 
     One fit's importances of correlated features mislead: another fold weighs a neighbour instead.
     So the spread over folds stands beside the mean, and of the `STRONGEST` the loss of AUC in
-    held-out subjects when their values change places: Breiman 2001, Mach. Learn. 45:5.
-
-    Parameters
-    ----------
-    classifier : a pipeline or classifier with ``feature_importances_`` or ``coef_``.
-    features : (N, P) with names.
-    sex, assignment : as in `cross_predict`.
+    held-out subjects when their values change places: Breiman 2001, Mach. Learn. 45:5. The
+    classifier, or its pipeline's last, has ``feature_importances_`` or ``coef_``.
 
     Returns
     -------

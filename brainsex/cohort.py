@@ -47,11 +47,7 @@ class Rows:
 def load(folder: str | Path, *, affine: np.ndarray | None = None) -> Cohort:
     """Open what `volumes.convert` wrote, or any folder with ``tensors.npy`` and ``labels.npy``.
 
-    Parameters
-    ----------
-    folder : holds ``tensors.npy`` (N, X, Y, Z), ``labels.npy`` (N,) and, where `convert` wrote
-        them, ``subjects.csv`` and ``grid.json``.
-    affine : (4, 4), used where there is no ``grid.json``.
+    The affine (4, 4) is used where there is no ``grid.json``.
 
     Raises
     ------

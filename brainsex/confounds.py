@@ -75,12 +75,9 @@ def matched(
     deviations in each confound, and among those the closest. Where a confound is measured with
     error, what it misses is left. Takes memory for all pairs.
 
-    Parameters
-    ----------
-    sex, confounds : (N,) 0 and 1; (N, K), see `columns`.
-    within : (N,) folds: pairs are of one fold, so that every fold is matched. Otherwise a test
-        subject's pair, of the other sex and the same size, may be in training, and a confound
-        that says nothing any more scores below chance.
+    `within` are folds (N,): pairs are of one fold, so that every fold is matched. Otherwise a test
+    subject's pair, of the other sex and the same size, may be in training, and a confound that says
+    nothing any more scores below chance.
 
     Returns
     -------

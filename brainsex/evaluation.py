@@ -76,7 +76,6 @@ def score(sex: np.ndarray, decision: np.ndarray, assignment: np.ndarray) -> dict
 
     Parameters
     ----------
-    sex : (N,) 0 and 1.
     decision : (N,), or (R, N) of R repetitions; above 0 for man. Not finite: not tested.
     assignment : the same shape: the fold in which each subject was tested.
 

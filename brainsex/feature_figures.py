@@ -152,12 +152,8 @@ def kernels(weights, *, title, cohort):
 def feature_maps(background, affine, maps, map_affine, chosen, *, title, cohort):
     """Women's and men's mean feature maps, and their difference over the mean FA.
 
-    Parameters
-    ----------
-    background : (X, Y, Z), mean FA.
-    maps : (2, maps, X', Y', Z'), women's and men's, of `features.mean_maps`, on the grid
-        of `map_affine`.
-    chosen : their numbers, which label the rows.
+    The background (X, Y, Z) is the mean FA; `maps` are of `features.mean_maps`, on the grid of
+    `map_affine`; `chosen` are their numbers, which label the rows.
     """
     low, high = figures.box(background, affine)
     at = figures.centre(background, affine)

@@ -53,12 +53,8 @@ def slices(panels, *, title, cohort):
 def overlay(background, saliency, affine, *, title, cohort, outlines=None, vmax=None):
     """Mosaics of a mean mask over the mean FA, cut where the mask and the outlined regions lie.
 
-    Parameters
-    ----------
-    background : (X, Y, Z), mean FA.
-    saliency : (X, Y, Z), mean mask in [0, 1], 1 where all the evidence was removed.
-    outlines : (X, Y, Z) bool or int, planted regions: each value but 0 is drawn as a contour.
-    vmax : saliency at the top of the colour bar; its largest value by default.
+    Background, `saliency` (in [0, 1], 1 where all the evidence was removed) and `outlines` (bool or
+    int, each value but 0 drawn as a contour) are (X, Y, Z); `vmax` is the top of the colour bar.
     """
     outlines = np.zeros(background.shape, int) if outlines is None else np.asarray(outlines, int)
     if not background.shape == saliency.shape == outlines.shape:

@@ -39,7 +39,6 @@ def freesurfer(subjects: pd.DataFrame, head: np.ndarray, draw, *, effect: float)
 
     Parameters
     ----------
-    subjects : Subject, Release and Gender of each.
     head : (N,) head volume relative to the template's.
     draw : of a count makes (N, count) standard normal numbers, in which relatives are alike.
     effect : multiplies the differences between the sexes at equal head size.

@@ -92,13 +92,8 @@ def resample(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Reduce a volume to `shape` over the same field of view, without aliasing.
 
-    Equal to ``skimage.transform.resize(volume, shape)`` up to float32 rounding.
-
-    Parameters
-    ----------
-    volume : (X, Y, Z), finite (`clean` it first).
-    affine : (4, 4), voxel indices to mm.
-    shape : voxels wanted along X, Y, Z.
+    Equal to ``skimage.transform.resize(volume, shape)`` up to float32 rounding. The volume
+    (X, Y, Z) has to be finite: `clean` it first.
 
     Returns
     -------

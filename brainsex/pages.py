@@ -39,11 +39,8 @@ class Mesh:
 def surface(volume, affine, level, *, smooth=1.0, max_faces=40_000):
     """Surface where a volume (X, Y, Z) passes `level`, closed where the volume ends.
 
-    Parameters
-    ----------
-    affine : (4, 4), to mm; it may flip axes.
-    smooth : sigma of a Gaussian in voxels, applied first.
-    max_faces : until there are no more, the volume is sampled more coarsely.
+    The affine may flip axes; `smooth` is the sigma in voxels of a Gaussian that comes first; the
+    volume is sampled the more coarsely until there are at most `max_faces` triangles.
     """
     for step in itertools.count(1):
         margin = int(np.ceil(4 * smooth)) + 2 * step

@@ -27,8 +27,8 @@ def as_in_the_study(
 
     Returns
     -------
-    scores : as of `compare`, with a column leaks: what of the tested subjects training saw.
-    sweep : (99,) accuracy of KNN by k from 1 on; the k of the best is KNN's.
+    `tabular.scores`, with a column leaks: what of the tested subjects training saw; and the
+    accuracy (99,) of KNN by k from 1 on, of which KNN's is the best.
     """
     rows = slice(first)
     sex, features = table.sex[rows], table.features[rows]

@@ -71,10 +71,7 @@ def neighbours(sweeps, *, title, cohort):
 
 @plt.rc_context(STYLE)
 def strongest(table, *, count, label, title, cohort):
-    """The strongest features of `classifiers.importances`: weight over folds, loss without them.
-
-    `label` is what the weight is.
-    """
+    """The strongest of `classifiers.importances`: weight (`label`), and loss without them."""
     some = table.head(count)
     figure, axes = opened(1, 2, figsize=(9, 1.6 + 0.19 * count), sharey=True)
     colours, y = some["higher_in"].map(PALETTE), np.arange(len(some))

@@ -61,13 +61,8 @@ def scores(log_odds: np.ndarray, sex: np.ndarray) -> dict:
 def evaluate(data: Cohort, folder: Path, *, only: Sequence[int] | None = None) -> pd.DataFrame:
     """Score each fold's network on the subjects it was trained on and on those it has not seen.
 
-    Parameters
-    ----------
-    data, folder, only : of `training.cross_validate`, whose `out` gets ``slabs.json``, the rows.
-
-    Returns
-    -------
-    Two rows a fold: fold, part (train or test), and the columns of `scores`.
+    The folder is the `out` of `training.cross_validate`, and gets ``slabs.json``, the same rows:
+    two a fold, with fold, part (train or test), and the columns of `scores`.
     """
     folder = Path(folder)
     if not (folder / "folds.csv").is_file():

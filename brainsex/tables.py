@@ -80,15 +80,12 @@ def _beside(folder: Path, name: str) -> Path | None:
     if not found and name == "restricted.csv":
         found = sorted(folder.glob("RESTRICTED_*.csv"))
     if len(found) > 1:
-        raise ValueError(
-            f"{folder}: several restricted tables, {[p.name for p in found]}: keep one."
-        )
+        names = [path.name for path in found]
+        raise ValueError(f"{folder}: several restricted tables, {names}: keep one.")
     return found[0] if found else None
 
 
-def match(
-    files: dict[str, list[Path]], rows: pd.DataFrame
-) -> tuple[dict[str, Path], dict[str, str]]:
+def match(files: dict[str, list[Path]], rows: pd.DataFrame) -> tuple[dict, dict]:
     """A path by subject, where volumes and `read` rows agree; a reason by subject, elsewhere."""
     accepted, rejected = {}, {}
     for subject in sorted({*files, *rows.index}):

@@ -65,9 +65,9 @@ def load(csv: str | Path, *, subject: str = "Subject", sex: str = "Gender") -> T
     if blank := int(label.isna().sum()):
         said["subjects without a sex, left out"].append(str(blank))
     rows, label = rows[label.notna()], label[label.notna()].astype(np.int64)
-    if label.nunique() < 2:
+    if (count := label.nunique()) < 2:
         raise ValueError(
-            f"{csv}: expected both sexes in {sex}, found {('none', 'one only')[label.nunique()]}."
+            f"{csv}: expected both sexes in {sex}, found {('none', 'one only')[count]}."
         )
     names = tables.identifiers(csv, rows[subject])
     numbers = {}
@@ -193,10 +193,7 @@ def decisions(
 def compare(
     table: Table, *, folds: int = 10, seed: int = 0, chosen: Mapping | None = None, confounds=None
 ) -> pd.DataFrame:
-    """The classifiers side by side, on the same folds; families, where known, never span two.
-
-    Parameters as in `decisions` and `evaluation.folds`; returns `scores`.
-    """
+    """`scores` of `decisions` on the same folds; families, where known, never span two."""
     assignment = evaluation.folds(table.sex, groups=table.groups, folds=folds, seed=seed)
     found = decisions(table, assignment, chosen=chosen, confounds=confounds)
     return scores(table.sex, found, assignment)

@@ -38,7 +38,6 @@ def convert(
     table : the behavioural CSV (Subject, Gender, …), or the folder that holds it.
     out_dir : gets ``tensors.npy`` (N, X, Y, Z) float32 in RAS, ``labels.npy`` (N,) int64,
         ``subjects.csv``, ``grid.json`` and ``rejected.csv``; subjects in the order of their IDs.
-    shape : voxels along X, Y, Z.
     regrid : resample volumes on another grid than the first accepted one's, instead of rejecting.
     workers : threads; all cores by default.
 

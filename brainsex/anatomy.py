@@ -93,10 +93,8 @@ def anatomy(spacing: float = 2.5, template: str | Path | None = None) -> Anatomy
         effect += peak * bump
         labels[bump > 0.5] = label
     if len(np.unique(labels)) <= len(REGIONS):
-        raise ValueError(
-            f"a planted region has no voxel: {template or f'{spacing} mm'} is not a brain in MNI "
-            "space, or too coarse."
-        )
+        what = f"{template or f'{spacing} mm'} is not a brain in MNI space, or too coarse"
+        raise ValueError(f"a planted region has no voxel: {what}.")
     return Anatomy(fa * mask, mask.astype(np.float32), effect, labels, affine)
 
 

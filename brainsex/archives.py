@@ -76,10 +76,9 @@ def extract(
     outcome = {subject: ("present", "") for subject in present if subject.isalnum()}
     if not source.is_dir() or not (archives or outcome):
         found = "none in it" if source.is_dir() else "no such folder"
-        raise FileNotFoundError(
-            f"{source}: expected a folder with archives named <ID>_….zip or <ID>.zip, found "
-            f"{found}. DATA_ACCESS.md says how to get them."
-        )
+        wanted = "a folder with archives named <ID>_….zip or <ID>.zip"
+        advice = "DATA_ACCESS.md says how to get them."
+        raise FileNotFoundError(f"{source}: expected {wanted}, found {found}. {advice}")
     target.mkdir(parents=True, exist_ok=True)
     failures: list[OSError] = []
 

@@ -107,9 +107,9 @@ def name_of(folder: str | Path) -> tuple[str, bool]:
 def _array(path: Path) -> np.ndarray:
     """A NumPy file, memory-mapped read-only; nothing in it is executed."""
     if not path.is_file():
+        run = f"Run `python -m brainsex convert {path.parent}` (notebook 02)"
         raise FileNotFoundError(
-            f"{path} is not there. Run `python -m brainsex convert {path.parent}` "
-            "(notebook 02); DATA_ACCESS.md says how to get the data."
+            f"{path} is not there. {run}; DATA_ACCESS.md says how to get the data."
         )
     try:
         return np.lib.format.open_memmap(path, mode="r")

@@ -129,10 +129,8 @@ def _tested(sex, tested, assignment):
     """Repetition and rows of every fold tested; how many folds there are; whether to pool them."""
     assignment = np.atleast_2d(assignment)
     if not tested.shape == assignment.shape == (len(assignment), len(sex)):
-        raise ValueError(
-            f"expected decisions and folds of one shape, of {len(sex)} subjects, found "
-            f"{tested.shape} and {assignment.shape}."
-        )
+        found = f"of {len(sex)} subjects, found {tested.shape} and {assignment.shape}"
+        raise ValueError(f"expected decisions and folds of one shape, {found}.")
     parts = [
         (r, np.flatnonzero((folds == fold) & tested[r]))
         for r, folds in enumerate(assignment)

@@ -114,9 +114,7 @@ def _check(network, volumes) -> None:
         raise ValueError(f"expected volumes (N, {expected}), found {tuple(volumes.shape)}.")
 
 
-def _each(
-    network: MriNet3d, volumes: np.ndarray, measure: Callable[[Tensor, np.ndarray], Tensor]
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _each(network, volumes, measure: Callable) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Rows of each batch and `measure` of its maps (n, C, X', Y', Z') and rows, in their order."""
     device = networks.device()
     layer = networks.folded(copy.deepcopy(network).double()).hidden1.to(device)
@@ -229,8 +227,7 @@ def _sexes(sex: np.ndarray) -> np.ndarray:
     sex = np.asarray(sex)
     women, men = ((sex == LABELS[letter]).sum() for letter in "FM")
     if min(women, men) < 2 or women + men != len(sex):
+        both = "labels 0 (women) and 1 (men), at least two of each"
         found = f"{women} women and {men} men among {len(sex)}"
-        raise ValueError(
-            f"expected labels 0 (women), 1 (men), at least two of each: found {found}."
-        )
+        raise ValueError(f"expected {both}: found {found}.")
     return sex.astype(np.int64)

@@ -40,14 +40,13 @@ def as_in_the_study(
     if folds is not None:
         assignment = evaluation.folds(sex, folds=folds, seed=seed)
     largest = min(99, len(sex) - int(np.bincount(assignment).max()))
-    votes = classifiers.neighbour_sweep(features, sex, assignment, largest=largest)
+    given = features, sex, assignment
+    votes = classifiers.neighbour_sweep(*given, largest=largest)
     sweep = ((votes > 0) == sex).mean(1)
     found = {"KNN": votes[sweep.argmax()]}
     for name, classifier in classifiers.as_published().items():
         if name not in leave_out:
-            found[name] = classifiers.cross_predict(
-                classifier, features, sex, assignment, name=name
-            )
+            found[name] = classifiers.cross_predict(classifier, *given, name=name)
     compared = scores(sex, found, assignment)
     compared["leaks"] = "relatives" if table.groups is not None else "relatives, if there are any"
     best = f"k = {sweep.argmax() + 1} chosen by these scores"

@@ -75,9 +75,8 @@ def strongest(table, *, count, label, title, cohort):
     some = table.head(count)
     figure, axes = opened(1, 2, figsize=(9, 1.6 + 0.19 * count), sharey=True)
     colours, y = some["higher_in"].map(PALETTE), np.arange(len(some))
-    for ax, value, spread in zip(
-        axes, ("Importance", "permutation"), ("spread", "permutation_spread")
-    ):
+    columns = ("Importance", "spread"), ("permutation", "permutation_spread")
+    for ax, (value, spread) in zip(axes, columns):
         ax.barh(y, some[value], color=colours, height=0.7)
         ax.errorbar(some[value], y, xerr=some[spread], fmt="none", ecolor=DARK, elinewidth=0.8)
     axes[0].set(xlabel=label, ylim=(len(some) - 0.4, -0.6))
@@ -115,9 +114,8 @@ def overlap(size, sex, right, *, label, title, cohort):
         shares = np.array([correct[rows].mean() for rows in groups])
         limits = np.array([wilson(int(correct[rows].sum()), len(rows)) for rows in groups]).T
         error = np.abs(limits - shares)
-        axes[1].errorbar(
-            middle, shares, yerr=error, fmt=f"-{mark}", color=colour, ms=5, capsize=2, label=name
-        )
+        look = {"fmt": f"-{mark}", "color": colour, "ms": 5, "capsize": 2, "label": name}
+        axes[1].errorbar(middle, shares, yerr=error, **look)
     axes[1].axhline(0.5, color=DARK, linewidth=0.9, linestyle=":")
     axes[1].axvline(0.5, color=PALE, linewidth=0.9, linestyle=":")
     axes[1].set(xlim=(0, 1), ylim=(-0.02, 1.02), ylabel=SHARE)

@@ -11,8 +11,7 @@ import pandas as pd
 
 from brainsex import LABELS
 
-NO_VOLUME = "a row, but no volume"
-"""Why `match` leaves out the subjects of whom only the table knows."""
+NO_VOLUME = "a row, but no volume"  # why `match` leaves out whom only the table knows
 
 UNREADABLE = (UnicodeDecodeError, csv.Error, pd.errors.ParserError, pd.errors.ParserWarning)
 UNREADABLE += (pd.errors.EmptyDataError,)
@@ -34,10 +33,10 @@ def find(folder: str | Path) -> Path:
     found = [named] if named.is_file() else sorted(folder.glob("unrestricted_*.csv"))
     found = [path for path in found if "freesurfer" not in path.name.lower()]
     if len(found) != 1:
+        names = [path.name for path in found] or "none"
         raise FileNotFoundError(
             f"{folder}: expected unrestricted_behavioral.csv or one unrestricted_*.csv with the "
-            f"columns Subject and Gender, found {[p.name for p in found] or 'none'}. "
-            "DATA_ACCESS.md says where to get it."
+            f"columns Subject and Gender, found {names}. DATA_ACCESS.md says where to get it."
         )
     return found[0]
 

@@ -178,12 +178,11 @@ def decisions(
     chosen : classifiers by name; `classifiers.chosen_inside` by default.
     confounds : (N, K), of `classifiers.cross_predict`.
     """
-    found = {}
+    found, known = {}, (table.features, table.sex)
     for name, classifier in (chosen or classifiers.chosen_inside()).items():
+        options = {"confounds": confounds, "name": name}
         each = [
-            classifiers.cross_predict(
-                classifier, table.features, table.sex, folds, confounds=confounds, name=name
-            )
+            classifiers.cross_predict(classifier, *known, folds, **options)
             for folds in np.atleast_2d(assignment)
         ]
         found[name] = np.reshape(each, np.shape(assignment))

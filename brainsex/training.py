@@ -223,9 +223,7 @@ def _prepare(out: Path, cohort, assignment, make_network, confounds, settings: d
     write(out / "folds.csv", table.to_csv(index=False))
 
 
-def _fold(
-    out: Path, cohort, assignment, make_network, confounds, fold, seed, threads, settings
-) -> dict:
+def _fold(out, cohort, assignment, make_network, confounds, fold, seed, threads, settings) -> dict:
     """Train and test one fold, unless it is done."""
     result, weights = out / f"fold-{fold}.json", out / f"fold-{fold}.pt"
     if result.is_file() and weights.is_file():

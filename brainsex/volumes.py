@@ -55,10 +55,8 @@ def convert(
     for path in sorted([*fa_dir.glob("*.nii.gz"), *fa_dir.glob("*.nii")]):
         files.setdefault(identifier(path), []).append(path)
     if not files:
-        raise FileNotFoundError(
-            f"{fa_dir}: expected <ID>.nii.gz volumes, found none. Run `python -m brainsex extract` "
-            "first, or fit FA as DATA_ACCESS.md says."
-        )
+        advice = "Run `python -m brainsex extract` first, or fit FA as DATA_ACCESS.md says."
+        raise FileNotFoundError(f"{fa_dir}: expected <ID>.nii.gz volumes, found none. {advice}")
     rows = tables.read(tables.find(table) if table.is_dir() else table)
     accepted, rejected = tables.match(files, rows)
     known = rows.loc[list(accepted)]

@@ -42,3 +42,9 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write(path: Path, text: str) -> None:
+    """Write a text whole, or not at all."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")

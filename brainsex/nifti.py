@@ -13,29 +13,23 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+from nibabel.affines import from_matvec
 from scipy.ndimage import gaussian_filter1d, zoom
 
 from brainsex import SHAPE
 
-MAX_BYTES = 1 << 29
-"""No volume is inflated beyond this: a whole head at 0.7 mm in float64 is a third of it."""
+MAX_BYTES = 1 << 29  # no volume is inflated beyond it; a head at 0.7 mm in float64 is a third
 NOT_NIFTI = (
     nib.filebasedimages.ImageFileError,
     nib.spatialimages.HeaderDataError,
     nib.wrapstruct.WrapStructError,
 )
-BRAIN_FA = 0.02
-"""Fractional anisotropy above which a voxel counts as brain."""
-MAX_OUT_OF_RANGE = 0.01
-"""Largest share of non-zero voxels that may be no FA at all before a volume is rejected."""
+BRAIN_FA = 0.02  # above which a voxel counts as brain
+MAX_OUT_OF_RANGE = 0.01  # share of the voxels that may be no FA before a volume is rejected
 
 
 def load(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
-    """Read a NIfTI volume whole, with its checksum verified, in RAS orientation.
-
-    Parameters
-    ----------
-    path : path of a ``.nii`` or ``.nii.gz`` file, any orientation.
+    """Read a NIfTI volume (.nii, .nii.gz) whole, with its checksum verified, in RAS orientation.
 
     Returns
     -------
@@ -44,10 +38,8 @@ def load(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
 
     Raises
     ------
-    FileNotFoundError
-        No such file.
-    ValueError
-        Truncated or corrupted, not NIfTI-1, not 3D, not real numbers, or without an affine.
+    FileNotFoundError, ValueError
+        No such file; truncated or corrupted, not NIfTI-1, not 3D, not real, or without an affine.
     """
     path = Path(path)
     if not path.is_file():
@@ -72,11 +64,8 @@ def load(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
         if image.header["sform_code"] == 0 and image.header["qform_code"] == 0:
             raise ValueError("no affine (sform and qform codes are 0): left and right are unknown")
         affine = image.affine
-        if (
-            not np.isfinite(affine).all()
-            or abs(np.linalg.det(affine[:3, :3])) < 1e-6
-            or np.isnan(nib.io_orientation(affine)).any()
-        ):
+        singular = not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-6
+        if singular or np.isnan(nib.io_orientation(affine)).any():
             raise ValueError(f"its affine is singular: {affine.tolist()}")
         image = nib.as_closest_canonical(image)
         volume = np.ascontiguousarray(image.dataobj, dtype=np.float32)
@@ -103,23 +92,13 @@ def resample(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Reduce a volume to `shape` over the same field of view, without aliasing.
 
-    Equal to ``skimage.transform.resize(volume, shape)`` up to float32 rounding.
-
-    Parameters
-    ----------
-    volume : (X, Y, Z), finite.
-    affine : (4, 4), voxel indices to mm.
-    shape : voxels wanted along X, Y, Z.
+    Equal to ``skimage.transform.resize(volume, shape)`` up to float32 rounding. The volume
+    (X, Y, Z) has to be finite: `clean` it first.
 
     Returns
     -------
     volume : `shape`, float32, within the values it had.
     affine : (4, 4), the same millimetres from the new indices: voxel faces stay aligned.
-
-    Raises
-    ------
-    ValueError
-        Not 3D, or not finite (`clean` it first).
     """
     if volume.ndim != 3 or len(shape) != 3 or min(shape) < 1:
         raise ValueError(f"expected a 3D volume and shape, found {volume.shape} and {shape}.")
@@ -130,32 +109,22 @@ def resample(
     reduced = np.tensordot(x, volume.astype(np.float32, copy=False), 1)  # (x, Y, Z)
     reduced = y @ reduced @ z.T
     factors = np.divide(volume.shape, shape)
-    to_old = np.diag([*factors, 1.0])
-    to_old[:3, 3] = (factors - 1) / 2
+    to_old = from_matvec(np.diag(factors), (factors - 1) / 2)
     return reduced.clip(low, high), affine @ to_old
 
 
 def clean(volume: np.ndarray) -> tuple[np.ndarray, dict[str, int]]:
     """Bring an FA volume into [0, 1]: non-finite and negative voxels to 0, others to 1 at most.
 
-    Returns
-    -------
-    volume : (X, Y, Z) float32 in [0, 1].
-    counts : voxels changed: ``non_finite``, ``negative``, ``above_one``.
-
-    Raises
-    ------
-    ValueError
-        If nothing is left, or if more than 1 % of the non-zero voxels were out of range:
-        then it is no FA map.
+    The second is how many: ``non_finite``, ``negative``, ``above_one``. A ValueError where nothing
+    is left, or more than 1 % of the non-zero voxels were out of range: that is no FA map.
     """
     finite = np.isfinite(volume)
     values = np.where(finite, volume, 0).astype(np.float32, copy=False)
     changed = {"non_finite": ~finite, "negative": values < 0, "above_one": values > 1}
     counts = {name: int(np.count_nonzero(where)) for name, where in changed.items()}
     cleaned = values.clip(0, 1)
-    brain = np.count_nonzero(cleaned)
-    if brain == 0:
+    if (brain := np.count_nonzero(cleaned)) == 0:
         raise ValueError("no voxel above 0: an empty volume.")
     if counts["negative"] + counts["above_one"] > MAX_OUT_OF_RANGE * brain:
         raise ValueError(

@@ -12,12 +12,12 @@ from brainsex.figures import (
     PALE,
     PALETTE,
     STYLE,
-    _box,
-    _frame,
-    _slice,
+    box,
     finish,
+    frame,
     grid,
     opened,
+    plane,
 )
 
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#999999")
@@ -39,7 +39,7 @@ def maps(background, saliency, affine, at, *, title, cohort, outlines=None):
         Planted regions, drawn as contours.
     """
     columns = 2
-    low, high = _box(background, affine)
+    low, high = box(background, affine)
     widths, height = (high - low)[[1, 0, 0]], max((high - low)[1:])
     rows = -(-len(saliency) // columns)
     figure, axes = grid([height] * rows, [*widths] * columns, 10 / (sum(widths) * columns))
@@ -51,16 +51,16 @@ def maps(background, saliency, affine, at, *, title, cohort, outlines=None):
         floor *= floor < top  # a map that is at its top in a tenth of the brain is shown whole
         shown = np.clip((positive - floor) / ((top - floor) or positive.max() or 1), 0, 1)
         for axis, ax in enumerate(block):
-            _slice(ax, background, affine, axis, at, **look)
+            plane(ax, background, affine, axis, at, **look)
             glow = {"cmap": ListedColormap(GLOW), "vmin": 0, "vmax": 1}
-            picture = _slice(ax, shown, affine, axis, at, interpolation="bilinear", **glow)
+            picture = plane(ax, shown, affine, axis, at, interpolation="bilinear", **glow)
             if outlines is not None:
                 index = round(apply_affine(np.linalg.inv(affine), at)[axis])
                 cut, extent = np.take(outlines, index, axis).T, picture.get_extent()
                 for region in np.setdiff1d(cut, 0):
                     edge = {"origin": "lower", "colors": OUTLINE, "linewidths": 0.8}
                     ax.contour(cut == region, [0.5], extent=extent, **edge)
-            _frame(ax, axis, at, (low + high) / 2, (widths[axis], height))
+            frame(ax, axis, at, (low + high) / 2, (widths[axis], height))
         block[1].set_title(label)
     for block in blocks[len(saliency) :]:
         for ax in block:

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
-from joblib import Parallel, delayed
 from nibabel.affines import from_matvec
 from scipy import stats
 from torch import Tensor
@@ -28,7 +27,6 @@ from brainsex.networks import MriNet3d
 BINS = 256
 LEVEL = 0.05
 PLANES = 4  # of the convolution's output at once, an even number: pooling pairs them
-BATCH = {"cpu": 1, "cuda": 32}  # subjects at once
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,6 @@ def _each(network, volumes, measure: Callable) -> Iterator[tuple[np.ndarray, np.
     """Rows of each batch and `measure` of its maps (n, C, X', Y', Z') and rows, in their order."""
     device = networks.device()
     layer = networks.folded(copy.deepcopy(network).double()).hidden1.to(device)
-    batches = np.array_split(np.arange(len(volumes)), -(-len(volumes) // BATCH[device.type]))
 
     def some(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         batch = networks.batch(volumes, rows, device).double()
@@ -126,9 +123,7 @@ def _each(network, volumes, measure: Callable) -> Iterator[tuple[np.ndarray, np.
         maps = torch.cat([layer(batch[:, :, start : start + PLANES + 2]) for start in starts], 2)
         return rows, measure(maps, rows).cpu().numpy()
 
-    with networks.one_thread_each(device) as workers:
-        run = Parallel(workers, require="sharedmem", return_as="generator")
-        yield from run(delayed(some)(rows) for rows in batches)
+    return networks.in_batches(some, len(volumes), device)
 
 
 def compare(values: np.ndarray, sex: np.ndarray) -> pd.DataFrame:

@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from brainsex import networks, seeded
 from brainsex.perturbation import blurred, matching, targets, tensor
 
+FEW = 4
+"""Passes of a volume at once: PyTorch takes its slow convolution for a single one in float32."""
+
 
 class LogOdds(nn.Module):
     """Log-odds (N, 2) of either class, of volumes (N, 1, X, Y, Z)."""
@@ -27,6 +30,7 @@ class LogOdds(nn.Module):
         self.network = network
 
     def forward(self, volumes: Tensor) -> Tensor:
+        volumes = volumes.to(memory_format=torch.channels_last_3d)  # for `FEW` a third of the time
         logits = networks.by_subject(self.network(volumes))
         return logits - logits.flip(1)
 
@@ -44,7 +48,7 @@ def _maps(
     `explain` takes the score, volumes (n, 1, X, Y, Z), their targets (n,) and their rows.
     """
     device = networks.device()
-    plain = copy.deepcopy(network).eval().requires_grad_(False).to(device)
+    plain = networks.place(copy.deepcopy(network).eval().requires_grad_(False), device)
     if volumes.ndim != 4:
         raise ValueError(f"expected volumes (N, X, Y, Z), found {volumes.shape}.")
     target = targets(target, volumes)
@@ -231,13 +235,13 @@ def smooth_grad(
     names = range(len(volumes)) if subjects is None else subjects
 
     def explain(score: LogOdds, batch: Tensor, target: Tensor, rows: np.ndarray) -> Tensor:
-        seeds = [seeded(seed, names[row]) for row in rows]
-        generators = [torch.Generator().manual_seed(one) for one in seeds]
         total = torch.zeros_like(batch)
-        for _ in range(samples):
-            draws = [torch.randn(batch.shape[1:], generator=one) for one in generators]
-            noisy = batch.detach() + noise * torch.stack(draws).to(batch)
-            total = total + Saliency(score).attribute(noisy.requires_grad_(), target, abs=False)
+        for place, row in enumerate(rows):
+            generator = torch.Generator().manual_seed(seeded(seed, names[row]))
+            draws = torch.randn((samples, *batch.shape[1:]), generator=generator).to(batch)
+            for some in (batch[place].detach() + noise * draws).split(FEW):
+                slopes = Saliency(score).attribute(some.requires_grad_(), target[place], abs=False)
+                total[place] = total[place].detach() + slopes.sum(0)
         return total / samples
 
     return _maps(explain, "SmoothGrad", network, volumes, target, progress)
@@ -267,7 +271,7 @@ def integrated_gradients(
 
     def explain(score: LogOdds, batch: Tensor, target: Tensor, rows: np.ndarray) -> Tensor:
         start = tensor(reference, rows, batch.device)
-        options = {"n_steps": steps, "internal_batch_size": 4 * len(batch)}
+        options = {"n_steps": steps, "internal_batch_size": FEW * len(batch)}
         return IntegratedGradients(score).attribute(batch, start, target, **options)
 
     return _maps(explain, "integrated gradients", network, volumes, target, progress)
@@ -295,7 +299,7 @@ def occlusion(
     def explain(score: LogOdds, batch: Tensor, target: Tensor, _) -> Tensor:
         batch = batch.detach()
         how = ((1, *[window] * 3), (1, *[stride] * 3), blurred(batch), target)
-        return Occlusion(score).attribute(batch, *how, perturbations_per_eval=4)
+        return Occlusion(score).attribute(batch, *how, perturbations_per_eval=FEW)
 
     return _maps(explain, "occlusion", network, volumes, target, progress)
 

@@ -1,6 +1,7 @@
 """The first layer's means and entropies against float64, and the tests between the sexes."""
 
 import weakref
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from scipy import stats
 from scipy.signal import correlate
 from torch import nn
 
-from brainsex import feature_figures, features
+from brainsex import feature_figures, features, networks
 from brainsex.confounds import Residuals
 from brainsex.networks import MriNet2d, MriNet3d
 
@@ -74,7 +75,7 @@ def test_neither_batches_nor_threads_change_anything(monkeypatch, batch_size):
     made, volumes = network(), brains()
     one = features.summarise(made, volumes)
     torch.set_num_threads(2)
-    monkeypatch.setitem(features.BATCH, "cpu", batch_size)
+    monkeypatch.setattr(networks, "in_batches", partial(networks.in_batches, size=batch_size))
     other = features.summarise(made, volumes)
     for name in ("mean", "entropy"):
         assert_allclose(getattr(other, name), getattr(one, name), rtol=0, atol=1e-12)
@@ -117,7 +118,7 @@ def test_no_more_maps_are_kept_of_more_subjects(monkeypatch):
         return whole
 
     monkeypatch.setattr(torch, "cat", noting)
-    monkeypatch.setitem(features.BATCH, "cpu", 2)
+    monkeypatch.setattr(networks, "in_batches", partial(networks.in_batches, size=2))
     for count in (5, 40):
         volumes = Watched(brains(count))
         alive.clear()

@@ -1,5 +1,6 @@
 """What a network sees in men's and women's brains: from FA archives to perturbation masks."""
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,11 @@ def identifier(path: str | Path) -> str:
     return name.removeprefix("sub-")
 
 
+def seeded(seed: int, subject: str) -> int:
+    """A seed for one subject's draws, of the run's seed and the subject's name alone."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{subject}".encode()).digest()[:7], "big")
+
+
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "8000000000"}
 """Environment in which glibc keeps what a training step frees for the next one, instead of having
 the kernel clear new pages: read when a process starts, so set for child processes."""
@@ -44,3 +50,9 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write(path: Path, text: str) -> None:
+    """Write a text whole, or not at all."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")

@@ -10,12 +10,8 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pandas as pd
-from nibabel.affines import voxel_sizes
-from nilearn.datasets import (
-    load_mni152_brain_mask,
-    load_mni152_gm_template,
-    load_mni152_wm_template,
-)
+from nibabel.affines import apply_affine, from_matvec, voxel_sizes
+from nilearn import datasets
 from scipy.ndimage import affine_transform, gaussian_filter
 from scipy.spatial import KDTree
 
@@ -27,40 +23,8 @@ FA_PERCENTILES = (
     *(0.213, 0.232, 0.259, 0.300, 0.353, 0.412, 0.469, 0.528, 0.603, 0.913),
 )
 
-# Courses of the great tracts in MNI mm (right hemisphere, mirrored), radius in mm, strength.
-TRACTS = {
-    "corpus callosum": (
-        (4.0, 0.75, ((0, 20, -4), (0, 30, 2), (0, 30, 10), (0, 22, 18), (0, 5, 24))),
-        (4.0, 0.75, ((0, 5, 24), (0, -10, 26), (0, -25, 23), (0, -36, 17), (0, -40, 9))),
-        (4.0, 0.65, ((0, 29, 6), (10, 34, 6), (18, 45, 4), (20, 56, 2))),
-        (4.0, 0.40, ((0, 26, 13), (12, 33, 14), (18, 44, 16))),
-        (4.0, 0.40, ((0, 12, 22), (12, 14, 26), (22, 16, 34))),
-        (4.0, 0.40, ((0, -8, 26), (12, -8, 29), (22, -10, 38))),
-        (4.0, 0.40, ((0, -24, 24), (12, -26, 28), (22, -30, 38))),
-        (4.5, 0.65, ((0, -38, 14), (14, -44, 14), (24, -62, 12), (20, -80, 8))),
-    ),
-    "corticospinal tract": (
-        (4.5, 0.65, ((26, -24, 58), (24, -22, 38), (24, -18, 22), (21, -12, 8))),
-        (4.5, 0.65, ((21, -12, 8), (17, -15, -4), (12, -18, -14), (7, -22, -28), (6, -28, -44))),
-    ),
-    "internal capsule": (
-        (3.5, 0.65, ((12, 6, 2), (18, 14, 6), (22, 26, 12), (24, 38, 16))),
-        (4.0, 0.60, ((16, 4, 4), (21, -10, 8), (26, -26, 8))),
-        (4.0, 0.45, ((24, -18, 22), (24, 0, 28), (24, 18, 28))),
-    ),
-    "cingulum": (
-        (3.0, 0.50, ((8, 38, 4), (8, 32, 18), (9, 12, 32), (9, -12, 36), (9, -34, 32))),
-        (3.0, 0.50, ((9, -34, 32), (10, -46, 18), (20, -42, 2), (24, -26, -14))),
-    ),
-    "superior longitudinal fasciculus": (
-        (4.5, 0.45, ((38, 12, 24), (38, -10, 30), (38, -32, 30), (42, -46, 16), (46, -40, 2))),
-    ),
-    "inferior fronto-occipital fasciculus": (
-        (4.0, 0.45, ((30, 24, -4), (32, 4, -8), (36, -20, -6), (36, -44, 0), (30, -66, 4))),
-        (4.0, 0.40, ((20, 30, -8), (32, 8, -10), (34, 2, -22))),
-    ),
-    "middle cerebellar peduncle": ((4.5, 0.55, ((0, -26, -34), (14, -36, -32), (22, -50, -34))),),
-}
+TRACTS = pd.read_csv(Path(__file__).with_name("tracts.csv"))
+"""Courses of the great tracts: points in MNI mm (right hemisphere, mirrored), radius, strength."""
 
 # Planted differences: centre in MNI mm, radius in mm, FA of men minus FA of women at its peak.
 # Fixed before any mask was made.
@@ -82,42 +46,31 @@ class Anatomy:
 
     fa: np.ndarray
     mask: np.ndarray
-    effect: np.ndarray
-    """FA of men minus FA of women."""
-    labels: np.ndarray
-    """1, 2, … in the order of `REGIONS`; 0 elsewhere."""
+    effect: np.ndarray  # FA of men minus FA of women
+    labels: np.ndarray  # 1, 2, … in the order of `REGIONS`; 0 elsewhere
     affine: np.ndarray
 
 
 def grid(spacing: float) -> tuple[tuple[int, int, int], np.ndarray]:
     """Shape and RAS affine of HCP's field of view at `spacing` mm (1.25: HCP's own grid)."""
     shape = tuple(int(n * 1.25 / spacing + 0.5) for n in (145, 174, 145))
-    affine = np.diag([spacing, spacing, spacing, 1.0])
-    affine[:3, 3] = 90 - spacing * (shape[0] - 1), -126, -72  # LAS's first voxel is at x = 90
-    return shape, affine
+    first = 90 - spacing * (shape[0] - 1), -126, -72  # LAS's first voxel is at x = 90
+    return shape, from_matvec(spacing * np.eye(3), first)
 
 
 def anatomy(spacing: float = 2.5, template: str | Path | None = None) -> Anatomy:
     """The FA template and what is planted in it.
 
-    Parameters
-    ----------
-    spacing : voxel size in mm over HCP's field of view.
-    template : path of a real FA map in MNI space to start from (FSL's FMRIB58_FA, whose scale of
-        0 to 10,000 is recognised, or any group template in [0, 1]); by default FA is made from the
-        MNI152 tissue templates.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        The template is not there, is no FA map, or leaves a planted region without a voxel.
+    Voxels are `spacing` mm wide, over HCP's field of view. `template` is a real FA map in MNI space
+    to start from (FSL's FMRIB58_FA, whose scale of 0 to 10,000 is recognised, or any in [0, 1]); by
+    default FA is made from the MNI152 tissue templates. ValueError: a planted region has no voxel.
     """
     shape, affine = grid(spacing)
-    millimetres = _millimetres(shape, affine)
-    white = _sampled(load_mni152_wm_template(resolution=1), shape, affine)
+    millimetres = apply_affine(affine, np.moveaxis(np.indices(shape), 0, -1))
+    white = _sampled(datasets.load_mni152_wm_template(resolution=1), shape, affine)
     if template is None:
-        mask = _sampled(load_mni152_brain_mask(resolution=1), shape, affine) > 0.5
-        grey = _sampled(load_mni152_gm_template(resolution=1), shape, affine)
+        mask = _sampled(datasets.load_mni152_brain_mask(resolution=1), shape, affine) > 0.5
+        grey = _sampled(datasets.load_mni152_gm_template(resolution=1), shape, affine)
         fa = 0.10 * grey + white * (0.35 + _tracts(millimetres))
         texture = gaussian_filter(np.random.default_rng(0).standard_normal(shape), 5 / spacing)
         fa = fa + 0.05 * (0.2 + white) * texture / texture.std()
@@ -140,19 +93,16 @@ def anatomy(spacing: float = 2.5, template: str | Path | None = None) -> Anatomy
         effect += peak * bump
         labels[bump > 0.5] = label
     if len(np.unique(labels)) <= len(REGIONS):
-        raise ValueError(
-            f"a planted region has no voxel: {template or f'{spacing} mm'} is not a brain in MNI "
-            "space, or too coarse."
-        )
+        what = f"{template or f'{spacing} mm'} is not a brain in MNI space, or too coarse"
+        raise ValueError(f"a planted region has no voxel: {what}.")
     return Anatomy(fa * mask, mask.astype(np.float32), effect, labels, affine)
 
 
 def region_table(base: Anatomy) -> pd.DataFrame:
     """The planted regions, one row each, as ``truth/regions.csv`` holds them.
 
-    label, name; ``fa_men_minus_women`` as planted at the region's peak, before deformation and
-    noise, which leave 0.7 of it in the volumes' mean (`brainsex.synthetic` says why); ``x_mm``,
-    ``y_mm``, ``z_mm``, the centre in MNI space; ``volume_ml`` in the template's space.
+    label, name; ``fa_men_minus_women`` at the region's peak, of which deformation and noise leave
+    0.7 in the volumes' mean; ``x_mm``, ``y_mm``, ``z_mm``, the centre in MNI space; ``volume_ml``.
     """
     centres, _, effects = zip(*REGIONS.values())
     voxels = np.bincount(base.labels.ravel(), minlength=len(REGIONS) + 1)[1:]
@@ -161,10 +111,6 @@ def region_table(base: Anatomy) -> pd.DataFrame:
     columns |= dict(zip(("x_mm", "y_mm", "z_mm"), zip(*centres)))
     columns |= {"volume_ml": voxels * abs(np.linalg.det(base.affine[:3, :3])) / 1000}
     return pd.DataFrame(columns)
-
-
-def _millimetres(shape, affine) -> np.ndarray:
-    return np.moveaxis(np.indices(shape), 0, -1) @ affine[:3, :3].T + affine[:3, 3]
 
 
 def _sampled(image, shape, affine) -> np.ndarray:
@@ -179,12 +125,11 @@ def _sampled(image, shape, affine) -> np.ndarray:
 def _tracts(millimetres) -> np.ndarray:
     """Strength of the strongest tract in each voxel, falling off as a Gaussian of its radius."""
     strength = np.zeros(millimetres.shape[:-1], np.float32)
-    for courses in TRACTS.values():
-        for radius, peak, points in courses:
-            points = np.array(points, float)
-            steps = np.linspace(0, len(points) - 1, 20 * len(points))
-            course = np.stack([np.interp(steps, range(len(points)), axis) for axis in points.T], 1)
-            course = np.concatenate([course, course * (-1, 1, 1)])
-            distance = KDTree(course).query(millimetres, distance_upper_bound=3 * radius)[0]
-            strength = np.maximum(strength, peak * np.exp(-0.5 * (distance / radius) ** 2))
+    for (_, radius, peak), rows in TRACTS.groupby(["course", "radius_mm", "strength"]):
+        points = rows[["x_mm", "y_mm", "z_mm"]].to_numpy(float)
+        steps = np.linspace(0, len(points) - 1, 20 * len(points))
+        course = np.stack([np.interp(steps, range(len(points)), axis) for axis in points.T], 1)
+        course = np.concatenate([course, course * (-1, 1, 1)])
+        distance = KDTree(course).query(millimetres, distance_upper_bound=3 * radius)[0]
+        strength = np.maximum(strength, peak * np.exp(-0.5 * (distance / radius) ** 2))
     return strength

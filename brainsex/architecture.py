@@ -17,17 +17,13 @@ from brainsex import figures
 def draw(network, *, title):
     """Layers, their sizes and parameters, drawn from the network itself by a forward pass.
 
-    Parameters
-    ----------
-    network : nn.Module
-        With `shape` (X, Y, Z); takes (N, 1, X, Y, Z), and is left as it was found.
+    It has a `shape` (X, Y, Z), takes (N, 1, X, Y, Z), and is left as it was found.
     """
     blocks, children = _trace(network), dict(network.named_children())
     counts = {name: sum(p.numel() for p in child.parameters()) for name, child in children.items()}
     hues = itertools.cycle(("#56B4E9", "#009E73", "#E69F00", "#CC79A7"))
-    colours = {name: next(hues) if counts[name] else figures.PALE for name in counts} | {
-        "input": figures.PALE
-    }
+    colours = {name: next(hues) if counts[name] else figures.PALE for name in counts}
+    colours["input"] = figures.PALE
     figure, ax = figures.opened(1, 1, figsize=(1.42 * len(blocks), 3.6))
     small = {"ha": "center", "fontsize": 8}
     for place, (name, layers, shape) in enumerate(blocks):

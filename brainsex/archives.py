@@ -21,13 +21,11 @@ import pandas as pd
 from joblib import Parallel, delayed
 from tqdm.auto import tqdm
 
-from brainsex import identifier, replacing
+from brainsex import identifier, replacing, write
 
 FA_MEMBERS = ("*_FA.nii.gz", "FA.nii.gz", "*_FA.nii", "FA.nii")
-MAX_MEMBER = 2 << 30
-"""Bytes of the largest volume taken out, whatever its archive declares."""
-MAX_INNER = 8 << 30
-"""Bytes of the largest compressed inner archive inflated to a temporary file."""
+MAX_MEMBER = 2 << 30  # bytes of the largest volume taken out
+MAX_INNER = 8 << 30  # bytes of the largest compressed inner archive inflated to a temporary file
 CHUNK = 1 << 20
 UNREADABLE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, OverflowError)
 UNREADABLE += (RuntimeError, ValueError)
@@ -65,19 +63,12 @@ def extract(
 
     Returns
     -------
-    DataFrame sorted by Subject (a string: leading zeros survive) with status (``extracted``,
-    ``present`` or ``rejected``) and reason (of a rejection, else empty).
+    By Subject (str), sorted: status (``extracted``, ``present``, ``rejected``) and reason.
 
     Raises
     ------
-    FileNotFoundError
-        No folder `source`, or no archive in it and no volume in `target`.
-    OSError
-        `target` cannot be written (the disk is full, say). Finished volumes stay.
-
-    References
-    ----------
-    Kan et al. (2020), arXiv 2006.15969; HCP S1200 Release Reference Manual, Appendix III (names).
+    FileNotFoundError, OSError
+        No archive and no volume; a full disk, say: finished volumes stay.
     """
     source, target = Path(source), Path(target)
     patterns = (member,) if isinstance(member, str) else tuple(member)
@@ -138,8 +129,7 @@ def each_subject(
     rows = [(subject, *outcome[subject]) for subject in sorted(outcome)]
     table = pd.DataFrame(rows, columns=["Subject", "status", "reason"])
     rejected = table.loc[table["status"] == "rejected", ["Subject", "reason"]]
-    with replacing(target / "rejected.csv") as partial:
-        rejected.to_csv(partial, index=False)
+    write(target / "rejected.csv", rejected.to_csv(index=False))
     print(f"{len(table)} subjects, {len(rejected)} of them rejected (rejected.csv says why)")
     return table
 
@@ -165,9 +155,7 @@ def by_subject(paths: Iterable[Path], name: Callable[[Path], str]) -> dict[str, 
     return {subject: list(real.values()) for subject, real in found.items()}
 
 
-def _extract_one(
-    subject: str, paths: list[Path], source: Path, target: Path, patterns: tuple[str, ...]
-) -> None:
+def _extract_one(subject: str, paths: list[Path], source: Path, target: Path, patterns) -> None:
     with ExitStack() as stack:
         labels = [path.relative_to(source).as_posix() for path in paths]
         searches = (find(*each, patterns, stack, target) for each in zip(paths, labels))
@@ -189,9 +177,7 @@ def _extract_one(
         (target / (subject + other)).unlink(missing_ok=True)  # one volume a subject
 
 
-def find(
-    file, label: str, patterns: tuple[str, ...], stack: ExitStack, scratch: Path | None = None
-) -> list[Member]:
+def find(file, label: str, patterns, stack: ExitStack, scratch: Path | None = None) -> list[Member]:
     """Return an archive's matching members; with `scratch` also those of the archives in it."""
     with reading(label):
         archive = stack.enter_context(zipfile.ZipFile(file))

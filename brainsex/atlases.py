@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
+import nibabel as nib
 import numpy as np
 import pandas as pd
 from nibabel.affines import apply_affine
@@ -33,12 +34,14 @@ class Atlas:
     """Name of each label but 0."""
 
 
-def load(image: str | Path, table: str | Path | pd.DataFrame) -> Atlas:
+def load(
+    image: str | Path | nib.spatialimages.SpatialImage, table: str | Path | pd.DataFrame
+) -> Atlas:
     """Read a label volume and the table of its names.
 
     Parameters
     ----------
-    image : path of a 3D NIfTI volume of whole numbers, any grid and orientation.
+    image : path of a 3D NIfTI volume of whole numbers, any grid and orientation; or such an image.
     table : path of a CSV or TSV (columns label, index or id, and name or region), of FSL's XML, of
         JSON (``{"1": "name"}``, ``{"name": 1}`` or a list of objects), or of text with a label and
         a name a line (a colour may follow); or a table: of nilearn's atlases, `maps` is the image
@@ -49,38 +52,49 @@ def load(image: str | Path, table: str | Path | pd.DataFrame) -> Atlas:
     FileNotFoundError
         One of them is not there: DATA_ACCESS.md says how to get two atlases of white matter.
     ValueError
-        4D probability maps, values that are no labels, a table that cannot be read, or a label
-        without a name. (A name without a voxel is a warning.)
+        4D probability maps, values that are no labels, a table that cannot be read or names a
+        label twice, or a label without a name. (A name without a voxel is a warning.)
     """
-    try:
-        volume, affine = nifti.load(image)
-    except ValueError as error:
-        hint = (
-            " Of probability maps take the maximum-probability file." if "3D" in str(error) else ""
+    where = "the atlas"
+    if not isinstance(image, nib.spatialimages.SpatialImage):
+        where = image
+        try:
+            nifti.load(image)  # is it a whole volume in a known place?
+        except ValueError as error:
+            hint = " Of probability maps take the maximum-probability file."
+            raise ValueError(f"{error}{hint if '3D' in str(error) else ''}") from error
+        image = nib.load(image)
+    if len(image.shape) != 3:
+        raise ValueError(
+            f"{where}: expected a 3D volume, found {image.shape}. Of probability maps take the "
+            "maximum-probability file."
         )
-        raise ValueError(f"{error}{hint}") from error
+    image = nib.as_closest_canonical(image)
+    volume = np.asarray(image.dataobj)  # float32 has no labels above 2 ** 24
     if not np.isfinite(volume).all() or (volume != np.rint(volume)).any():
-        raise ValueError(f"{image}: expected whole numbers, labels, found others: probabilities?")
+        raise ValueError(f"{where}: expected whole numbers, labels, found others: probabilities?")
     if volume.min() < 0:
         raise ValueError(
-            f"{image}: expected labels from 0, found {volume.min():.0f}: more than 127 labels were "
+            f"{where}: expected labels from 0, found {volume.min():.0f}: more than 127 labels were "
             "saved as int8. Get a file of a wider type."
         )
     names = _names(table)
     found = {int(label) for label in np.unique(volume)} - {0}
     if not found:
-        raise ValueError(f"{image}: no label but 0: an empty atlas.")
+        raise ValueError(f"{where}: no label but 0: an empty atlas.")
     if unnamed := sorted(found - set(names)):
-        raise ValueError(f"{image}: labels without a name in its table: {unnamed[:10]}.")
+        raise ValueError(f"{where}: labels without a name in its table: {unnamed[:10]}.")
     if unseen := sorted(set(names) - found - {0}):
-        warnings.warn(f"{image}: names without a voxel: {unseen[:10]}.", stacklevel=2)
-    return Atlas(volume.astype(np.int64), affine, {k: v for k, v in names.items() if k})
+        warnings.warn(f"{where}: names without a voxel: {unseen[:10]}.", stacklevel=2)
+    return Atlas(volume.astype(np.int64), image.affine, {k: v for k, v in names.items() if k})
 
 
 def _names(table: str | Path | pd.DataFrame) -> dict[int, str]:
     """Name of each label."""
     if isinstance(table, pd.DataFrame):
         return _columns(table, "the table")
+    if table is None:
+        raise ValueError("expected a table of the labels' names, found None: name one.")
     path = Path(table)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such table. DATA_ACCESS.md says how to get atlases.")
@@ -127,6 +141,11 @@ def _columns(frame: pd.DataFrame, where: object) -> dict[int, str]:
         raise ValueError(
             f"{where}: expected columns label and name, found {', '.join(frame.columns)}"
         )
+    blank = frame[chosen].isna().any(axis=1)
+    twice = frame[chosen[0]].duplicated()
+    if (blank | twice).any():
+        label, name = frame.loc[blank | twice, chosen].iloc[0]
+        raise ValueError(f"{where}: a blank, or a label named twice: {label}, {name}")
     labels, names = (frame[column] for column in chosen)
     return {int(label): str(name).strip() for label, name in zip(labels, names)}
 

@@ -28,6 +28,8 @@ from brainsex.nifti import BRAIN_FA
 
 NEIGHBOURS = (1, 3, 5, 9, 15, 25, 39, 59, 99)
 """The k among which the inner folds choose."""
+STRONGEST, REPEATS = 50, 5
+"""Features that `importances` permutes, and how often in each fold."""
 
 
 def _standardised(classifier: BaseEstimator) -> Pipeline:
@@ -47,16 +49,11 @@ def neighbours(k: int) -> Pipeline:
 
 
 def chosen_inside() -> dict[str, BaseEstimator]:
-    """The four classifiers, each of whose settings is chosen by five inner folds.
-
-    Inner folds may part relatives: they choose, they do not judge.
-    """
+    """The four classifiers, their settings chosen by five inner folds, which may part relatives."""
     nearest = GridSearchCV(KNeighborsClassifier(), {"n_neighbors": NEIGHBOURS})
     vectors = GridSearchCV(SVC(), {"C": (0.1, 1.0, 10.0)})
-    logistic = LogisticRegressionCV(
-        Cs=np.logspace(-4, 0, 5), l1_ratios=(0,), scoring="accuracy", max_iter=1000,
-        use_legacy_attributes=False,
-    )  # fmt: skip
+    options = {"scoring": "accuracy", "max_iter": 1000, "use_legacy_attributes": False}
+    logistic = LogisticRegressionCV(Cs=np.logspace(-4, 0, 5), l1_ratios=(0,), **options)
     return {
         "XGBoost": boosted_trees(),
         "KNN": _standardised(nearest),
@@ -78,27 +75,24 @@ def over_folds(
     one: Callable[..., np.ndarray],
     assignment: np.ndarray,
     *arguments,
-    size: tuple[int, ...] = (),
-    jobs: int | None = None,
     name: str | None = None,
 ) -> np.ndarray:
-    """Decisions (*size, N) gathered from folds worked on at once, each in a process of its own.
+    """Decisions (…, N) gathered from folds worked on at once, each in a process of its own.
 
     Parameters
     ----------
-    one : takes rows of training and test, each (N,) bool, and the arguments; returns the decisions
-        (*size, n) of the n tested.
+    one : takes rows of training and test, each (N,) bool, and the arguments; returns decisions
+        (…, n) of the tested.
     assignment : (N,) the fold in which each subject is tested; below 0, in none: NaN.
-    jobs : as many as cores by default.
     name : shown beside the progress; without it there is none.
     """
     tested = [fold for fold in np.unique(assignment) if fold >= 0]
-    found = joblib.Parallel(jobs or joblib.cpu_count(), return_as="generator", batch_size="auto")(
+    found = joblib.Parallel(-1, return_as="generator")(
         joblib.delayed(one)(assignment != fold, assignment == fold, *arguments) for fold in tested
     )
-    decision = np.full((*size, len(assignment)), np.nan)
-    bar = tqdm(found, name, total=len(tested), unit="fold", disable=name is None)
-    for fold, values in zip(tested, bar):
+    found = list(tqdm(found, name, total=len(tested), unit="fold", disable=name is None))
+    decision = np.full((*found[0].shape[:-1], len(assignment)), np.nan)
+    for fold, values in zip(tested, found):
         decision[..., assignment == fold] = values
     return decision
 
@@ -110,22 +104,16 @@ def cross_predict(
     assignment: np.ndarray,
     *,
     confounds: np.ndarray | None = None,
-    jobs: int | None = None,
     name: str | None = None,
 ) -> np.ndarray:
     """Decisions (N,) on held-out subjects, above 0 for man: a margin, log-odds, or a probability.
 
-    Parameters
-    ----------
-    classifier : of scikit-learn; everything it learns comes from the training folds.
-    features : (N, P), NaN where blank.
-    sex : (N,) 0 and 1.
-    assignment, jobs, name : as in `over_folds`.
-    confounds : (N, K), regressed out of the features inside the training folds; what is blank is
-        then the training folds' mean.
+    All that is learnt comes from the training folds. Features (N, P) are NaN where blank, and the
+    training folds' mean if confounds (N, K) are to be regressed out of them. `assignment` and
+    `name` as of `over_folds`.
     """
     data = (np.asarray(features, float), np.asarray(sex), classifier, confounds)
-    return over_folds(_predict, assignment, *data, jobs=jobs, name=name)
+    return over_folds(_predict, assignment, *data, name=name)
 
 
 def _predict(train, test, values, sex, classifier, confounds) -> np.ndarray:
@@ -145,25 +133,17 @@ def _decide(fitted: BaseEstimator, features: np.ndarray) -> np.ndarray:
 
 
 def neighbour_sweep(
-    features: np.ndarray,
-    sex: np.ndarray,
-    assignment: np.ndarray,
-    *,
-    largest: int = 99,
-    jobs: int | None = None,
-    name: str | None = None,
+    features: np.ndarray, sex: np.ndarray, assignment: np.ndarray, *, largest: int
 ) -> np.ndarray:
     """Decisions (largest, N) of k nearest neighbours on standardised features, k from 1 on.
 
     Parameters as in `cross_predict`. One search serves every k.
     """
     data = (np.asarray(features, float), np.asarray(sex), largest)
-    return over_folds(_sweep, assignment, *data, size=(largest,), jobs=jobs, name=name)
+    return over_folds(_sweep, assignment, *data, name="KNN")
 
 
 def _sweep(train, test, values, sex, largest) -> np.ndarray:
-    if train.sum() < largest:
-        raise ValueError(f"expected at most {train.sum()} neighbours, got {largest}.")
     scale = _standardised("passthrough").fit(values[train])
     search = NearestNeighbors(n_neighbors=largest).fit(scale.transform(values[train]))
     nearest = search.kneighbors(scale.transform(values[test]), return_distance=False)
@@ -176,51 +156,36 @@ def importances(
     sex: np.ndarray,
     assignment: np.ndarray,
     *,
-    strongest: int = 50,
-    repeats: int = 5,
     seed: int = 0,
-    jobs: int | None = None,
 ) -> pd.DataFrame:
     """What a classifier weighs, over folds, and what it loses without.
 
     One fit's importances of correlated features mislead: another fold weighs a neighbour instead.
-    So the spread over folds stands beside the mean, and for the strongest features the loss of
-    AUC in held-out subjects when their values change places: Breiman 2001, Mach. Learn. 45:5.
-
-    Parameters
-    ----------
-    classifier : a pipeline or classifier with ``feature_importances_`` or ``coef_``.
-    features : (N, P) with names.
-    sex, assignment : as in `cross_predict`.
-    strongest : how many features to permute, `repeats` times in each fold.
+    So the spread over folds stands beside the mean, and of the `STRONGEST` the loss of AUC in
+    held-out subjects when their values change places: Breiman 2001, Mach. Learn. 45:5. The
+    classifier, or its pipeline's last, has ``feature_importances_`` or ``coef_``.
 
     Returns
     -------
-    Sorted: Region_name, Importance (mean over folds; of coefficients, their size), spread
-    (standard deviation over folds), higher_in (the sex with the higher mean), permutation (loss of
-    AUC) and permutation_spread (standard deviation over folds).
+    Sorted: Region_name, Importance (mean over folds; of coefficients, their size), higher_in (the
+    sex with the higher mean), permutation (loss of AUC); their SD over folds, …spread.
     """
     values, sex = features.to_numpy(float), np.asarray(sex)
-    tested = [fold for fold in np.unique(assignment) if fold >= 0]
-    parallel = joblib.Parallel(jobs or joblib.cpu_count())
+    tested = np.unique(assignment)
+    parallel = joblib.Parallel(-1)
     fits = (joblib.delayed(_weigh)(classifier, values, sex, assignment != f) for f in tested)
     fitted, weights = zip(*parallel(fits))
     order = np.argsort(-np.mean(weights, 0), kind="stable")
     losses = parallel(
-        joblib.delayed(_lose)(one, values[assignment == fold], sex[assignment == fold],
-                              order[:strongest], repeats, [seed, fold])
+        joblib.delayed(_lose)(one, values[held_out], sex[held_out], order[:STRONGEST], [seed, fold])
         for fold, one in zip(tested, fitted)
-    )  # fmt: skip
+        for held_out in [assignment == fold]
+    )
     higher = np.nanmean(values[sex == 1], 0) > np.nanmean(values[sex == 0], 0)
-    found = pd.DataFrame(
-        {
-            "Region_name": features.columns,
-            "Importance": np.mean(weights, 0),
-            "spread": pd.DataFrame(weights).std().to_numpy(),
-            "higher_in": np.where(higher, "men", "women"),
-        }
-    ).iloc[order]
-    found = found.reset_index(drop=True)
+    columns = {"Region_name": features.columns, "Importance": np.mean(weights, 0)}
+    columns["spread"] = pd.DataFrame(weights).std().to_numpy()
+    columns["higher_in"] = np.where(higher, "men", "women")
+    found = pd.DataFrame(columns).iloc[order].reset_index(drop=True)
     found["permutation"] = pd.Series(np.mean(losses, 0))
     found["permutation_spread"] = pd.DataFrame(losses).std()
     return found
@@ -234,14 +199,14 @@ def _weigh(classifier, values, sex, train) -> tuple[BaseEstimator, np.ndarray]:
     return fitted, np.abs(np.ravel(weights))
 
 
-def _lose(fitted, values, sex, columns, repeats, seed) -> list[float]:
+def _lose(fitted, values, sex, columns, seed) -> list[float]:
     """Loss of AUC when a column's values change places, for each of some columns."""
     rng, losses = np.random.default_rng(seed), []
     whole = roc_auc_score(sex, _decide(fitted, values))
     for column in columns:
-        changed = np.tile(values, (repeats, 1, 1))
+        changed = np.tile(values, (REPEATS, 1, 1))
         changed[..., column] = rng.permuted(changed[..., column], axis=1)
-        found = _decide(fitted, changed.reshape(-1, values.shape[1])).reshape(repeats, -1)
+        found = _decide(fitted, changed.reshape(-1, values.shape[1])).reshape(REPEATS, -1)
         losses.append(whole - np.mean([roc_auc_score(sex, each) for each in found]))
     return losses
 
@@ -251,17 +216,11 @@ def voxel_svm(
 ) -> np.ndarray:
     """Decisions (N,) of the study's support vector machine (RBF) on standardised voxels.
 
-    Brain mask (mean FA above 0.02), scaling and regression come from the training folds alone.
-
-    Parameters
-    ----------
-    cohort : its voxels within the brain must fit into memory, several times over.
-    assignment : (N,) the fold in which each subject is tested; below 0, in none: NaN.
-    confounds : (N, K), regressed out inside the training folds.
+    Brain mask (mean FA above 0.02), scaling and regression come from the training folds alone. The
+    voxels within the brain must fit into memory, several times over.
     """
     decision = np.full(len(cohort), np.nan)
-    tested = [fold for fold in np.unique(assignment) if fold >= 0]
-    for fold in tqdm(tested, desc="voxel SVM", unit="fold"):
+    for fold in tqdm(np.unique(assignment), desc="voxel SVM", unit="fold"):
         train, test = (np.flatnonzero(rows) for rows in (assignment != fold, assignment == fold))
         brain = sum(cohort.volumes[row] / len(train) for row in train) > BRAIN_FA
         values = cohort.volumes

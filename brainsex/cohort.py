@@ -15,19 +15,14 @@ from brainsex import tables
 class Cohort:
     """A converted cohort. ``len()`` is its number of subjects."""
 
-    name: str
-    """The folder's name, with the word synthetic where the cohort is."""
+    name: str  # the folder's name, with the word synthetic where the cohort is
     synthetic: bool
-    volumes: np.ndarray
-    """(N, X, Y, Z) float32, FA (or T1) in [0, 1], RAS; memory-mapped, read-only."""
-    sex: np.ndarray
-    """(N,) int64, women 0, men 1."""
-    subjects: np.ndarray
-    """(N,) str."""
+    volumes: np.ndarray  # (N, X, Y, Z) float32, FA or T1 in [0, 1], RAS; memory-mapped, read-only
+    sex: np.ndarray  # (N,) int64, women 0, men 1
+    subjects: np.ndarray  # (N,) str
     groups: np.ndarray | None
     """(N,) str, families, who has none known being one alone; None where all are unknown."""
-    affine: np.ndarray | None
-    """(4, 4), voxel indices to mm; None where unknown."""
+    affine: np.ndarray | None  # (4, 4), voxel indices to mm; None where unknown
     table: pd.DataFrame
     """subjects.csv: brain volume in ml, intracranial volume in ml, age, … in the same order."""
     modality: str = "fa"
@@ -56,18 +51,12 @@ class Rows:
 def load(folder: str | Path, *, affine: np.ndarray | None = None) -> Cohort:
     """Open what `volumes.convert` wrote, or any folder with ``tensors.npy`` and ``labels.npy``.
 
-    Parameters
-    ----------
-    folder : holds ``tensors.npy`` (N, X, Y, Z), ``labels.npy`` (N,) and, where `convert` wrote
-        them, ``subjects.csv`` and ``grid.json``.
-    affine : (4, 4), used where there is no ``grid.json``.
+    The affine (4, 4) is used where there is no ``grid.json``.
 
     Raises
     ------
-    FileNotFoundError
-        The folder, or one of its two arrays, is not there.
-    ValueError
-        The files do not belong together, or the labels are no 0 and 1.
+    FileNotFoundError, ValueError
+        One of the two arrays is not there; the files do not belong together.
     """
     folder = Path(folder)
     volumes, sex = _array(folder / "tensors.npy"), _array(folder / "labels.npy")
@@ -97,19 +86,9 @@ def load(folder: str | Path, *, affine: np.ndarray | None = None) -> Cohort:
         if affine.shape != (4, 4):
             raise ValueError(f"expected an affine (4, 4), found {affine.shape}.")
     groups = table.set_index("Subject")["group"] if "group" in table else pd.Series(dtype=str)
-    name, synthetic = name_of(folder)
-    return Cohort(
-        name=name,
-        synthetic=synthetic,
-        volumes=volumes,
-        sex=sex,
-        subjects=table["Subject"].to_numpy(str),
-        groups=tables.filled(groups),
-        affine=affine,
-        table=table,
-        modality=grid.get("modality", "fa"),
-        normalised=grid.get("normalised", False),
-    )
+    subjects, groups = table["Subject"].to_numpy(str), tables.filled(groups)
+    made = {"modality": grid.get("modality", "fa"), "normalised": grid.get("normalised", False)}
+    return Cohort(*name_of(folder), volumes, sex, subjects, groups, affine, table, **made)
 
 
 def subset(cohort: Cohort, rows: np.ndarray) -> Cohort:
@@ -134,9 +113,9 @@ def name_of(folder: str | Path) -> tuple[str, bool]:
 def _array(path: Path) -> np.ndarray:
     """A NumPy file, memory-mapped read-only; nothing in it is executed."""
     if not path.is_file():
+        run = f"Run `python -m brainsex convert {path.parent}` (notebook 02)"
         raise FileNotFoundError(
-            f"{path} is not there. Run `python -m brainsex convert {path.parent}` "
-            "(notebook 02); DATA_ACCESS.md says how to get the data."
+            f"{path} is not there. {run}; DATA_ACCESS.md says how to get the data."
         )
     try:
         return np.lib.format.open_memmap(path, mode="r")

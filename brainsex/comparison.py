@@ -1,15 +1,18 @@
 """Every explanation of the same held-out subjects, each by the network that did not see it."""
 
+import re
+import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from torch import nn
 from tqdm.auto import tqdm
 
 from brainsex import (
     controls,
-    group_masks,
     masks,
     measures,
     networks,
@@ -18,20 +21,27 @@ from brainsex import (
     saliency,
     training,
 )
-from brainsex.cohort import Cohort, Rows
+from brainsex.cohort import Cohort
 
 OTHER = "other sex's mean"
-MASK, COUNTERFACTUAL = "mask (blur)", f"mask ({OTHER})"
-DIFFERENCE = "gradient × group difference"
-RANDOM = f"{DIFFERENCE}, random weights"
+MASK, FINAL, COUNTERFACTUAL = "mask (blur)", "mask (blur), last step", f"mask ({OTHER})"
+DIFFERENCE, INTEGRATED = "gradient × group difference", f"integrated gradients ({OTHER})"
+GRADIENT, SMOOTH = "gradient × input", "SmoothGrad"
+CAM, GUIDED, OCCLUSION = "Grad-CAM", "guided backpropagation", "occlusion (blur)"
+RANDOM = ", random weights"
+SINGLE = (COUNTERFACTUAL, DIFFERENCE, INTEGRATED, OCCLUSION, CAM, GUIDED, GRADIENT, SMOOTH)
+REFERRED = (DIFFERENCE, COUNTERFACTUAL)
+"""Methods that bring the groups' difference in: random weights say what the network adds."""
 
 
-def explain(
-    cohort: Cohort,
-    networks_folder: str | Path,
-    out: str | Path,
-    rows: Sequence[int],
+def single(
+    network: nn.Module,
+    volumes: np.ndarray,
+    name: str,
     *,
+    target: np.ndarray,
+    subjects: Sequence[str],
+    means: np.ndarray,
     sigma: float = 1.0,
     iterations: int = 60,
     samples: int = 10,
@@ -39,114 +49,118 @@ def explain(
     window: int = 16,
     stride: int = 14,
     seed: int = 0,
-) -> tuple[dict[str, np.ndarray], pd.DataFrame]:
-    """Single subjects' maps by every method, of the class predicted; all but masks smoothed alike.
+    progress: bool = True,
+) -> np.ndarray:
+    """Maps (n, X, Y, Z) of volumes by one method; all but masks, smooth by their price, smoothed.
 
     Parameters
     ----------
-    cohort, networks_folder, out, rows : as in `masks.explain`, whose masks are used where they are.
+    name : `MASK` or one of `SINGLE`. Masks are given by their persistence.
+    target : (n,) class explained.
+    subjects : (n,) names, which seed the draws.
+    means : (2, X, Y, Z) mean volumes of women and of men whom the network was trained on.
     sigma : of the Gaussian, voxels.
     iterations, samples, steps, window, stride, seed : of the masks and of `saliency`.
-
-    Returns
-    -------
-    maps : method -> (n, X, Y, Z), signed but for SmoothGrad, which has no input to give it a sign;
-        references and group differences are of the training folds, random weights are drawn
-        once a fold. table : of `masks.explain`.
     """
-    rows = np.asarray(rows)
-    options = {"seed": seed, "iterations": iterations}
-    table = masks.explain(cohort, networks_folder, out, rows=rows, **options)
-    paths = [Path(out) / f"{subject}.nii.gz" for subject in table["Subject"]]
-    found = {MASK: np.stack([nifti.load(path)[0] for path in paths])}
-    folds = masks.held_out(networks_folder, cohort.subjects)
-    for fold in table["fold"].unique():
-        here = (table["fold"] == fold).to_numpy()
-        network = networks.load(Path(networks_folder) / f"fold-{fold}.pt", cohort.volumes.shape[1:])
-        *_, (_, random) = controls.randomised(network, seed=100 * seed + fold)
-        names, target = cohort.subjects[rows[here]], table["target"][here].to_numpy()
-        volumes = np.array(cohort.volumes[rows[here]])
-        means = masks.training_means(cohort, folds, fold)
-        other, same = {"reference": means[1 - target]}, {"target": target}
-        difference = saliency.smoothed(means - means[::-1], sigma)[target]
-        given = network, volumes
-        methods = {
-            COUNTERFACTUAL: perturbation.optimise_masks(
-                *given, subjects=names, **same, **other, **options
-            ).masks,
-            DIFFERENCE: saliency.gradient(*given, times=difference, **same),
-            f"integrated gradients ({OTHER})": saliency.integrated_gradients(
-                *given, steps=steps, **same, **other
-            ),
-            "occlusion (blur)": saliency.occlusion(*given, window=window, stride=stride, **same),
-            "Grad-CAM": saliency.grad_cam(*given, **same),
-            "guided backpropagation": saliency.guided_backpropagation(*given, **same),
-            "gradient × input": saliency.gradient(*given, **same),
-            "SmoothGrad": saliency.smooth_grad(
-                *given, samples=samples, subjects=names, seed=seed, **same
-            ),
-            RANDOM: saliency.gradient(random, volumes, times=difference, **same),
-        }
-        for name, maps in methods.items():
-            found.setdefault(name, np.empty((len(rows), *volumes.shape[1:]), np.float32))
-            found[name][here] = maps
-    for name, maps in found.items():
-        if name not in (MASK, COUNTERFACTUAL):  # smooth already, by their price
-            found[name] = saliency.smoothed(maps, sigma)
-    found["SmoothGrad"] = np.abs(found["SmoothGrad"])
-    found["gradient × input, magnitude"] = np.abs(found["gradient × input"])
-    return found, table
+    given, same = (network, volumes), {"target": target, "progress": progress}
+    draws, other = {"subjects": subjects, "seed": seed}, {"reference": means[1 - target]}
+
+    def difference() -> np.ndarray:
+        times = saliency.smoothed(means - means[::-1], sigma)[target]
+        return saliency.gradient(*given, times=times, **same)
+
+    def mask(**reference) -> np.ndarray:
+        options = {"iterations": iterations, **draws, **same, **reference}
+        return perturbation.optimise_masks(*given, **options).persistence
+
+    methods = {
+        MASK: mask,
+        COUNTERFACTUAL: lambda: mask(**other),
+        DIFFERENCE: difference,
+        INTEGRATED: lambda: saliency.integrated_gradients(*given, steps=steps, **other, **same),
+        OCCLUSION: lambda: saliency.occlusion(*given, window=window, stride=stride, **same),
+        CAM: lambda: saliency.grad_cam(*given, **same),
+        GUIDED: lambda: saliency.guided_backpropagation(*given, **same),
+        GRADIENT: lambda: saliency.gradient(*given, **same),
+        SMOOTH: lambda: saliency.smooth_grad(*given, samples=samples, **draws, **same),
+    }
+    maps = methods[name]()
+    if name not in (MASK, COUNTERFACTUAL):
+        maps = saliency.smoothed(maps, sigma)
+    return np.abs(maps) if name == SMOOTH else maps  # which has no input to give it a sign
 
 
-def explain_groups(
+def explain(
     cohort: Cohort,
     networks_folder: str | Path,
-    folds: Sequence[int],
-    brain: np.ndarray,
+    masks_folder: str | Path,
+    out: str | Path,
+    rows: Sequence[int],
     *,
-    sigma: float = 1.0,
     iterations: int = 60,
-    permutations: int = 100,
-    tfce: bool = False,
-    workers: int = 1,
     seed: int = 0,
-) -> dict[str, np.ndarray]:
-    """Maps of men and women at once: group masks of the folds' networks, and the t test of all.
+    **options,
+) -> tuple[dict[str, np.ndarray], pd.DataFrame]:
+    """Single subjects' maps by every method, of the class that their own network predicts.
 
-    Each fold's mask is of its held-out subjects and their sexes; the mean over folds is given. The
-    t maps are of the training subjects of those folds, averaged likewise; the corrected p is of the
-    first fold's, brain volume out where it is known.
+    Parameters
+    ----------
+    cohort, networks_folder, masks_folder, rows : as in `masks.explain`, whose masks are used where
+        they are.
+    out : gets ``<method>/<ID>.nii.gz``. What is there of the same networks and settings is kept.
+    iterations, seed, options : as in `single`.
 
     Returns
     -------
-    Method -> (X, Y, Z): "group mask (blur)", "group mask (other sex's mean)", "t map" (magnitude),
-    "t map (brain volume out)" where it is known, "corrected p" (minus log10).
+    maps : method -> (n, X, Y, Z), also of random weights, drawn once a fold; references and group
+        differences are of the training folds. table : of `masks.explain`.
     """
-    assignment = masks.held_out(networks_folder, cohort.subjects)
-    found: dict[str, list] = {}
-    for fold in folds:
-        network = networks.load(Path(networks_folder) / f"fold-{fold}.pt", cohort.volumes.shape[1:])
-        test, train = (np.flatnonzero(at) for at in (assignment == fold, assignment != fold))
-        sex, volumes = cohort.sex[test], Rows(cohort.volumes, test)
-        means = masks.training_means(cohort, assignment, fold)
-        options = {"target": sex, "iterations": iterations, "seed": seed}
-        for name, reference in (("blur", None), (OTHER, means[1 - sex])):
-            one = group_masks.group_mask(network, volumes, reference=reference, **options)
-            found.setdefault(f"group mask ({name})", []).append(one)
-        seen = cohort.volumes[train], cohort.sex[train], brain
-        t = {"t map": None}
-        if (volume := cohort.table.get("brain_volume_ml")) is not None:
-            t["t map (brain volume out)"] = volume.to_numpy()[train]
-        for name, confound in t.items():
-            one = controls.t_map(*seen, sigma=sigma, confound=confound)
-            found.setdefault(name, []).append(np.abs(one))
-        if "corrected p" not in found:
-            options = {"permutations": permutations, "tfce": tfce, "workers": workers, "seed": seed}
-            p = controls.family_wise(
-                *seen, cohort.affine, sigma=sigma, confound=confound, **options
-            )
-            found["corrected p"] = [p]
-    return {name: np.mean(maps, axis=0) for name, maps in found.items()}
+    rows, out, masks_folder = np.asarray(rows), Path(out), Path(masks_folder)
+    options |= {"iterations": iterations, "seed": seed}
+    settings = {"iterations": iterations, "seed": seed}
+    table = masks.explain(cohort, networks_folder, masks_folder, rows=rows, **settings)
+    names = [*SINGLE, *(name + RANDOM for name in REFERRED)]
+    maps = {name: np.empty((len(rows), *cohort.volumes.shape[1:]), np.float32) for name in names}
+    folds = masks.held_out(networks_folder, cohort.subjects)
+    for fold in table["fold"].unique():
+        how = sys.modules[__name__], saliency, perturbation, sorted(options.items())
+        network, key = masks.load(networks_folder, fold, cohort, *how)
+        *_, (_, random) = controls.randomised(network, seed=100 * seed + fold)
+        here = np.flatnonzero(table["fold"] == fold)
+        means = masks.training_means(cohort, folds, fold)
+        for name in names:
+            explained = random if name.endswith(RANDOM) else network
+            compute = partial(_some, cohort, rows, table, here, explained, name, means, options)
+            paths = [_path(out / slug(name), subject) for subject in table["Subject"][here]]
+            maps[name][here] = masks.kept(paths, cohort.affine, key, compute)
+    for name, folder in ((MASK, masks_folder / "persistence"), (FINAL, masks_folder)):
+        paths = [_path(folder, subject) for subject in table["Subject"]]
+        maps[name] = np.stack([nifti.load(path)[0] for path in paths])
+    maps[f"{GRADIENT}, magnitude"] = np.abs(maps[GRADIENT])
+    return maps, table
+
+
+def _some(cohort, rows, table, here, network, name, means, options, places) -> np.ndarray:
+    """Maps of some of a fold's subjects, by their places in `here`."""
+    chosen = here[places]
+    return single(
+        network,
+        np.array(cohort.volumes[rows[chosen]]),
+        name.removesuffix(RANDOM),
+        target=table["target"].to_numpy()[chosen],
+        subjects=cohort.subjects[rows[chosen]],
+        means=means,
+        **options,
+    )
+
+
+def _path(folder: Path, name: str) -> Path:
+    return folder / f"{name}.nii.gz"
+
+
+def slug(name: str) -> str:
+    """A method's name as a folder's."""
+    return re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def judge(
@@ -181,73 +195,40 @@ def judge(
     return found
 
 
-def again(
-    cohort: Cohort,
-    networks_folder: str | Path,
-    rows: Sequence[int],
+def alike(
+    network: nn.Module,
+    others: Mapping[str, tuple[nn.Module, int]],
+    volumes: np.ndarray,
+    names: Sequence[str],
     brain: np.ndarray,
     *,
-    sigma: float = 1.0,
-    iterations: int = 60,
     seed: int = 0,
+    **options,
 ) -> pd.DataFrame:
-    """How like themselves single subjects' maps are with another seed, or by another network.
+    """How like a network's maps are those that others give of the same subjects and classes.
 
-    All explain the class that the subject's own network predicts.
+    Adebayo et al. 2018, arXiv 1810.03292, where the others have random weights, or learnt shuffled
+    labels: what explains the network must change. Where only a seed is another it must not.
 
-    The other network is the next fold's: it has seen the subject, which its own had not.
+    Parameters
+    ----------
+    others : what is other -> a network, and the seed of its explanation.
+    volumes : (n, X, Y, Z).
+    names : methods of `single`; of their maps the magnitude counts.
+    seed, options : of `single`, of the network's own maps; the class is the one it predicts.
 
     Returns
     -------
-    One row a subject, map and what is other: Subject, map, other, spearman, dice (of 2 %).
+    One row a method, other and subject: map, other, spearman, dice (of 2 % of the brain).
     """
-    folds = masks.held_out(networks_folder, cohort.subjects)
-    found = []
-    for row in rows:
-        volume, name = cohort.volumes[row : row + 1], cohort.subjects[row]
-        numbers = (folds[row], (folds[row] + 1) % (folds.max() + 1))
-        paths = [Path(networks_folder) / f"fold-{number}.pt" for number in numbers]
-        own, next_ = (networks.load(path, volume.shape[1:]) for path in paths)
-        quiet = {"target": training.predict(own, volume).argmax(1), "progress": False}
-
-        def mask(network, seed, volume=volume, name=name, quiet=quiet):
-            options = {"subjects": [name], "seed": seed, "iterations": iterations}
-            return perturbation.optimise_masks(network, volume, **quiet, **options).masks
-
-        first, second = (saliency.gradient(network, volume, **quiet) for network in (own, next_))
-        base = mask(own, seed)
-        for label, change, one, two in (
-            (MASK, "optimiser seed", base, mask(own, seed + 1)),
-            (MASK, "network", base, mask(next_, seed)),
-            ("gradient × input", "network", first, second),
-        ):
-            pair = (np.abs(saliency.smoothed(maps, sigma)[0]) for maps in (one, two))
-            similar = measures.similarity(*pair, brain)
-            found.append({"Subject": name, "map": label, "other": change, **similar})
-    return pd.DataFrame(found)
-
-
-def cascade(
-    network, volumes: np.ndarray, brain: np.ndarray, *, sigma: float = 1.0, seed: int = 0
-) -> pd.DataFrame:
-    """How like the network's maps of (n, X, Y, Z) are those with layers drawn anew, last to first.
-
-    Gives a row a layer and method: layer, map, and the means of spearman and dice."""
-    target = training.predict(network, volumes).argmax(1)
-
-    def maps(network) -> dict[str, np.ndarray]:
-        options = {"target": target, "progress": False}
-        found = {
-            "Grad-CAM": saliency.grad_cam(network, volumes, **options),
-            "guided backpropagation": saliency.guided_backpropagation(network, volumes, **options),
-            "gradient × input": saliency.gradient(network, volumes, **options),
-        }
-        return {name: np.abs(saliency.smoothed(one, sigma)) for name, one in found.items()}
-
-    learnt, rows = maps(network), []
-    for layer, changed in controls.randomised(network, seed=seed):
-        for name, drawn in maps(changed).items():
-            pairs = zip(learnt[name], drawn)
-            similar = pd.DataFrame(measures.similarity(*pair, brain) for pair in pairs)
-            rows.append({"layer": layer, "map": name, **similar.mean()})
+    options |= {"target": training.predict(network, volumes).argmax(1), "progress": False}
+    rows = []
+    for name in names:
+        own = single(network, volumes, name, seed=seed, **options)
+        for label, (other, draw) in others.items():
+            changed = single(other, volumes, name, seed=draw, **options)
+            rows += [
+                {"map": name, "other": label} | measures.similarity(np.abs(one), np.abs(two), brain)
+                for one, two in zip(own, changed)
+            ]
     return pd.DataFrame(rows)

@@ -15,24 +15,18 @@ from scipy.optimize import linear_sum_assignment
 def columns(table: pd.DataFrame, names: Sequence[str]) -> np.ndarray:
     """Columns of a table as numbers (N, K), one per column, or per category of a text column.
 
-    Text that is all numbers is numbers.
-
-    Raises
-    ------
-    ValueError
-        A column that is not there, has blanks, or is the same for everybody.
+    Text that is all numbers is numbers. No column may have blanks or be the same for everybody.
     """
     if unknown := [name for name in names if name not in table]:
         raise ValueError(f"no column {', '.join(unknown)}: there are {', '.join(table.columns)}.")
     chosen = table[list(names)].replace([np.inf, -np.inf], np.nan)
-    for name, values in chosen.items():
-        if values.isna().any() or values.nunique() < 2:
-            problem = f"is blank for {values.isna().sum()} of {len(values)} subjects"
-            if not values.isna().any():
-                problem = "is the same for everybody"
-            raise ValueError(f"confound {name} {problem}.")
     for name in chosen:
-        numbers = pd.to_numeric(chosen[name], errors="coerce")
+        values = chosen[name]
+        if blank := values.isna().sum():
+            raise ValueError(f"confound {name} is blank for {blank} of {len(values)} subjects.")
+        if values.nunique() < 2:
+            raise ValueError(f"confound {name} is the same for everybody.")
+        numbers = pd.to_numeric(values, errors="coerce")
         if numbers.notna().all():
             chosen[name] = numbers
     return pd.get_dummies(chosen, drop_first=True).to_numpy(float)
@@ -81,23 +75,13 @@ def matched(
     deviations in each confound, and among those the closest. Where a confound is measured with
     error, what it misses is left. Takes memory for all pairs.
 
-    Parameters
-    ----------
-    sex : (N,) 0 and 1.
-    confounds : (N, K), see `columns`.
-    caliper : in standard deviations of each confound over all subjects.
-    within : (N,) folds: pairs are of one fold, so that every fold is matched. Otherwise a test
-        subject's pair, of the other sex and the same size, may be in training, and a confound
-        that says nothing any more scores below chance.
+    `within` are folds (N,): pairs are of one fold, so that every fold is matched. Otherwise a test
+    subject's pair, of the other sex and the same size, may be in training, and a confound that says
+    nothing any more scores below chance.
 
     Returns
     -------
-    Rows, sorted; half of them men's.
-
-    Raises
-    ------
-    ValueError
-        No pair is that close.
+    Rows, sorted; half of them men's. No pair that close is a ValueError.
     """
     sex, confounds = np.asarray(sex), np.asarray(confounds, float).reshape(len(sex), -1)
     if not np.isfinite(confounds).all():

@@ -1,19 +1,17 @@
-"""What explanations are held to: random weights and regions, learning without one, a t test."""
+"""What explanations are held to: random weights, random regions, learning without a region."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
-import nibabel as nib
 import numpy as np
 import pandas as pd
 import torch
-from nilearn.maskers import NiftiMasker
-from nilearn.mass_univariate import permuted_ols
-from scipy.ndimage import gaussian_filter
-from scipy.stats import ttest_ind
+from joblib import Parallel, delayed
+from scipy.ndimage import distance_transform_edt, gaussian_filter
 from torch import nn
+from tqdm.auto import tqdm
 
-from brainsex import training
+from brainsex import evaluation, networks, training
 from brainsex.cohort import Cohort, Rows
 from brainsex.group_masks import group_mask
 from brainsex.measures import top
@@ -68,154 +66,129 @@ def trained(
     return network
 
 
+class Masked:
+    """Volumes (N, X, Y, Z) in which a region is the same in everybody, read when asked for."""
+
+    def __init__(self, volumes: np.ndarray, gone: np.ndarray, image: np.ndarray):
+        self.volumes, self.gone, self.image, self.shape = volumes, gone, image, volumes.shape
+
+    def __len__(self) -> int:
+        return len(self.volumes)
+
+    def __getitem__(self, rows) -> np.ndarray:
+        return np.where(self.gone, self.image, self.volumes[rows])
+
+
 def retrained(
     volumes: np.ndarray,
     sex: np.ndarray,
     held_out: np.ndarray,
-    region: np.ndarray,
+    gone: np.ndarray,
     make_network: Callable[[], nn.Module],
     *,
-    keep: bool = False,
     seed: int = 0,
     **settings,
-) -> float:
-    """Accuracy on held-out subjects of a network that learns without a region, or from it alone.
+) -> int:
+    """How many held-out subjects a network gets right that learns, and sees them, without a region.
 
-    Remove-and-retrain (Hooker et al. 2019, arXiv 1806.10758) with one region for everybody, and,
-    with `keep`, the study's experiment: a network that sees only what a mean mask leaves. Elsewhere
-    every volume is the training subjects' mean, in which nothing tells one from another.
+    Remove-and-retrain (Hooker et al. 2019, arXiv 1806.10758) with one region for everybody; of
+    the complement of a mask it is the study's experiment, a network that sees only what a mask
+    leaves. In the region every volume is the training subjects' mean, which tells nobody apart.
 
     Parameters
     ----------
     volumes : (N, X, Y, Z).
     sex : (N,).
     held_out : (N,) bool, on whom it is judged; the region comes from the others.
-    region : (X, Y, Z) bool, what is removed.
+    gone : (X, Y, Z) bool, what is removed.
     make_network : called under `torch.manual_seed`.
-    keep : remove all but the region instead.
     settings : of `training.fit`.
     """
     train, test = np.flatnonzero(~held_out), np.flatnonzero(held_out)
     mean = sum(np.asarray(volumes[row], np.float64) / len(train) for row in train)
-    gone = ~region if keep else region
-    masked = np.empty(volumes.shape, np.float32)
-    for row, volume in enumerate(volumes):
-        masked[row] = np.where(gone, mean, volume)
-    network = trained(masked[train], sex[train], make_network, seed=seed, **settings)
-    return float((training.predict(network, masked[test]).argmax(1) == sex[test]).mean())
+    masked = Masked(volumes, gone, mean.astype(np.float32))
+    network = trained(Rows(masked, train), sex[train], make_network, seed=seed, **settings)
+    return int((training.predict(network, Rows(masked, test)).argmax(1) == sex[test]).sum())
 
 
-def removal(
+def regions(
     cohort: Cohort,
     network: nn.Module,
     held_out: np.ndarray,
     brain: np.ndarray,
-    make_network: Callable[[], nn.Module],
     *,
+    planted: np.ndarray | None = None,
     share: float = 0.02,
+    randoms: int = 3,
     iterations: int = 60,
     seed: int = 0,
-    **settings,
-) -> pd.DataFrame:
-    """Accuracy with and without the network's group masks of men, of women and of both.
+) -> dict[str, np.ndarray]:
+    """Regions (X, Y, Z) bool of equal volume for `removal`: of masks, planted, and random.
 
-    Masks are of training subjects, networks are judged on held-out ones (N,) bool. A random region
-    of the same volume stands beside them.
-
-    Returns
-    -------
-    One row a region: region, only (networks that see nothing else), without; NaN, and said, where
-    a mask is positive, once smoothed, in fewer voxels than the share asks for.
+    Group masks are of the training subjects, those not in `held_out` (N,) bool: of men, of women
+    and of both. Beside them stand the planted regions, where known, filled up by what is next to
+    them, and random blobs. A mask that is positive, once smoothed, in fewer voxels than `share` of
+    the brain's is said and left out: the rest would be random.
     """
-    voxels, regions = round(share * np.count_nonzero(brain)), {}
+    voxels, found = round(share * np.count_nonzero(brain)), {}
     for name, sexes in (("men", (1,)), ("women", (0,)), ("both", (0, 1))):
         train = np.flatnonzero(~held_out & np.isin(cohort.sex, sexes))
         options = {"target": cohort.sex[train], "iterations": iterations, "seed": seed}
         mask = group_mask(network, Rows(cohort.volumes, train), **options)
         mask = smoothed(mask[None], 1.0)[0]
-        regions[f"group mask of {name}"] = top(mask, brain, voxels)
-        if (found := np.count_nonzero(mask[brain] > 0)) < voxels:  # the rest would be random
-            print(f"group mask of {name}: {found} voxels, not {voxels}: no network sees it")
-            regions[f"group mask of {name}"] = None
-    regions["random"] = random_region(brain, voxels, seed=seed)
-
-    def accuracy(region: np.ndarray | None, keep: bool) -> float:
-        if region is None:
-            return np.nan
-        given = cohort.volumes, cohort.sex, held_out, region, make_network
-        return retrained(*given, keep=keep, seed=seed, **settings)
-
-    return pd.DataFrame(
-        {"region": name, "only": accuracy(region, True), "without": accuracy(region, False)}
-        for name, region in regions.items()
-    )
-
-
-def t_map(
-    volumes: np.ndarray,
-    sex: np.ndarray,
-    brain: np.ndarray,
-    *,
-    sigma: float = 1.0,
-    confound: np.ndarray | None = None,
-) -> np.ndarray:
-    """Welch's t of men against women, voxel by voxel, of volumes (N, X, Y, Z) under a Gaussian.
-
-    With a confound (N,), such as brain volume, the t of sex in a linear model of both.
-
-    Returns
-    -------
-    (X, Y, Z) float32, positive where men's FA is higher; 0 outside the brain.
-    """
-    values = smoothed(np.asarray(volumes, np.float32), sigma)[:, brain]
-    found = np.zeros(brain.shape, np.float32)
-    if confound is None:
-        statistic = ttest_ind(values[sex == 1], values[sex == 0], equal_var=False).statistic
-    else:  # Frisch and Waugh: what is left of both once the confound is taken out
-        known = np.column_stack([np.ones(len(sex)), confound])
-        values, left = (y - known @ np.linalg.lstsq(known, y)[0] for y in (values, 1.0 * sex))
-        slope = left @ values / (left @ left)
-        error = ((values - np.outer(left, slope)) ** 2).sum(0) / (len(sex) - 3) / (left @ left)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            statistic = slope / np.sqrt(error)
-    found[brain] = np.nan_to_num(statistic, nan=0, posinf=0, neginf=0)
+        if (count := np.count_nonzero(mask[brain] > 0)) < voxels:
+            print(f"group mask of {name}: {count} voxels, not {voxels}: no network sees it")
+        else:
+            found[f"group mask of {name}"] = top(mask, brain, voxels)
+    if planted is not None:
+        near = -distance_transform_edt(~planted)
+        found["planted regions"] = top(near, brain, voxels)
+    for number in range(randoms):
+        found[f"random {number + 1}"] = random_region(brain, voxels, seed=seed + number)
     return found
 
 
-def family_wise(
-    volumes: np.ndarray,
-    sex: np.ndarray,
-    brain: np.ndarray,
-    affine: np.ndarray,
+def removal(
+    cohort: Cohort,
+    regions: Mapping[str, np.ndarray],
+    held_out: np.ndarray,
+    make_network: Callable[[], nn.Module],
     *,
-    sigma: float = 1.0,
-    confound: np.ndarray | None = None,
-    permutations: int = 100,
-    tfce: bool = False,
-    workers: int = 1,
     seed: int = 0,
-) -> np.ndarray:
-    """Minus log10 of the two-sided p of the same difference, corrected over the brain's voxels.
+    **settings,
+) -> pd.DataFrame:
+    """Accuracy on held-out subjects of networks that learn without each region, or from it alone.
 
-    By permutation of the largest statistic: t or, as in TBSS, the threshold-free enhanced (Smith
-    and Nichols 2009, NeuroImage 44:83). Subjects are taken for exchangeable: relatives are not.
+    On a CPU as many networks as there are cores are trained at once, each in a process of its own.
+
+    Parameters
+    ----------
+    regions : name -> (X, Y, Z) bool.
+    held_out, make_network, settings : as in `retrained`.
 
     Returns
     -------
-    (X, Y, Z) float32, at most log10(1 + permutations); 0 outside the brain.
+    One row a region and what is left, sees ("all but the region", "the region alone"): region, n,
+    accuracy, low, high (Wilson, 95 %: of subjects, for this one network).
     """
-    values = smoothed(np.asarray(volumes, np.float32), sigma)[:, brain]
-    masker = NiftiMasker(nib.Nifti1Image(brain.astype(np.uint8), affine)).fit()
-    result = permuted_ols(
-        np.asarray(sex, float)[:, None],
-        values,
-        None if confound is None else np.asarray(confound, float)[:, None],
-        n_perm=permutations,
-        masker=masker,
-        tfce=tfce,
-        n_jobs=workers,
-        random_state=seed,
+    jobs = [
+        (name, sees, gone)
+        for name, region in regions.items()
+        for sees, gone in (("all but the region", region), ("the region alone", ~region))
+    ]
+    right = Parallel(networks.workers(), return_as="generator")(
+        delayed(retrained)(
+            *(cohort.volumes, cohort.sex, held_out, gone, make_network),
+            seed=seed,
+            progress=False,
+            **settings,
+        )
+        for _, _, gone in jobs
     )
-    found = np.zeros(brain.shape, np.float32)
-    found[brain] = result["logp_max_tfce" if tfce else "logp_max_t"][0]
-    return found
+    n, rows = int(held_out.sum()), []
+    bar = tqdm(right, "networks trained anew", total=len(jobs), unit="network")
+    for (name, sees, _), count in zip(jobs, bar):
+        low, high = evaluation.wilson(count, n)
+        row = {"region": name, "sees": sees, "n": n, "accuracy": count / n}
+        rows.append({**row, "low": low, "high": high})
+    return pd.DataFrame(rows)

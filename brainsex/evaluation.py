@@ -14,20 +14,16 @@ from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from tqdm.auto import tqdm
 
+Z = norm.ppf(0.975)
+
 
 def folds(
     sex: np.ndarray, *, groups: np.ndarray | None = None, folds: int = 10, seed: int = 0
 ) -> np.ndarray:
     """The fold in which each subject is tested, 0 to `folds` - 1, (N,) int64.
 
-    Stratified by sex; where groups (families) are known, none of them spans two folds. One
-    assignment for every classifier: it depends on the arguments alone.
-
-    Raises
-    ------
-    ValueError
-        Fewer subjects of one sex, or fewer groups, than folds; or families so large that a fold
-        is left without one sex.
+    Stratified by sex; where groups (families) are known, none of them spans two folds. A ValueError
+    where there are too few for that.
     """
     sex = np.asarray(sex)
     unit, fewest = "subjects of either sex", min(np.bincount(sex, minlength=2))
@@ -45,36 +41,24 @@ def folds(
     return assignment
 
 
-def wilson(correct: int, n: int, *, level: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a proportion: for a single split, leave-one-out, or pooled folds.
+def wilson(correct: int, n: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a proportion: for a single split, leave-one-out, or pooled folds.
 
     Wilson 1927, J. Am. Stat. Assoc. 22:209.
     """
     if not 0 <= correct <= n or n < 1:
         raise ValueError(f"expected 0 <= correct <= n and n > 0, got {correct} of {n}.")
-    z = norm.ppf(0.5 + level / 2)
-    centre = (correct + z**2 / 2) / (n + z**2)
-    half = z / (n + z**2) * math.sqrt(correct * (n - correct) / n + z**2 / 4)
+    centre = (correct + Z**2 / 2) / (n + Z**2)
+    half = Z / (n + Z**2) * math.sqrt(correct * (n - correct) / n + Z**2 / 4)
     share = correct / n  # rounding must not put it, or 0 and 1, outside
     return float(np.clip(centre - half, 0, share)), float(np.clip(centre + half, share, 1))
 
 
-def corrected_t(
-    scores: np.ndarray, *, folds: int, level: float = 0.95
-) -> tuple[float, float, float]:
-    """Mean of the scores of k folds, once or repeated, and its corrected resampled-t interval.
+def corrected_t(scores: np.ndarray, *, folds: int) -> tuple[float, float, float]:
+    """Mean of k folds' scores (J,), repeated or not, and limits of its 95 % resampled-t interval.
 
-    Folds share training subjects, so their scores' variance is inflated by n_test / n_train.
-    Nadeau and Bengio 2003, Machine Learning 52:239.
-
-    Parameters
-    ----------
-    scores : (J,), one a fold and repetition.
-    folds : k, so that n_test / n_train is 1 / (k - 1).
-
-    Returns
-    -------
-    mean, lower and upper limit.
+    Folds share training subjects, so their scores' variance is inflated by n_test / n_train, which
+    is 1 / (k - 1): Nadeau and Bengio 2003, Machine Learning 52:239.
     """
     scores = np.asarray(scores, float)
     if len(scores) < 2 or folds < 2:
@@ -82,48 +66,41 @@ def corrected_t(
             f"expected at least two scores and at least two folds, got {len(scores)} and {folds}."
         )
     error = math.sqrt((1 / len(scores) + 1 / (folds - 1)) * scores.var(ddof=1))
-    half = float(t.ppf(0.5 + level / 2, len(scores) - 1)) * error
+    half = float(t.ppf(0.975, len(scores) - 1)) * error
     mean = float(scores.mean())
     return mean, mean - half, mean + half
 
 
 def score(sex: np.ndarray, decision: np.ndarray, assignment: np.ndarray) -> dict:
-    """Accuracy, balanced accuracy and area under the ROC curve, with an interval of the accuracy.
+    """Accuracy, balanced accuracy and area under the ROC curve, with 95 % intervals.
 
     Parameters
     ----------
-    sex : (N,) 0 and 1.
     decision : (N,), or (R, N) of R repetitions; above 0 for man. Not finite: not tested.
     assignment : the same shape: the fold in which each subject was tested.
 
     Returns
     -------
     accuracy, balanced_accuracy, auc (means over folds; where a fold is one subject, or there is
-    one fold, of all subjects together), low and high (95 % limits of the accuracy), interval (its
-    name), auc_low and auc_high (of the AUC, in the same way, or after Hanley and McNeil 1982,
-    Radiology 143:29) and n (subjects tested).
+    one fold, of all subjects together), low and high (of the accuracy), interval (its name),
+    auc_low and auc_high (in the same way, or after Hanley and McNeil 1982, Radiology 143:29) and n
+    (subjects tested).
     """
     sex, decision = np.asarray(sex), np.atleast_2d(decision)
-    parts, count = _tested(sex, np.isfinite(decision), assignment)
+    parts, count, pooled = _tested(sex, np.isfinite(decision), assignment)
     tested = [(sex[at], decision[r, at]) for r, at in parts]
-    pooled = len(parts) == 1 or max(len(rows) for _, rows in parts) == 1
     if pooled:
         tested = [tuple(map(np.concatenate, zip(*tested)))]
-    rows = [
-        (
-            np.mean((values > 0) == labels),
-            balanced_accuracy_score(labels, values > 0),
-            roc_auc_score(labels, values) if len(set(labels)) == 2 else np.nan,
-        )
-        for labels, values in tested
-    ]
-    accuracy, balanced, auc = np.transpose(rows)
-    n = int(np.isfinite(decision).any(0).sum())
+    accuracy = np.array([np.mean((values > 0) == labels) for labels, values in tested])
+    balanced = [balanced_accuracy_score(labels, values > 0) for labels, values in tested]
+    auc = [roc_auc_score(*each) if len(set(each[0])) == 2 else np.nan for each in tested]
+    anybody = np.isfinite(decision).any(0)
+    n = int(anybody.sum())
     if pooled:
         mean = float(accuracy[0])
         low, high = wilson(round(mean * n), n)
-        area, half = auc[0], _hanley(auc[0], sex[np.isfinite(decision).any(0)])
-        auc_low, auc_high = area - half, area + half
+        half = _hanley(auc[0], sex[anybody])
+        auc_low, auc_high = auc[0] - half, auc[0] + half
     else:
         mean, low, high = corrected_t(accuracy, folds=count)
         _, auc_low, auc_high = corrected_t(auc, folds=count)
@@ -132,7 +109,7 @@ def score(sex: np.ndarray, decision: np.ndarray, assignment: np.ndarray) -> dict
         "low": max(low, 0.0),
         "high": min(high, 1.0),
         "interval": "Wilson" if pooled else "corrected resampled t",
-        "balanced_accuracy": float(balanced.mean()),
+        "balanced_accuracy": float(np.mean(balanced)),
         "auc": float(np.mean(auc)),
         "auc_low": max(float(auc_low), 0.0),
         "auc_high": min(float(auc_high), 1.0),
@@ -145,19 +122,15 @@ def _hanley(auc: float, sex: np.ndarray) -> float:
     women, men = np.bincount(sex, minlength=2)
     above, below = auc / (2 - auc), 2 * auc**2 / (1 + auc)
     variance = auc * (1 - auc) + (men - 1) * (above - auc**2) + (women - 1) * (below - auc**2)
-    return float(norm.ppf(0.975) * math.sqrt(variance / (women * men)))
+    return float(Z * math.sqrt(variance / (women * men)))
 
 
-def _tested(
-    sex: np.ndarray, tested: np.ndarray, assignment: np.ndarray
-) -> tuple[list[tuple[int, np.ndarray]], int]:
-    """Repetition and rows of every fold that was tested; and how many folds there are."""
+def _tested(sex, tested, assignment):
+    """Repetition and rows of every fold tested; how many folds there are; whether to pool them."""
     assignment = np.atleast_2d(assignment)
     if not tested.shape == assignment.shape == (len(assignment), len(sex)):
-        raise ValueError(
-            f"expected decisions and folds of one shape, of {len(sex)} subjects, found "
-            f"{tested.shape} and {assignment.shape}."
-        )
+        found = f"of {len(sex)} subjects, found {tested.shape} and {assignment.shape}"
+        raise ValueError(f"expected decisions and folds of one shape, {found}.")
     parts = [
         (r, np.flatnonzero((folds == fold) & tested[r]))
         for r, folds in enumerate(assignment)
@@ -165,7 +138,8 @@ def _tested(
     ]
     if not parts:
         raise ValueError("expected decisions, found none that is finite.")
-    return parts, len(np.unique(assignment[0][assignment[0] >= 0]))
+    pooled = len(parts) == 1 or max(len(rows) for _, rows in parts) == 1
+    return parts, len(np.unique(assignment[0][assignment[0] >= 0])), pooled
 
 
 def paired(
@@ -173,14 +147,9 @@ def paired(
 ) -> dict[str, float]:
     """Accuracy of the first classifier less that of the second, over the same folds.
 
-    Over folds, the corrected resampled t test (Nadeau and Bengio 2003); where a fold is one
-    subject or there is one fold, McNemar's exact test with the interval of Agresti and Min 2005,
-    Stat. Med. 24:729.
-
-    Parameters
-    ----------
-    sex, assignment : as in `score`.
-    first, second : decisions, as in `score`.
+    The corrected resampled t test (Nadeau and Bengio 2003); where a fold is one subject or there
+    is one fold, McNemar's exact test with the interval of Agresti and Min 2005, Stat. Med. 24:729.
+    Parameters as in `score`.
 
     Returns
     -------
@@ -188,26 +157,22 @@ def paired(
     """
     sex = np.asarray(sex)
     first, second = np.atleast_2d(first), np.atleast_2d(second)
-    parts, count = _tested(sex, np.isfinite(first) & np.isfinite(second), assignment)
+    parts, count, pooled = _tested(sex, np.isfinite(first) & np.isfinite(second), assignment)
     right = [(decision > 0) == sex for decision in (first, second)]
     gains = [right[0][r, at].astype(int) - right[1][r, at] for r, at in parts]
-    if len(parts) == 1 or max(map(len, gains)) == 1:
+    if pooled:
         gain = np.concatenate(gains)
         better, worse, n = int((gain > 0).sum()), int((gain < 0).sum()), len(gain) + 2
         p = binomtest(better, better + worse).pvalue if better + worse else 1.0
         middle = (better - worse) / n
-        half = norm.ppf(0.975) / n * math.sqrt(better + worse + 1 - (better - worse) ** 2 / n)
-        return {
-            "difference": float(gain.mean()),
-            "low": float(max(middle - half, -1)),
-            "high": float(min(middle + half, 1)),
-            "p": float(p),
-        }
-    scores = [gain.mean() for gain in gains]
-    mean, low, high = corrected_t(scores, folds=count)
-    error = (high - mean) / t.ppf(0.975, len(scores) - 1)
-    p = 2 * t.sf(abs(mean) / error, len(scores) - 1) if error else float(mean == 0)
-    return {"difference": mean, "low": low, "high": high, "p": float(p)}
+        half = Z / n * math.sqrt(better + worse + 1 - (better - worse) ** 2 / n)
+        mean, low, high = float(gain.mean()), max(middle - half, -1), min(middle + half, 1)
+    else:
+        scores = [gain.mean() for gain in gains]
+        mean, low, high = corrected_t(scores, folds=count)
+        error = (high - mean) / t.ppf(0.975, len(scores) - 1)
+        p = 2 * t.sf(abs(mean) / error, len(scores) - 1) if error else mean == 0
+    return {"difference": mean, "low": float(low), "high": float(high), "p": float(p)}
 
 
 def shuffled(
@@ -234,20 +199,9 @@ def shuffled(
 
 
 def permutation_test(
-    statistic: Callable[[np.ndarray], float],
-    sex: np.ndarray,
-    *,
-    groups: np.ndarray | None = None,
-    permutations: int = 100,
-    seed: int = 0,
+    statistic: Callable, sex: np.ndarray, *, groups=None, permutations: int = 100, seed: int = 0
 ) -> tuple[float, np.ndarray, float]:
-    """Whether a score is higher than the same procedure reaches on shuffled labels.
-
-    Parameters
-    ----------
-    statistic : the whole procedure: takes labels (N,), returns its score.
-    sex : (N,) 0 and 1.
-    groups : (N,), families: see `shuffled`.
+    """Whether a whole procedure's score, of labels (N,), is higher than on `shuffled` labels.
 
     Returns
     -------

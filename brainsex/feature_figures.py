@@ -3,44 +3,20 @@
 import numpy as np
 from matplotlib import pyplot as plt
 from nibabel.affines import apply_affine
-from scipy.ndimage import center_of_mass
 
-from brainsex.figures import (
-    ACCENT,
-    DARK,
-    PALE,
-    PALETTE,
-    STYLE,
-    _box,
-    _frame,
-    _slice,
-    finish,
-    grid,
-    letters,
-    opened,
-)
+from brainsex import figures
+from brainsex.figures import DARK, PALE, PALETTE, STYLE, finish, opened, plane
 
 LINES = (("#000000", "-"), ("#CC79A7", "--"))  # two forms, told apart by colour and by dash
 
 
 @plt.rc_context(STYLE)
 def form_curves(histories, *, title, cohort):
-    """Loss and accuracy over epochs, a column a form of the network.
-
-    Parameters
-    ----------
-    histories : dict
-        Form -> DataFrame as `figures.curves` takes it.
-    """
+    """Loss and accuracy over epochs, a column a form: form -> history as of `figures.curves`."""
     size = (2.3 * len(histories) + 1.2, 4.2)
     figure, axes = opened(2, len(histories), figsize=size, sharex=True, sharey="row", squeeze=False)
     for column, (form, history) in zip(axes.T, histories.items()):
-        for ax, measure, chance in zip(column, ("loss", "accuracy"), (np.log(2), 0.5)):
-            for part, colour in (("train", PALE), ("validation", ACCENT)):
-                table = history.pivot(index="epoch", columns="fold", values=f"{part}_{measure}")
-                ax.plot(table, color=colour, linewidth=0.7, alpha=0.5)
-                ax.plot(table.mean(axis=1), color=colour, linewidth=2.2, label=part)
-            ax.axhline(chance, color=DARK, linewidth=0.9, linestyle=":", label="chance")
+        figures.draw_curves(column, history)
         column[0].set_title(form)
         column[1].set_xlabel("epoch")
     axes[0, 0].set(ylabel="loss of slabs\n(cross-entropy, nats)", ylim=(0, None))
@@ -55,32 +31,25 @@ def form_curves(histories, *, title, cohort):
 def slab_positions(background, affine, accuracy, *, title, cohort):
     """Accuracy of each slab along Y under the anatomy it lies in, slabs of one depth a column.
 
-    Parameters
-    ----------
-    background : (X, Y, Z) array
-        Mean FA.
-    accuracy : dict
-        Column's label -> form -> DataFrame of mm (middle of the slab), accuracy, low, high.
+    The background (X, Y, Z) is the mean FA; `accuracy` are a column's label -> form -> table of
+    `slabs.positions`.
     """
-    figure, axes = opened(
-        2, len(accuracy), figsize=(5 * len(accuracy), 7), sharex=True, squeeze=False,
-        height_ratios=(1.8, 1),
-    )  # fmt: skip
-    at = apply_affine(affine, center_of_mass(background))
+    shares = {"sharex": True, "squeeze": False, "height_ratios": (1.8, 1)}
+    figure, axes = opened(2, len(accuracy), figsize=(5 * len(accuracy), 7), **shares)
+    at = figures.centre(background, affine)
     for (above, below), (label, forms) in zip(axes.T, accuracy.items()):
-        _slice(above, background, affine, 0, at, cmap="gray", vmin=0)
+        plane(above, background, affine, 0, at, cmap="gray", vmin=0)
         middles = next(iter(forms.values()))["mm"].to_numpy()
         half = np.diff(middles).mean() / 2 if len(middles) > 1 else 1
         for edge in (*(middles - half), middles[-1] + half):
             above.axvline(edge, color=PALE, linewidth=0.5)
         place = f"sagittal, x = {at[0]:.0f} mm".replace("-", "−")
         above.set(title=f"{label}\n{place}", ylabel="z (mm)")
-        letters(above, "AS", "white")
+        figures.letters(above, "AS", "white")
         for (form, table), (colour, dash) in zip(forms.items(), LINES):
             below.fill_between(table["mm"], table["low"], table["high"], color=colour, alpha=0.12)
-            below.plot(
-                *(table["mm"], table["accuracy"], dash), color=colour, marker=".", label=form
-            )
+            look = {"color": colour, "marker": ".", "label": form}
+            below.plot(table["mm"], table["accuracy"], dash, **look)
         below.axhline(0.5, color=DARK, linewidth=0.9, linestyle=":", label="chance")
         below.set(xlabel="y (mm), posterior to anterior", ylim=(0.3, 1.02))
     axes[1, 0].set_ylabel("accuracy (share of subjects)")
@@ -93,13 +62,9 @@ def slab_positions(background, affine, accuracy, *, title, cohort):
 def feature_bars(tables, *, title, cohort):
     """Women's and men's mean of every feature map, a panel a measure, marked where they differ.
 
-    Parameters
-    ----------
-    tables : dict
-        Axis label with its unit -> table of `features.compare`.
+    `tables` are axis label with its unit -> table of `features.compare`.
     """
-    widest = max(map(len, tables.values()))
-    size = (max(7.5, 0.36 * widest + 1), 2.7 * len(tables))
+    size = (max(7.5, 0.36 * max(map(len, tables.values())) + 1), 2.7 * len(tables))
     figure, axes = opened(len(tables), 1, figsize=size, squeeze=False)
     for ax, (label, table) in zip(axes[:, 0], tables.items()):
         for shift, name in ((-0.2, "women"), (0.2, "men")):
@@ -131,10 +96,7 @@ def feature_bars(tables, *, title, cohort):
 def effect_sizes(tables, *, title, cohort):
     """Cohen's d of every feature map with its interval, a column a measure, a row a condition.
 
-    Parameters
-    ----------
-    tables : dict
-        Measure -> condition -> table of `features.compare`.
+    `tables` are measure -> condition -> table of `features.compare`.
     """
     rows = list(next(iter(tables.values())))
     size = (8.4, 1.2 + 0.85 * len(rows))
@@ -145,11 +107,9 @@ def effect_sizes(tables, *, title, cohort):
             places = row + np.linspace(-0.32, 0.32, len(table))
             sign = np.where(table["t"] > 0, PALETTE["men"], PALETTE["women"])
             sure = (table["holm"] < 0.05).to_numpy()
-            halves = (table["d_high"] - table["d"]).to_numpy()
-            ax.hlines(places, table["d"] - halves, table["d"] + halves, color=PALE, linewidth=0.9)
-            ax.scatter(
-                table["d"], places, s=16, facecolor=np.where(sure, sign, "w"), edgecolor=sign
-            )
+            ax.hlines(places, table["d_low"], table["d_high"], color=PALE, linewidth=0.9)
+            face = np.where(sure, sign, "w")
+            ax.scatter(table["d"], places, s=16, facecolor=face, edgecolor=sign)
         ax.axvline(0, color=DARK, linewidth=0.9, linestyle=":")
         ax.set(title=f"{measure} of the map", xlabel="Cohen's d (men − women)")
     axes[0, 0].set_yticks(range(len(rows)), rows)
@@ -167,18 +127,17 @@ def kernels(weights, *, title, cohort):
     count, limit = len(weights), np.abs(weights).max() or 1
     columns = min(count, 16)
     blocks = -(-count // columns)
-    figure, axes = opened(
-        *(3 * blocks, columns), figsize=(0.55 * columns + 1.6, 1.85 * blocks + 0.9), squeeze=False
-    )
+    size = (0.55 * columns + 1.6, 1.85 * blocks + 0.9)
+    figure, axes = opened(3 * blocks, columns, figsize=size, squeeze=False)
     for place in range(blocks * columns):
         block, column = divmod(place, columns)
         for row in range(3):
             ax = axes[3 * block + row, column]
             ax.set(xticks=[], yticks=[], frame_on=False)
             if place < count:
-                plane = weights[place, :, :, 2 - row].T
+                layer = weights[place, :, :, 2 - row].T
                 look = {"cmap": "PuOr", "vmin": -limit, "vmax": limit, "origin": "lower"}
-                picture = ax.imshow(plane, **look)
+                picture = ax.imshow(layer, **look)
                 if row == 0:
                     ax.set_title(place, fontsize=8)
             if column == 0:
@@ -193,18 +152,13 @@ def kernels(weights, *, title, cohort):
 def feature_maps(background, affine, maps, map_affine, chosen, *, title, cohort):
     """Women's and men's mean feature maps, and their difference over the mean FA.
 
-    Parameters
-    ----------
-    background : (X, Y, Z) array
-        Mean FA.
-    maps : (2, maps, X', Y', Z') array
-        Women's and men's mean maps, of `features.mean_maps`, on the grid of `map_affine`.
-    chosen : their numbers, which label the rows.
+    The background (X, Y, Z) is the mean FA; `maps` are of `features.mean_maps`, on the grid of
+    `map_affine`; `chosen` are their numbers, which label the rows.
     """
-    low, high = _box(background, affine)
-    at = apply_affine(affine, center_of_mass(background))
+    low, high = figures.box(background, affine)
+    at = figures.centre(background, affine)
     widths, height = (high - low)[[0, 0, 0, 1, 0]], max((high - low)[1:])
-    figure, axes = grid([height] * len(chosen), widths, 9 / sum(widths))
+    figure, axes = figures.grid([height] * len(chosen), widths, 9 / sum(widths))
     grey = {"cmap": "gray", "vmin": 0, "vmax": 1.4 * background.max()}
     shown = ("women", 2), ("men", 2), *(("men − women", axis) for axis in (2, 0, 1))
     for row, number, (women, men) in zip(axes, chosen, maps.swapaxes(0, 1)):
@@ -214,20 +168,18 @@ def feature_maps(background, affine, maps, map_affine, chosen, *, title, cohort)
         for ax, (what, axis), width in zip(row, shown, widths):
             if what in PALETTE:
                 look = {"cmap": "cividis", "vmin": 0, "vmax": top}
-                mean = _slice(ax, women if what == "women" else men, map_affine, axis, at, **look)
+                mean = plane(ax, women if what == "women" else men, map_affine, axis, at, **look)
             else:
-                _slice(ax, background, affine, axis, at, **grey)
+                plane(ax, background, affine, axis, at, **grey)
                 index = round(apply_affine(np.linalg.inv(map_affine), at)[axis])
                 look = {"cmap": "PuOr", "vmin": -limit, "vmax": limit}
                 look["alpha"] = np.take(faint, index, axis).T
-                apart = _slice(ax, change, map_affine, axis, at, **look)
-            _frame(ax, axis, at, (low + high) / 2, (width, height))
+                apart = plane(ax, change, map_affine, axis, at, **look)
+            figures.frame(ax, axis, at, (low + high) / 2, (width, height))
             if row[0] is axes[0, 0]:
                 ax.set_title(what)
         row[0].set_ylabel(f"map {number}")
         figure.colorbar(mean, ax=row[:2], label="activation", shrink=0.8, pad=0.02)
         figure.colorbar(apart, ax=row[2:], label="men − women", shrink=0.8, pad=0.02)
-    foot = (
-        f"{cohort} · activation after ReLU, in the network's units; differences: faint where small"
-    )
-    return finish(figure, title, foot)
+    foot = "activation after ReLU, in the network's units; differences: faint where small"
+    return finish(figure, title, f"{cohort} · {foot}")

@@ -5,9 +5,9 @@ bin b, of 256 equal bins from the lowest to the highest value which that map tak
 
     entropy = - sum_b h(b) log h(b), in nats.
 
-The range is one a feature map, the same for everybody: a subject's own would take away how far its
-values spread, and a batch's would make it depend on the company. All voxels count, as in the
-study, those outside the brain too: so both numbers know how much of the volume a head fills.
+The range of a feature map is the same for everybody: a subject's own would take away how far its
+values spread. All voxels count, as in the study, those outside the brain too: so both numbers know
+how much of the volume a head fills.
 """
 
 import copy
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
-from joblib import Parallel, delayed
+from nibabel.affines import from_matvec
 from scipy import stats
 from torch import Tensor
 
@@ -31,36 +31,19 @@ PLANES = 4  # of the convolution's output at once, an even number: pooling pairs
 
 @dataclass(frozen=True)
 class Features:
-    """Of N subjects and the C feature maps of the first hidden layer, after pooling."""
+    """Of N subjects and the C feature maps of the first hidden layer, pooled: (N, C) float64."""
 
-    mean: np.ndarray
-    """(N, C) float64, over the map's voxels."""
-    entropy: np.ndarray
-    """(N, C) float64, nats; 0 where a map is constant in a subject."""
-    low: np.ndarray
-    """(C,) float64, the lowest value of each map in any subject: where its histogram begins."""
-    high: np.ndarray
-    """(C,) float64, the highest: where it ends."""
+    mean: np.ndarray  # over the map's voxels
+    entropy: np.ndarray  # nats; 0 where a map is constant in a subject
 
 
-def summarise(network: MriNet3d, volumes: np.ndarray, *, batch_size: int | None = None) -> Features:
+def summarise(network: MriNet3d, volumes: np.ndarray) -> Features:
     """Mean and entropy of every feature map, in two streamed passes: no map is kept.
 
-    The layer runs in float64: in float32, rounding moves voxels from one bin into the next, which
-    was seen to change an entropy by 2e-4 nats.
-
-    Parameters
-    ----------
-    network : its first hidden layer is run in evaluation mode; it is left as it is.
-    volumes : (N, X, Y, Z) finite; may be memory-mapped, is read twice.
-    batch_size : subjects at once; on a CPU one a core by default. It changes no result.
-
-    Raises
-    ------
-    ValueError
-        No 3D network, no volumes, or volumes that are not of its shape or not finite.
+    The layer runs in float64, in evaluation mode, and is left as it is: in float32, rounding moves
+    voxels from one bin into the next, which was seen to change an entropy by 2e-4 nats. Volumes
+    (N, X, Y, Z), perhaps memory-mapped, are finite and of its shape, or it is a ValueError.
     """
-
     _check(network, volumes)
     channels = network.hidden1[0].out_channels
     mean, entropy = np.empty((2, len(volumes), channels))
@@ -70,7 +53,7 @@ def summarise(network: MriNet3d, volumes: np.ndarray, *, batch_size: int | None 
         maps = maps.flatten(2)
         return torch.stack([maps.amin(2), maps.amax(2), maps.mean(2)])
 
-    for rows, (lowest, highest, average) in _each(network, volumes, extent, batch_size):
+    for rows, (lowest, highest, average) in _each(network, volumes, extent):
         mean[rows] = average
         low, high = np.minimum(low, lowest.min(0)), np.maximum(high, highest.max(0))
     if bad := np.flatnonzero(~np.isfinite(mean).all(1)).tolist():
@@ -88,9 +71,9 @@ def summarise(network: MriNet3d, volumes: np.ndarray, *, batch_size: int | None 
         shares = counts.view(count, channels, BINS).double() / voxels
         return torch.special.entr(shares).sum(2)
 
-    for rows, found in _each(network, volumes, disorder, batch_size):
+    for rows, found in _each(network, volumes, disorder):
         entropy[rows] = found
-    return Features(mean, entropy, low, high)
+    return Features(mean, entropy)
 
 
 def mean_maps(
@@ -98,7 +81,7 @@ def mean_maps(
 ) -> np.ndarray:
     """Mean over women and over men of some feature maps, (2, maps, X', Y', Z') float64.
 
-    They lie on the pooled grid, of which `map_affine` has the place. Raises as `summarise`.
+    They lie on the grid of `map_affine`. Raises as `summarise`.
     """
     _check(network, volumes)
     sex = _sexes(sex)
@@ -107,28 +90,21 @@ def mean_maps(
         chosen = values[:, list(maps)]
         return torch.stack([chosen[sex[rows] == label].sum(0) for label in (0, 1)])
 
-    sums = sum(found for _, found in _each(network, volumes, total, None))
+    sums = sum(found for _, found in _each(network, volumes, total))
     return sums / np.bincount(sex).reshape(2, 1, 1, 1, 1)
 
 
 def map_affine(affine: np.ndarray) -> np.ndarray:
-    """The (4, 4) affine, to mm, of the first layer's feature maps after pooling.
+    """The (4, 4) affine, to mm, of the first layer's feature maps after pooling; it must be known.
 
     A voxel i of theirs is the maximum of the convolutions centred on voxels 2 i + 1 and 2 i + 2.
-
-    Raises
-    ------
-    ValueError
-        The affine is unknown.
     """
     if affine is None:
         raise ValueError("expected an affine (4, 4), found none: cohort.load(folder, affine=…).")
-    pooled = np.diag([2.0, 2, 2, 1])
-    pooled[:3, 3] = 1.5
-    return affine @ pooled
+    return affine @ from_matvec(2 * np.eye(3), [1.5] * 3)
 
 
-def _check(network: MriNet3d, volumes: np.ndarray) -> None:
+def _check(network, volumes) -> None:
     if not isinstance(network, MriNet3d):
         raise ValueError(f"expected a MriNet3d, found a {type(network).__name__}.")
     if len(volumes) == 0 or tuple(volumes.shape[1:]) != network.shape:
@@ -136,16 +112,10 @@ def _check(network: MriNet3d, volumes: np.ndarray) -> None:
         raise ValueError(f"expected volumes (N, {expected}), found {tuple(volumes.shape)}.")
 
 
-def _each(
-    network: MriNet3d,
-    volumes: np.ndarray,
-    measure: Callable[[Tensor, np.ndarray], Tensor],
-    batch_size: int | None,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _each(network, volumes, measure: Callable) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Rows of each batch and `measure` of its maps (n, C, X', Y', Z') and rows, in their order."""
     device = networks.device()
     layer = networks.folded(copy.deepcopy(network).double()).hidden1.to(device)
-    size = batch_size or (32 if device.type == "cuda" else 1)
 
     def some(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         batch = networks.batch(volumes, rows, device).double()
@@ -153,20 +123,11 @@ def _each(
         maps = torch.cat([layer(batch[:, :, start : start + PLANES + 2]) for start in starts], 2)
         return rows, measure(maps, rows).cpu().numpy()
 
-    with networks.one_thread_each(device) as workers:
-        yield from Parallel(workers, require="sharedmem", return_as="generator")(
-            delayed(some)(rows)
-            for rows in np.array_split(np.arange(len(volumes)), -(-len(volumes) // size))
-        )
+    return networks.in_batches(some, len(volumes), device)
 
 
 def compare(values: np.ndarray, sex: np.ndarray) -> pd.DataFrame:
-    """Test every feature map between women and men.
-
-    Parameters
-    ----------
-    values : (N, C) finite: means or entropies, as they are or `confounds.Residuals`.
-    sex : (N,) 0 or 1, at least two of each.
+    """Test every feature map between women and men, two of each at least, by finite values (N, C).
 
     Returns
     -------
@@ -175,21 +136,15 @@ def compare(values: np.ndarray, sex: np.ndarray) -> pd.DataFrame:
     large-sample 95 % interval of Hedges and Olkin 1985); t, p (Welch); u, p_u (Mann-Whitney); holm,
     fdr, holm_u, fdr_u (p corrected over the maps, after Holm and after Benjamini and Hochberg).
     A map that varies within neither sex has ``tested`` False and no t, u, p or d (NaN).
-
-    Raises
-    ------
-    ValueError
-        One sex only, or values that are not finite or not (N, C).
     """
     values, sex = _checked(values, sex)
-    groups = [values[sex == label] for label in (LABELS["F"], LABELS["M"])]
-    women, men = groups
+    groups = women, men = [values[sex == label] for label in (LABELS["F"], LABELS["M"])]
     counts = np.array([len(women), len(men)])
     means = [group.mean(0) for group in groups]
     spread = np.array([group.std(0, ddof=1) for group in groups])
     halves = [stats.t.ppf(1 - LEVEL / 2, n - 1) * sd / np.sqrt(n) for n, sd in zip(counts, spread)]
-    columns = ("women", "men", "women_half", "men_half")
-    table = pd.DataFrame(dict(zip(columns, (*means, *halves)))).rename_axis("map")
+    names = ("women", "men", "women_half", "men_half")
+    table = pd.DataFrame(dict(zip(names, (*means, *halves)))).rename_axis("map")
     pooled = np.sqrt((counts - 1) @ spread**2 / (counts.sum() - 2))
     tested = pooled > 1e-9 * np.abs(values).max(0)  # rounding is no variation
     table["tested"] = tested
@@ -212,32 +167,26 @@ def compare(values: np.ndarray, sex: np.ndarray) -> pd.DataFrame:
 def counts(table: pd.DataFrame) -> dict[str, int]:
     """How many maps of `compare` differ at p < .05 by Welch's t: as published, and corrected."""
     differ = table["p"] < LEVEL
-    return {
-        "maps": len(table),
-        "not defined": int((~table["tested"]).sum()),
-        "p < .05": int(differ.sum()),
-        "men higher": int((differ & (table["t"] > 0)).sum()),
-        "women higher": int((differ & (table["t"] < 0)).sum()),
-        "Mann-Whitney p < .05": int((table["p_u"] < LEVEL).sum()),
-        "Holm": int((table["holm"] < LEVEL).sum()),
-        "FDR": int((table["fdr"] < LEVEL).sum()),
+    found = {
+        "not defined": ~table["tested"],
+        "p < .05": differ,
+        "men higher": differ & (table["t"] > 0),
+        "women higher": differ & (table["t"] < 0),
+        "Mann-Whitney p < .05": table["p_u"] < LEVEL,
+        "Holm": table["holm"] < LEVEL,
+        "FDR": table["fdr"] < LEVEL,
     }
+    return {"maps": len(table)} | {name: int(which.sum()) for name, which in found.items()}
 
 
 def shuffled(
-    values: np.ndarray,
-    sex: np.ndarray,
-    *,
-    groups: np.ndarray | None = None,
-    shuffles: int = 1000,
-    seed: int = 0,
+    values: np.ndarray, sex: np.ndarray, *, groups=None, shuffles: int = 1000, seed: int = 0
 ) -> np.ndarray:
     """Share of the maps with p < .05 (Welch), uncorrected, for each of some shuffles of the sexes.
 
-    Families, where known, change places as a whole: `evaluation.shuffled`. The subjects must be
-    new to the network, which otherwise knows their sex. Maps are correlated, so the share scatters
-    by more than a binomial law allows: take intervals over the shuffles. Maps that are constant are
-    left out. Raises as `compare`, and ValueError where all are.
+    `groups` as of `evaluation.shuffled`. The subjects must be new to the network, which otherwise
+    knows their sex. Maps are correlated, so the share scatters by more than a binomial law allows:
+    take intervals over the shuffles. Constant maps are left out; all of them raise a ValueError.
     """
     values, sex = _checked(values, sex)
     values = values[:, compare(values, sex)["tested"]]
@@ -262,11 +211,10 @@ def _holm(p: np.ndarray) -> np.ndarray:
 
 def _checked(values: np.ndarray, sex: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     values, sex = np.asarray(values, float), _sexes(sex)
-    if values.ndim != 2 or len(values) != len(sex) or not np.isfinite(values).all():
-        raise ValueError(
-            f"expected finite values ({len(sex)}, maps), found {values.shape}, "
-            f"{(~np.isfinite(values)).sum()} of them not finite."
-        )
+    bad = (~np.isfinite(values)).sum()
+    if values.ndim != 2 or len(values) != len(sex) or bad:
+        found = f"{values.shape}, {bad} of them not finite"
+        raise ValueError(f"expected finite values ({len(sex)}, maps), found {found}.")
     return values, sex
 
 
@@ -274,8 +222,7 @@ def _sexes(sex: np.ndarray) -> np.ndarray:
     sex = np.asarray(sex)
     women, men = ((sex == LABELS[letter]).sum() for letter in "FM")
     if min(women, men) < 2 or women + men != len(sex):
-        raise ValueError(
-            "expected labels 0 (women) and 1 (men), at least two of each: found "
-            f"{women} women and {men} men among {len(sex)}."
-        )
+        both = "labels 0 (women) and 1 (men), at least two of each"
+        found = f"{women} women and {men} men among {len(sex)}"
+        raise ValueError(f"expected {both}: found {found}.")
     return sex.astype(np.int64)

@@ -19,36 +19,23 @@ PALETTE = {"women": "#D55E00", "men": "#0072B2"}
 
 ACCENT, OUTLINE, PALE, DARK = "#009E73", "#56B4E9", "#999999", "#222222"
 ENDS = "LRPAIS"  # the low and the high end of X, Y, Z
+COLUMNS = 7  # of a mosaic
 GLOW = plt.get_cmap("inferno")(np.linspace(0.35, 0.97, 256))
 GLOW[:, 3] = np.clip(np.linspace(0, 4, 256), 0, 1)  # what is faint shows the brain beneath
-STYLE = {
-    "font.family": "sans-serif",
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "text.color": DARK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-}
+STYLE = {"font.size": 9, "axes.titlesize": 9, "text.color": DARK, "legend.frameon": False}
+STYLE |= {"font.family": "sans-serif", "axes.spines.top": False, "axes.spines.right": False}
 """Matplotlib settings of every figure, for ``plt.rc_context``."""
 
 
 @plt.rc_context(STYLE)
-def slices(panels, *, title, cohort, at=None, values="FA"):
-    """Sagittal, coronal and axial slices through one point, a row a volume, all to one scale.
+def slices(panels, *, title, cohort, values="FA"):
+    """Slices through the first volume's centre of mass, a row a volume, all to one scale.
 
-    Parameters
-    ----------
-    panels : dict
-        Label -> (volume (X, Y, Z) in [0, 1], affine); the grids may differ.
-    at : (x, y, z), optional
-        Point in mm; the first volume's centre of mass by default.
-    values : str
-        What they are, beside the colour bar: of `brainsex.MODALITIES`.
+    `panels` are label -> (volume (X, Y, Z) in [0, 1], affine); the grids may differ. `values` says
+    what they are, beside the colour bar: of `brainsex.MODALITIES`.
     """
-    volume, affine = next(iter(panels.values()))
-    at = apply_affine(affine, center_of_mass(volume)) if at is None else at
-    boxes = np.array([_box(*panel) for panel in panels.values()])
+    at = centre(*next(iter(panels.values())))
+    boxes = np.array([box(*panel) for panel in panels.values()])
     low, high = boxes[:, 0].min(0), boxes[:, 1].max(0)
     widths, height = (high - low)[[1, 0, 0]], max((high - low)[1:])
     figure, axes = grid([height] * len(panels), widths, 7 / sum(widths))
@@ -57,49 +44,40 @@ def slices(panels, *, title, cohort, at=None, values="FA"):
         sizes = " × ".join(f"{size:.4g}" for size in voxel_sizes(affine))
         row[0].set_ylabel(f"{label}\n{shape} voxels\n{sizes} mm")
         for axis, ax in enumerate(row):
-            picture = _slice(ax, volume, affine, axis, at, cmap="gray", vmin=0, vmax=1)
-            _frame(ax, axis, at, (low + high) / 2, (widths[axis], height))
+            picture = plane(ax, volume, affine, axis, at, cmap="gray", vmin=0, vmax=1)
+            frame(ax, axis, at, (low + high) / 2, (widths[axis], height))
     figure.colorbar(picture, ax=axes, label=values, shrink=0.6, aspect=30, pad=0.02)
     return finish(figure, title, cohort)
 
 
 @plt.rc_context(STYLE)
-def overlay(background, saliency, affine, *, title, cohort, outlines=None, vmax=None, n_slices=7):
+def overlay(background, saliency, affine, *, title, cohort, outlines=None, vmax=None):
     """Mosaics of a mean mask over the mean FA, cut where the mask and the outlined regions lie.
 
-    Parameters
-    ----------
-    background, saliency : (X, Y, Z) arrays
-        Mean FA; mean mask in [0, 1], 1 where all the evidence was removed.
-    outlines : (X, Y, Z) bool or int array, optional
-        Planted regions: each value but 0 is drawn as a contour.
-    vmax : float, optional
-        Saliency at the top of the colour bar; its largest value by default.
+    Background, `saliency` (in [0, 1], 1 where all the evidence was removed) and `outlines` (bool or
+    int, each value but 0 drawn as a contour) are (X, Y, Z); `vmax` is the top of the colour bar.
     """
     outlines = np.zeros(background.shape, int) if outlines is None else np.asarray(outlines, int)
     if not background.shape == saliency.shape == outlines.shape:
         found = f"{background.shape}, {saliency.shape}, {outlines.shape}"
         raise ValueError(f"background, saliency and outlines must be on one grid; found {found}")
     weight = saliency / (saliency.sum() or 1) + (outlines != 0) / ((outlines != 0).sum() or 1)
-    low, high = _box(background, affine)
+    low, high = box(background, affine)
     heights, width = (high - low)[[1, 2, 2]], max((high - low)[:2])
-    figure, axes = grid(heights, [width] * n_slices, 11 / width / n_slices)
-    grey = {
-        "cmap": "gray",
-        "vmin": 0,
-        "vmax": 1.4 * np.percentile(background[background > 0], 99.5),
-    }
+    figure, axes = grid(heights, [width] * COLUMNS, 11 / width / COLUMNS)
+    brightest = 1.4 * np.percentile(background[background > 0], 99.5)
+    grey = {"cmap": "gray", "vmin": 0, "vmax": brightest}
     glow = {"cmap": ListedColormap(GLOW), "vmin": 0, "vmax": vmax or saliency.max() or 1}
     for row, axis, height in zip(axes, (2, 1, 0), heights):
-        for ax, index in zip(row, _telling(weight if weight.any() else background, axis, n_slices)):
+        for ax, index in zip(row, _telling(weight if weight.any() else background, axis, COLUMNS)):
             at = apply_affine(affine, [index] * 3)
-            _slice(ax, background, affine, axis, at, **grey)
-            picture = _slice(ax, saliency, affine, axis, at, interpolation="bilinear", **glow)
+            plane(ax, background, affine, axis, at, **grey)
+            picture = plane(ax, saliency, affine, axis, at, interpolation="bilinear", **glow)
             cut, extent = np.take(outlines, index, axis).T, picture.get_extent()
             for region in np.setdiff1d(cut, 0):
                 look = {"origin": "lower", "colors": OUTLINE, "linewidths": 0.9}
                 ax.contour(cut == region, [0.5], extent=extent, **look)
-            _frame(ax, axis, at, (low + high) / 2, (width, height))
+            frame(ax, axis, at, (low + high) / 2, (width, height))
     label = "saliency (share of evidence removed)"
     bar = figure.colorbar(picture, ax=axes, label=label, shrink=0.6, aspect=30, pad=0.01)
     bar.ax.set_facecolor("#444444")
@@ -111,18 +89,10 @@ def overlay(background, saliency, affine, *, title, cohort, outlines=None, vmax=
 def curves(history, *, title, cohort):
     """Loss and accuracy over epochs, each fold thin and their mean bold.
 
-    Parameters
-    ----------
-    history : DataFrame
-        Columns fold, epoch, train_loss, validation_loss, train_accuracy, validation_accuracy.
+    `history`: fold, epoch, train_loss, validation_loss, train_accuracy, validation_accuracy.
     """
     figure, axes = opened(1, 2, figsize=(8.4, 3.4))
-    for ax, measure, chance in zip(axes, ("loss", "accuracy"), (np.log(2), 0.5)):
-        for part, colour in (("train", PALE), ("validation", ACCENT)):
-            table = history.pivot(index="epoch", columns="fold", values=f"{part}_{measure}")
-            ax.plot(table, color=colour, linewidth=0.7, alpha=0.5)
-            ax.plot(table.mean(axis=1), color=colour, linewidth=2.2, label=part)
-        ax.axhline(chance, color=DARK, linewidth=0.9, linestyle=":", label="chance")
+    draw_curves(axes, history)
     axes[0].set(xlabel="epoch", ylabel="loss (cross-entropy, nats)", ylim=(0, None))
     axes[1].set(xlabel="epoch", ylabel="accuracy (share of subjects)", ylim=(None, 1.01))
     axes[0].legend()
@@ -130,18 +100,22 @@ def curves(history, *, title, cohort):
     return finish(figure, title, f"{cohort} · thin: each of {folds} folds, bold: their mean")
 
 
+def draw_curves(axes, history):
+    """Loss on the first of two axes, accuracy on the second; `history` as in `curves`."""
+    for ax, measure, chance in zip(axes, ("loss", "accuracy"), (np.log(2), 0.5)):
+        for part, colour in (("train", PALE), ("validation", ACCENT)):
+            table = history.pivot(index="epoch", columns="fold", values=f"{part}_{measure}")
+            ax.plot(table, color=colour, linewidth=0.7, alpha=0.5)
+            ax.plot(table.mean(axis=1), color=colour, linewidth=2.2, label=part)
+        ax.axhline(chance, color=DARK, linewidth=0.9, linestyle=":", label="chance")
+
+
 @plt.rc_context(STYLE)
 def fold_accuracies(table, intervals, *, title, cohort, published=None):
     """Accuracy of every fold, the mean and its interval, beside published values.
 
-    Parameters
-    ----------
-    table : DataFrame
-        Columns model, fold, accuracy (share of subjects).
-    intervals : dict
-        Model -> (mean, low, high, name of the interval).
-    published : dict, optional
-        Model -> (mean, standard deviation).
+    The table has model, fold and accuracy (share of subjects), `intervals` are model -> (mean, low,
+    high, name of the interval), `published` model -> (mean, standard deviation).
     """
     figure, ax = opened(1, 1, figsize=(8.4, 1.2 + 0.7 * len(intervals)))
     for row, (model, (mean, low, high, name)) in enumerate(intervals.items()):
@@ -161,7 +135,12 @@ def fold_accuracies(table, intervals, *, title, cohort, published=None):
     return finish(figure, title, foot + grey)
 
 
-def _box(volume, affine):
+def centre(volume, affine):
+    """The centre of mass in mm."""
+    return apply_affine(affine, center_of_mass(volume))
+
+
+def box(volume, affine):
     """Lowest and highest corner in mm of what stands out from zero, with a margin."""
     if (axes := "".join(aff2axcodes(affine))) != "RAS":
         raise ValueError(f"expected a volume in RAS, found {axes}: read it by volumes.load")
@@ -177,7 +156,7 @@ def grid(heights, widths, inches):
     return opened(len(heights), len(widths), squeeze=False, **ratios)
 
 
-def _slice(ax, volume, affine, axis, at, **look):
+def plane(ax, volume, affine, axis, at, **look):
     """Draw the plane across `axis` through `at`, all in mm."""
     index = round(apply_affine(np.linalg.inv(affine), at)[axis])
     if not 0 <= index < volume.shape[axis]:
@@ -187,7 +166,7 @@ def _slice(ax, volume, affine, axis, at, **look):
     return ax.imshow(np.take(volume, index, axis).T, origin="lower", extent=extent, **look)
 
 
-def _frame(ax, axis, at, centre, size):
+def frame(ax, axis, at, centre, size):
     """Show `size` mm around `centre` on black, with orientation letters and the plane's place."""
     across, up = (other for other in range(3) if other != axis)
     for middle, length, limit in zip(centre[[across, up]], size, (ax.set_xlim, ax.set_ylim)):

@@ -24,7 +24,10 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from brainsex import networks, perturbation
-from brainsex.perturbation import SHIFT, matching
+from brainsex.perturbation import SHIFT, matching, tensor
+
+AREA = 30.0
+"""Weight of the mask's mean: what differs in groups is more than what one subject needs."""
 
 
 def group_mask(
@@ -36,26 +39,20 @@ def group_mask(
     seed: int = 0,
     iterations: int = 60,
     batch_size: int = 4,
-    lr: float = 0.3,
-    area: float = 30.0,
-    smoothness: float = 3.0,
-    floor: float = 0.02,
-    sigma: float = 5.0,
     progress: bool = True,
 ) -> np.ndarray:
     """Learn the one mask under which a set of subjects loses most of the network's evidence.
 
     Parameters
     ----------
-    volumes : (N, X, Y, Z) finite floats, FA in [0, 1].
+    volumes : (N, X, Y, Z) finite floats, FA in [0, 1]; may be memory-mapped.
     seed : of the batches and the random shifts.
     batch_size : subjects a step; every one has its turn before any has another.
-    network, target, reference, iterations, lr, area, smoothness, floor, sigma : as in
-        `perturbation.optimise_masks`.
+    network, target, reference, iterations : as in `perturbation.optimise_masks`.
 
     Returns
     -------
-    (X, Y, Z) float32 in [0, 1].
+    (X, Y, Z) float32 in [0, 1], the mask's persistence: it ranks voxels better than the mask.
 
     Raises
     ------
@@ -67,27 +64,24 @@ def group_mask(
         raise ValueError(f"expected volumes (N, X, Y, Z), found {volumes.shape}.")
     if reference is not None:
         reference = matching(reference, volumes, "a reference")
-    for row, volume in enumerate(volumes):
-        if not np.isfinite(volume).all():
-            raise ValueError(f"expected finite volumes, volume {row} holds NaN or infinity.")
     device = networks.device()
+    for row in range(len(volumes)):
+        tensor(volumes, [row], device)  # refuses what is not finite, before anything is computed
     logits = networks.evaluate(copy.deepcopy(network).to(device), volumes, torch.float32)
     target = perturbation.targets(target, volumes)
     chosen = logits.argmax(1) if target is None else torch.tensor(target, dtype=torch.long)
-    lowest, scale = perturbation.goal(perturbation.of_target(logits, chosen), floor)
+    lowest, scale = perturbation.goal(perturbation.of_target(logits, chosen))
     fast = networks.folded(network).to(
         device, networks.precision(device), memory_format=torch.channels_last_3d
     )
     rng = np.random.default_rng(seed)
     turns = iterations * batch_size
-    order = np.concatenate(
-        [rng.permutation(len(volumes)) for _ in range(-(-turns // len(volumes)))]
-    )
-    batches = order[:turns].reshape(iterations, batch_size)
+    order = [rng.permutation(len(volumes)) for _ in range(-(-turns // len(volumes)))]
+    batches = np.concatenate(order)[:turns].reshape(iterations, batch_size)
 
     def evidence(coarse: Tensor, _, rows: np.ndarray) -> Tensor:
-        batch = torch.from_numpy(np.array(volumes[rows], np.float32))[:, None].to(device)
-        removed = perturbation.replacement(reference, rows, batch, sigma) - batch
+        batch = tensor(volumes, rows, device)
+        removed = perturbation.replacement(reference, rows, batch) - batch
         moves = rng.integers(-SHIFT, SHIFT + 1, (len(rows), 3)).tolist()
         left = perturbation.seen(fast, batch, coarse, removed, chosen[rows].to(device), moves)
         above = F.relu(left - lowest[rows].to(device)) / scale[rows].to(device)
@@ -95,4 +89,5 @@ def group_mask(
 
     like = torch.empty((1, 1, *volumes.shape[1:]), device=device)
     bar = tqdm(batches, "group mask", unit="step", disable=not progress)
-    return perturbation.descend(evidence, like, bar, lr, area, smoothness)[0, 0].cpu().numpy()
+    _, persistence = perturbation.descend(evidence, like, bar, AREA)
+    return persistence[0, 0].cpu().numpy()

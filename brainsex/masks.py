@@ -1,18 +1,22 @@
-"""Perturbation masks of a cohort's held-out subjects, saved one by one as NIfTI."""
+"""Maps of a cohort's held-out subjects, each by the network that did not see it, saved as NIfTI."""
 
 import gzip
 import hashlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pandas as pd
+from torch import nn
 from tqdm.auto import tqdm
 
-from brainsex import networks, perturbation, replacing
+from brainsex import networks, nifti, perturbation, replacing
 from brainsex.cohort import Cohort
+
+CHUNK = 64
+"""Subjects whose maps are computed and saved at a time: what a killed run may lose."""
 
 
 def held_out(networks_folder: str | Path, subjects: Sequence[str]) -> np.ndarray:
@@ -70,10 +74,11 @@ def explain(
     ----------
     cohort : with an affine.
     networks_folder : ``fold-K.pt`` and ``folds.csv``, as `training.cross_validate` leaves them.
-    out : gets ``<ID>.nii.gz``, the masks in the cohort's space, and ``masks.csv``. What is there
-        of the same networks and settings is kept: an interrupted run goes on.
+    out : gets ``<ID>.nii.gz``, the masks in the cohort's space, ``persistence/<ID>.nii.gz`` and
+        ``masks.csv``. What is there of the same networks and settings is kept: an interrupted run
+        goes on.
     rows : which subjects, by their place in the cohort; all by default.
-    settings : of `perturbation.optimise_masks`; none that is one a volume.
+    settings : numbers, of `perturbation.optimise_masks`.
 
     Returns
     -------
@@ -94,31 +99,24 @@ def explain(
     folds = held_out(networks_folder, subjects)
     record = out / "masks.csv"
     done = pd.read_csv(record, dtype={"Subject": str}) if record.is_file() else pd.DataFrame()
-    fixed = {  # what repr would cut short, in full
-        name: hashlib.sha256(value.tobytes()).hexdigest()
-        if isinstance(value, np.ndarray)
-        else value
-        for name, value in settings.items()
-    }
-    how = [inspect.getsource(perturbation), *sorted(fixed.items())]
-    how = repr((*how, networks.precision(networks.device())))
     with tqdm(total=len(rows), desc="masks", unit="subject") as bar:
         for fold in np.unique(folds):
-            weights = networks_folder / f"fold-{fold}.pt"
-            network = networks.load(weights, cohort.volumes.shape[1:])
-            key = hashlib.sha256(weights.read_bytes() + how.encode()).hexdigest()[:16]
+            network, key = load(
+                networks_folder, fold, cohort, perturbation, sorted(settings.items())
+            )
             same = done[done["key"] == key]["Subject"] if len(done) else []
-            same = [subject for subject in same if (out / f"{subject}.nii.gz").is_file()]
+            same = [name for name in same if all(path.is_file() for path in _paths(out, name))]
             here = rows[(folds == fold) & ~np.isin(subjects, same)]
             bar.update((folds == fold).sum() - len(here))
-            for start in range(0, len(here), 64):
-                some = here[start : start + 64]
+            for start in range(0, len(here), CHUNK):
+                some = here[start : start + CHUNK]
                 names = cohort.subjects[some]
                 found = perturbation.optimise_masks(
                     network, cohort.volumes[some], subjects=names, progress=False, **settings
                 )
-                for name, mask in zip(names, found.masks):
-                    _write(out / f"{name}.nii.gz", mask, cohort.affine)
+                for name, *maps in zip(names, found.masks, found.persistence):
+                    for path, one in zip(_paths(out, name), maps):
+                        write(path, one, cohort.affine, key)
                 more = found.history.assign(Subject=names, sex=cohort.sex[some], fold=fold, key=key)
                 done = pd.concat([done, more]).drop_duplicates("Subject", keep="last")
                 with replacing(record) as partial:
@@ -128,7 +126,53 @@ def explain(
     return done.set_index("Subject").loc[subjects, columns].reset_index()
 
 
-def _write(path: Path, mask: np.ndarray, affine: np.ndarray) -> None:
-    """A mask as NIfTI: the same bytes whenever it is written."""
+def _paths(out: Path, subject: str) -> tuple[Path, Path]:
+    """Where a subject's mask lies, and its persistence."""
+    return out / f"{subject}.nii.gz", out / "persistence" / f"{subject}.nii.gz"
+
+
+def load(networks_folder: str | Path, fold: int, cohort: Cohort, *how) -> tuple[nn.Module, str]:
+    """A fold's network, and a key of its weights and of how it is explained.
+
+    `how` are modules, whose source counts, and settings, by what they print.
+    """
+    weights = Path(networks_folder) / f"fold-{fold}.pt"
+    network = networks.load(weights, cohort.volumes.shape[1:])
+    parts = [inspect.getsource(one) if inspect.ismodule(one) else one for one in how]
+    how = repr((*parts, networks.precision(networks.device())))
+    return network, hashlib.sha256(weights.read_bytes() + how.encode()).hexdigest()[:16]
+
+
+def write(path: Path, image: np.ndarray, affine: np.ndarray, key: str) -> None:
+    """A map as NIfTI, its key in the header (descrip): the same bytes whenever it is written."""
+    image = nib.Nifti1Image(image, affine)
+    image.header["descrip"] = key
     with replacing(path) as partial:
-        partial.write_bytes(gzip.compress(nib.Nifti1Image(mask, affine).to_bytes(), mtime=0))
+        partial.write_bytes(gzip.compress(image.to_bytes(), 1, mtime=0))
+
+
+def kept(
+    paths: Sequence[Path],
+    affine: np.ndarray,
+    key: str,
+    compute: Callable[[np.ndarray], np.ndarray],
+) -> np.ndarray:
+    """Maps (n, X, Y, Z) from NIfTI files; what is not there under its key is computed and written.
+
+    `compute` takes the places (m,) in `paths` of what is missing, a few at a time, and gives
+    their maps (m, X, Y, Z).
+    """
+    missing = [place for place, path in enumerate(paths) if _key(path) != key]
+    for start in range(0, len(missing), CHUNK):
+        some = np.array(missing[start : start + CHUNK])
+        for place, one in zip(some, compute(some)):
+            write(paths[place], one, affine, key)
+    return np.stack([nifti.load(path)[0] for path in paths])
+
+
+def _key(path: Path) -> str | None:
+    """The key of a map that is there and whole."""
+    try:
+        return nib.load(path).header["descrip"].item().decode()
+    except (FileNotFoundError, nib.filebasedimages.ImageFileError):
+        return None

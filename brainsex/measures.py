@@ -11,14 +11,12 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 import torch
-from joblib import Parallel, delayed
-from scipy.stats import rankdata
+from scipy import stats
 from sklearn.metrics import average_precision_score
 from torch import nn
-from tqdm.auto import tqdm
 
 from brainsex import networks
-from brainsex.perturbation import blurred, matching
+from brainsex.perturbation import matching, replacement, targets, tensor
 
 FRACTIONS = (0, 0.001, 0.0025, 0.005, 0.01, 0.02)
 """Shares of the brain at which deletion and insertion are measured: masks take about 1 %."""
@@ -37,7 +35,7 @@ def localisation(maps: np.ndarray, truth: np.ndarray, brain: np.ndarray) -> pd.D
     One row a map: average_precision, over the brain's voxels ranked by the map; base_rate, what a
     map that knows nothing has; pointing, whether the largest value is planted, or the share
     of the largest that is (Zhang et al. 2018, arXiv 1608.00507); mass_inside, the share of what is
-    positive that is planted (NaN of an empty map).
+    positive that is planted (0 of an empty map: it finds nothing).
 
     Raises
     ------
@@ -62,7 +60,7 @@ def localisation(maps: np.ndarray, truth: np.ndarray, brain: np.ndarray) -> pd.D
                 "average_precision": average_precision_score(inside, values),
                 "base_rate": inside.mean(),
                 "pointing": inside[values == values.max()].mean(),
-                "mass_inside": positive[inside].sum(dtype=float) / total if total else np.nan,
+                "mass_inside": positive[inside].sum(dtype=float) / total if total else 0.0,
             }
         )
     return pd.DataFrame(rows)
@@ -98,7 +96,6 @@ def faithfulness(
     target: int | np.ndarray,
     fractions: Sequence[float] = FRACTIONS,
     reference: np.ndarray | None = None,
-    sigma: float = 5.0,
     progress: bool = True,
 ) -> dict[str, np.ndarray]:
     """Deletion and insertion: the target's probability as a map's first voxels go, or come back.
@@ -112,7 +109,7 @@ def faithfulness(
     volumes, maps : (N, X, Y, Z).
     target : class whose probability is followed, for all or (N,).
     fractions : shares of the brain's voxels, increasing.
-    reference : as in `perturbation.optimise_masks`; by default the blur of `sigma` voxels.
+    reference : as in `perturbation.optimise_masks`; by default the blur of 5 voxels.
 
     Returns
     -------
@@ -122,8 +119,8 @@ def faithfulness(
     Raises
     ------
     ValueError
-        Other shapes, fractions that do not increase from 0 to 1 at most, or a map, volume or
-        reference that is not finite.
+        Other shapes, a target that is no class, fractions that do not increase from 0 to 1 at
+        most, or a map, volume or reference that is not finite.
     """
     steps = np.asarray(fractions, float)
     if len(steps) < 2 or not (np.diff(steps) > 0).all() or steps[0] < 0 or steps[-1] > 1:
@@ -135,36 +132,29 @@ def faithfulness(
         )
     if reference is not None:
         reference = matching(reference, volumes, "a reference")
-    targets = np.broadcast_to(target, len(volumes))
+    target = targets(target, volumes)
     counts = np.rint(steps * np.count_nonzero(brain)).astype(int)
     device = networks.device()
-    plain = copy.deepcopy(network).eval().requires_grad_(False).to(device)
+    plain = networks.place(copy.deepcopy(network).eval().requires_grad_(False), device)
 
     @torch.no_grad()
-    def one(row: int) -> np.ndarray:
-        volume = torch.from_numpy(np.array(volumes[row], np.float32))[None, None].to(device)
-        if not volume.isfinite().all():
-            raise ValueError(f"volume {row} holds NaN or infinity, not finite FA.")
-        if reference is None:
-            other = blurred(volume, sigma)
-        else:
-            other = torch.from_numpy(np.array(reference[row], np.float32))[None, None].to(device)
-        order = torch.from_numpy(_order(maps[row], brain)).to(device)
+    def one(rows: np.ndarray) -> np.ndarray:
+        volume = tensor(volumes, rows, device)
+        other = replacement(reference, rows, volume)
+        order = torch.from_numpy(_order(maps[rows[0]], brain)).to(device)
         curves = []
         for start, end in ((volume, other), (other, volume)):
-            for count in counts:
-                seen = start.clone()
-                seen.view(-1)[order[:count]] = end.reshape(-1)[order[:count]]
-                logits = networks.by_subject(plain(seen))
-                curves.append(logits.softmax(1)[0, int(targets[row])].item())
-        return np.reshape(curves, (2, -1))
+            seen = start.repeat(len(counts), 1, 1, 1, 1)
+            for one, count in zip(seen, counts):
+                one.view(-1)[order[:count]] = end.reshape(-1)[order[:count]]
+            parts = seen.to(memory_format=torch.channels_last_3d).split(3)  # few stay in the cache
+            logits = torch.cat([networks.by_subject(plain(part)) for part in parts])
+            curves.append(logits.softmax(1)[:, int(target[rows[0]])].cpu().numpy())
+        return np.array(curves)
 
-    with networks.one_thread_each(device) as workers:
-        done = Parallel(workers, require="sharedmem", return_as="generator")(
-            delayed(one)(row) for row in range(len(volumes))
-        )
-        bar = tqdm(done, "curves", total=len(volumes), unit="subject", disable=not progress)
-        curves = np.array(list(bar)).reshape(-1, 2, len(steps))
+    name = "deletion and insertion" if progress else None
+    curves = list(networks.in_batches(one, len(volumes), device, name=name, size=1))
+    curves = np.array(curves).reshape(-1, 2, len(steps))
     areas = np.trapezoid(curves, steps, axis=2) / (steps[-1] - steps[0])
     return {
         "deletion": curves[:, 0],
@@ -175,17 +165,37 @@ def faithfulness(
 
 
 def interval(values: np.ndarray) -> tuple[float, float, float]:
-    """Mean over subjects and its 95 % percentile bootstrap interval (Efron 1979), NaN left out.
+    """Mean over subjects and its 95 % percentile bootstrap interval (Efron 1979).
 
     Subjects are drawn, networks are not: it says how another sample of subjects would come out.
+    NaN, and no subjects, are a ValueError.
     """
     values = np.asarray(values, float)
-    values = values[np.isfinite(values)]
-    if len(values) == 0:
-        return np.nan, np.nan, np.nan
+    if len(values) == 0 or not np.isfinite(values).all():
+        raise ValueError(f"expected finite values of subjects, found {values}.")
     chosen = np.random.default_rng(0).integers(0, len(values), (2000, len(values)))
     low, high = np.quantile(values[chosen].mean(1), (0.025, 0.975))
     return float(values.mean()), float(low), float(high)
+
+
+def group_interval(
+    maps: np.ndarray, truth: np.ndarray, brain: np.ndarray
+) -> tuple[float, float, float]:
+    """Average precision of the mean of maps (N, X, Y, Z), with its 95 % interval over subjects.
+
+    By the jackknife (Efron and Stein 1981): the mean map without each subject in turn, and a t of
+    N - 1 degrees of freedom. One subject has no interval: NaN. `truth` and `brain` (X, Y, Z) bool.
+    """
+    total, count = maps.sum(0, dtype=np.float64), len(maps)
+    whole = localisation(total[None], truth, brain)["average_precision"][0]
+    if count == 1:
+        return float(whole), np.nan, np.nan
+    without = [
+        localisation((total - one)[None], truth, brain)["average_precision"][0] for one in maps
+    ]
+    error = np.sqrt((count - 1) * np.var(without))
+    half = stats.t.ppf(0.975, count - 1) * error
+    return float(whole), float(whole - half), float(whole + half)
 
 
 def dice(first: np.ndarray, second: np.ndarray) -> float:
@@ -239,7 +249,7 @@ def similarity(
         return dice(top(first, brain, voxels), top(other, brain, voxels))
 
     flat = np.ptp(first[brain]) == 0 or np.ptp(second[brain]) == 0
-    ranks = [rankdata(one[brain]) for one in (first, second)]
+    ranks = [stats.rankdata(one[brain]) for one in (first, second)]
     spearman = np.nan if flat else np.corrcoef(*ranks)[0, 1]
     found = {"spearman": float(spearman), "dice": float(overlap(second))}
     if permutations:

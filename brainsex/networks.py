@@ -3,7 +3,7 @@
 import copy
 import math
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from tqdm.auto import tqdm
 
 from brainsex import SHAPE
 
@@ -227,6 +228,28 @@ def one_thread_each(device: torch.device) -> Iterator[int]:
         torch.set_num_threads(threads)
 
 
+def in_batches(
+    work: Callable[[np.ndarray], object],
+    count: int,
+    device: torch.device,
+    *,
+    name: str | None = None,
+    size: int | None = None,
+) -> Iterator:
+    """What `work` gives for the rows of each batch of `count` subjects, in their order.
+
+    Batches are of one subject on a CPU, where one a core runs at once, and of 32 on a GPU, unless
+    `size` is given. A progress bar is shown under `name`.
+    """
+    size = size or (32 if device.type == "cuda" else 1)
+    batches = [np.arange(start, min(start + size, count)) for start in range(0, count, size)]
+    with one_thread_each(device) as workers:
+        done = joblib.Parallel(workers, require="sharedmem", return_as="generator")(
+            joblib.delayed(work)(rows) for rows in batches
+        )
+        yield from tqdm(done, name, total=len(batches), unit="batch", disable=name is None)
+
+
 def batch(volumes: np.ndarray, rows: np.ndarray, device: torch.device) -> Tensor:
     """Volumes (n, 1, X, Y, Z) of some rows, read in the order they lie on disk."""
     order = np.argsort(rows)
@@ -249,7 +272,6 @@ def evaluate(network: nn.Module, volumes: np.ndarray, dtype: torch.dtype) -> Ten
     network's mode is put back.
     """
     device = next(network.parameters()).device
-    size = 32 if device.type == "cuda" else 1
     mode = network.training
     network.eval()
 
@@ -258,13 +280,7 @@ def evaluate(network: nn.Module, volumes: np.ndarray, dtype: torch.dtype) -> Ten
         return logits(network, batch(volumes, rows, device), dtype).cpu()
 
     try:
-        with one_thread_each(device) as workers:
-            return torch.cat(
-                joblib.Parallel(workers, require="sharedmem")(
-                    joblib.delayed(some)(rows)
-                    for rows in np.array_split(np.arange(len(volumes)), -(-len(volumes) // size))
-                )
-            )
+        return torch.cat(list(in_batches(some, len(volumes), device)))
     finally:
         network.train(mode)
 

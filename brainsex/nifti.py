@@ -13,31 +13,24 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+from nibabel.affines import from_matvec
 from scipy.ndimage import affine_transform, gaussian_filter1d, zoom
 
 from brainsex import SHAPE
 
-MAX_BYTES = 1 << 29
-"""No volume is inflated beyond this: a whole head at 0.7 mm in float64 is a third of it."""
+MAX_BYTES = 1 << 29  # no volume is inflated beyond it; a head at 0.7 mm in float64 is a third
 NOT_NIFTI = (
     nib.filebasedimages.ImageFileError,
     nib.spatialimages.HeaderDataError,
     nib.wrapstruct.WrapStructError,
 )
-BRAIN_FA = 0.02
-"""Fractional anisotropy (or scaled T1 intensity) above which a voxel counts as brain."""
-MAX_OUT_OF_RANGE = 0.01
-"""Largest share of non-zero voxels that may be no FA at all before a volume is rejected."""
-MIDDLE = 0.75
-"""Share of each axis of the grid that `normalise` makes a brain fill."""
+BRAIN_FA = 0.02  # or scaled T1 intensity, above which a voxel counts as brain
+MAX_OUT_OF_RANGE = 0.01  # share of the voxels that may be no FA before a volume is rejected
+MIDDLE = 0.75  # share of each axis of the grid that `normalise` makes a brain fill
 
 
 def load(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
-    """Read a NIfTI volume whole, with its checksum verified, in RAS orientation.
-
-    Parameters
-    ----------
-    path : path of a ``.nii`` or ``.nii.gz`` file, any orientation.
+    """Read a NIfTI volume (.nii, .nii.gz) whole, with its checksum verified, in RAS orientation.
 
     Returns
     -------
@@ -46,10 +39,8 @@ def load(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
 
     Raises
     ------
-    FileNotFoundError
-        No such file.
-    ValueError
-        Truncated or corrupted, not NIfTI-1, not 3D, not real numbers, or without an affine.
+    FileNotFoundError, ValueError
+        No such file; truncated or corrupted, not NIfTI-1, not 3D, not real, or without an affine.
     """
     path = Path(path)
     if not path.is_file():
@@ -74,11 +65,8 @@ def load(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
         if image.header["sform_code"] == 0 and image.header["qform_code"] == 0:
             raise ValueError("no affine (sform and qform codes are 0): left and right are unknown")
         affine = image.affine
-        if (
-            not np.isfinite(affine).all()
-            or abs(np.linalg.det(affine[:3, :3])) < 1e-6
-            or np.isnan(nib.io_orientation(affine)).any()
-        ):
+        singular = not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-6
+        if singular or np.isnan(nib.io_orientation(affine)).any():
             raise ValueError(f"its affine is singular: {affine.tolist()}")
         image = nib.as_closest_canonical(image)
         volume = np.ascontiguousarray(image.dataobj, dtype=np.float32)
@@ -105,23 +93,13 @@ def resample(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Reduce a volume to `shape` over the same field of view, without aliasing.
 
-    Equal to ``skimage.transform.resize(volume, shape)`` up to float32 rounding.
-
-    Parameters
-    ----------
-    volume : (X, Y, Z), finite.
-    affine : (4, 4), voxel indices to mm.
-    shape : voxels wanted along X, Y, Z.
+    Equal to ``skimage.transform.resize(volume, shape)`` up to float32 rounding. The volume
+    (X, Y, Z) has to be finite: `clean` it first.
 
     Returns
     -------
     volume : `shape`, float32, within the values it had.
     affine : (4, 4), the same millimetres from the new indices: voxel faces stay aligned.
-
-    Raises
-    ------
-    ValueError
-        Not 3D, or not finite (`clean` it first).
     """
     if volume.ndim != 3 or len(shape) != 3 or min(shape) < 1:
         raise ValueError(f"expected a 3D volume and shape, found {volume.shape} and {shape}.")
@@ -132,8 +110,7 @@ def resample(
     reduced = np.tensordot(x, volume.astype(np.float32, copy=False), 1)  # (x, Y, Z)
     reduced = y @ reduced @ z.T
     factors = np.divide(volume.shape, shape)
-    to_old = np.diag([*factors, 1.0])
-    to_old[:3, 3] = (factors - 1) / 2
+    to_old = from_matvec(np.diag(factors), (factors - 1) / 2)
     return reduced.clip(low, high), affine @ to_old
 
 
@@ -157,8 +134,8 @@ def clean(volume: np.ndarray, modality: str = "fa") -> tuple[np.ndarray, dict[st
     Raises
     ------
     ValueError
-        If nothing is left, or if more than 1 % of the non-zero voxels were out of range:
-        then it is no FA map. (Of T1, any share may be above: bright vessels.)
+        Nothing is left, or more than 1 % of the non-zero voxels were out of range: that is no FA
+        map. (Of T1, any share may be above: bright vessels.)
     """
     finite = np.isfinite(volume)
     values = np.where(finite, volume, 0).astype(np.float32, copy=False)
@@ -167,8 +144,7 @@ def clean(volume: np.ndarray, modality: str = "fa") -> tuple[np.ndarray, dict[st
     changed = {"non_finite": ~finite, "negative": values < 0, "above_one": values > 1}
     counts = {name: int(np.count_nonzero(where)) for name, where in changed.items()}
     cleaned = values.clip(0, 1)
-    brain = np.count_nonzero(cleaned)
-    if brain == 0:
+    if (brain := np.count_nonzero(cleaned)) == 0:
         raise ValueError("no voxel above 0: an empty volume.")
     outside = counts["negative"] + counts["above_one"]
     if modality == "fa" and outside > MAX_OUT_OF_RANGE * brain:

@@ -24,6 +24,7 @@ from brainsex import figures, replacing
 
 WAYS = dict(zip(figures.ENDS, [sign * axis for axis in np.eye(3) for sign in (-1, 1)]))
 VIEWS = {"left": "PS", "front": "LS", "top": "RA"}  # what lies to the right, and up
+PAGE = Path(__file__).with_name("page.html")  # with names between @ for what goes in
 LIGHT = np.array([-0.35, 0.45, 0.82])  # towards the light: right, up, to the viewer
 
 
@@ -38,14 +39,8 @@ class Mesh:
 def surface(volume, affine, level, *, smooth=1.0, max_faces=40_000):
     """Surface where a volume (X, Y, Z) passes `level`, closed where the volume ends.
 
-    Parameters
-    ----------
-    affine : (4, 4) array
-        To mm; it may flip axes.
-    smooth : float
-        Gaussian sigma in voxels, applied first.
-    max_faces : int
-        The volume is sampled the more coarsely until the triangles are no more than this.
+    The affine may flip axes; `smooth` is the sigma in voxels of a Gaussian that comes first; the
+    volume is sampled the more coarsely until there are at most `max_faces` triangles.
     """
     for step in itertools.count(1):
         margin = int(np.ceil(4 * smooth)) + 2 * step
@@ -85,15 +80,7 @@ def preview(meshes, *, title, cohort):
 def page(path, meshes, *, title, caption):
     """Write an HTML page that shows meshes in 3D, each with its switch; it works offline.
 
-    Parameters
-    ----------
-    caption : str
-        Stands at the foot, with the cohort's name and n.
-
-    Raises
-    ------
-    ValueError
-        If the page would have 4 MB or more.
+    The caption stands at the foot. A page of 4 MB or more is a ValueError.
     """
     bundle = next(Path(nilearn.__file__).parent.rglob("plotly-gl3d*.min.js"), None)
     if bundle is None:
@@ -113,7 +100,7 @@ def page(path, meshes, *, title, caption):
         "SCENE": json.dumps(scene).replace("<", r"\u003c"),
         "PLOTLY": bundle.read_text(encoding="utf-8").replace("</script", r"<\/script"),
     }
-    text = re.sub("@([A-Z]+)@", lambda match: parts[match[1]], PAGE).encode()
+    text = re.sub("@([A-Z]+)@", lambda match: parts[match[1]], PAGE.read_text("utf-8")).encode()
     if len(text) >= 4e6:
         raise ValueError(f"{path}: {len(text) / 1e6:.1f} MB, 4 at most; lower max_faces of surface")
     with replacing(path) as unfinished:
@@ -162,80 +149,3 @@ def _render(meshes, sight, low, high):
     for layer in np.take_along_axis(np.array(layers), np.argsort(depths, axis=0)[..., None], 0):
         picture += layer[..., 3:] * (layer[..., :3] - picture)
     return picture
-
-
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:;
- style-src 'unsafe-inline'; script-src 'unsafe-inline' 'unsafe-eval'">
-<link rel="icon" href="data:,">
-<title>@TITLE@</title>
-<style>
-body {margin: 0; height: 100vh; height: 100dvh; display: flex; flex-direction: column;
-  font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff}
-header, footer {padding: 12px 24px}
-h1 {font-size: 20px; margin: 0 0 6px}
-nav {display: flex; flex-wrap: wrap; gap: 6px 8px}
-label {margin-right: 14px}
-i {display: inline-block; width: 12px; height: 12px; border-radius: 3px; margin: 0 6px}
-button {font: inherit; padding: 1px 10px; border: 1px solid #bbb; border-radius: 6px;
-  background: #fff; cursor: pointer}
-main {flex: 1; min-height: 240px; overflow: hidden}
-footer {color: #555; border-top: 1px solid #e5e5e5; font-size: 14px}
-</style>
-</head>
-<body>
-<header><h1>@TITLE@</h1><nav></nav></header>
-<main role="img" aria-label="@TITLE@"><noscript>This page draws with JavaScript.</noscript></main>
-<footer>@CAPTION@<br>Drag to turn, scroll to zoom. L left, R right, A front, P back, S top, I bottom
-of the brain.</footer>
-<script>@PLOTLY@</script>
-<script>
-const {meshes, ends} = @SCENE@, main = document.querySelector("main");
-const columns = (text, Kind) => {
-  const all = new Kind(Uint8Array.from(atob(text), c => c.charCodeAt(0)).buffer);
-  return [0, 1, 2].map(at => all.subarray(at * all.length / 3, (at + 1) * all.length / 3));
-};
-// In clip space, from behind the viewer: the light keeps its place when the brain turns
-const lighting = {ambient: 0.35, diffuse: 0.65, specular: 0.05, roughness: 0.6, fresnel: 0.1};
-const lightposition = {x: 0.5, y: -0.6, z: 1.001};
-const traces = meshes.map(({color, opacity, vertices, faces}) => {
-  const [x, y, z] = columns(vertices, Float32Array), [i, j, k] = columns(faces, Int32Array);
-  return {type: "mesh3d", x, y, z, i, j, k, color, opacity, lighting, lightposition};
-});
-const [x, y, z] = [0, 1, 2].map(axis => ends.map(end => end[axis]));
-traces.push({type: "scatter3d", mode: "text", text: [..."LRPAIS"], x, y, z});
-const axis = {visible: false}, eyes = {Oblique: [-1.1, 0.9, 0.6], Left: [-1.5, 0, 0],
-  Right: [1.5, 0, 0], Front: [0, 1.5, 0], Back: [0, -1.5, 0], Top: [0, -0.001, 1.7],
-  Bottom: [0, 0.001, -1.7]};
-const camera = ([x, y, z]) => ({eye: {x, y, z}, up: {x: 0, y: 0, z: 1}});
-const add = (kind, ...content) => {
-  const element = document.createElement(kind);
-  element.append(...content);
-  document.querySelector("nav").append(element);
-  return element;
-};
-if (!document.createElement("canvas").getContext("webgl")) {
-  main.textContent = "This page needs WebGL to draw, which this browser does not offer.";
-} else {
-  meshes.forEach(({name, color}, at) => {
-    const box = document.createElement("input"), swatch = document.createElement("i");
-    Object.assign(box, {type: "checkbox", checked: true});
-    box.onchange = () => Plotly.restyle(main, {visible: box.checked}, [at]);
-    swatch.style.background = color;
-    add("label", box, swatch, name);
-  });
-  for (const view in eyes)
-    add("button", view).onclick = () => Plotly.relayout(main, {"scene.camera": camera(eyes[view])});
-  const layout = {margin: {l: 0, r: 0, t: 0, b: 0}, showlegend: false, hovermode: false,
-    font: {size: 18, color: "#222"}, scene: {xaxis: axis, yaxis: axis, zaxis: axis,
-      aspectmode: "data", camera: camera(eyes.Oblique)}};
-  Plotly.newPlot(main, traces, layout, {displayModeBar: false, responsive: true});
-}
-</script>
-</body>
-</html>
-"""

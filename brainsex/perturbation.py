@@ -17,6 +17,10 @@ weight is a volume's own: it grows for as long as its target stays above the flo
 Saliency is 1 where the evidence was removed, 0 where the volume was kept: Fong and Vedaldi's
 1 - m. The settings were chosen by measurement against the published ones: tests/benchmarks.
 
+A mask is 0 or 1 nearly everywhere, and does not say which of its voxels the network needs most. Its
+persistence does: the mean of the masks on the way, in which what is removed first and kept to the
+end is highest. It costs nothing, and ranks the voxels better in every measure.
+
 The blur is itself evidence: most networks take a blurred brain for one sex, whoever's it was. Any
 image may stand for b. With the other sex's mean the mask says what would have to change for the
 network to see that sex; but that reference brings the difference of the groups in with it, and only
@@ -24,7 +28,6 @@ the same with a network of random weights tells what the network adds.
 """
 
 import copy
-import hashlib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -32,16 +35,17 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
-from joblib import Parallel, delayed
 from scipy.ndimage import gaussian_filter1d
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
-from brainsex import networks
+from brainsex import networks, seeded
 
-RAMP, DECAY = 20, 40
-"""Iterations over which the penalty grows to its full weight; after which the rate is cut."""
+WARM, RAMP, DECAY = 10, 20, 40
+"""Iterations after which masks count for persistence; over which the penalty grows to its full
+weight; after which the rate is cut."""
+LR, SMOOTHNESS, FLOOR = 0.3, 3.0, 0.02
+"""Rate of Adam; weight of the squared gradient; probability at which nothing is left to remove."""
 SURE = 10.0
 """Log-odds beyond which the floor lies as many times lower: there, a hair's breadth decides."""
 GROWTH = 1.2
@@ -56,6 +60,8 @@ class Masks:
 
     masks: np.ndarray
     """(N, X, Y, Z) float32 in [0, 1]: saliency, the very mask the network saw."""
+    persistence: np.ndarray
+    """(N, X, Y, Z) float32 in [0, 1]: the mean mask on the way there. It ranks voxels."""
     history: pd.DataFrame
     """One row a volume: target, the class whose evidence was removed; its probability before and
     after deletion, in float32 on the plain network; volume, the mean of the mask."""
@@ -73,37 +79,21 @@ def blurred(volumes: Tensor, sigma: float = 5.0) -> Tensor:
     return volumes
 
 
-def _shifts(subject: str, seed: int, iterations: int) -> list[list[int]]:
-    """A shift an iteration, in voxels along X, Y, Z, from the seed and the subject alone."""
-    digest = hashlib.sha256(f"{seed}/{subject}".encode()).digest()
-    generator = np.random.default_rng(int.from_bytes(digest[:8], "big"))
-    return generator.integers(-SHIFT, SHIFT + 1, (iterations, 3)).tolist()
-
-
-def _objective(evidence: Tensor, coarse: Tensor, area: float, smoothness: float) -> Tensor:
-    """The sum over volumes of what each one's saliency minimises; `evidence` is its first term."""
-    variation = sum(coarse.diff(dim=axis).square().mean() for axis in (2, 3, 4))
-    return evidence.sum() + len(coarse) * (area * coarse.mean() + smoothness * variation)
-
-
 def _optimise(
     network: nn.Module,
     volumes: Tensor,
     removed: Tensor,
     target: Tensor,
     log_odds: Tensor,
-    shifts: list,
-    *,
-    lr: float,
+    shifts: np.ndarray,
     area: float,
-    smoothness: float,
-    floor: float,
-) -> Tensor:
-    """Masks (n, 1, X, Y, Z) of some volumes, each minimising its own objective.
+) -> tuple[Tensor, Tensor]:
+    """Masks (n, 1, X, Y, Z) of some volumes and their persistence, each of its own objective.
 
     `removed`, of the volumes' shape, is what a mask of 1 adds: the reference minus the volumes.
+    `shifts` (n, iterations, 3) are in voxels.
     """
-    lowest, scale = goal(log_odds, floor)
+    lowest, scale = goal(log_odds)
     weight = torch.ones_like(scale)
 
     def evidence(coarse: Tensor, iteration: int, moves: Sequence) -> Tensor:
@@ -113,12 +103,12 @@ def _optimise(
             weight = torch.where(above > 0, GROWTH * weight, weight).detach()
         return weight * above / scale
 
-    return descend(evidence, volumes, zip(*shifts), lr, area, smoothness)
+    return descend(evidence, volumes, shifts.swapaxes(0, 1).tolist(), area)
 
 
-def goal(log_odds: Tensor, floor: float) -> tuple[Tensor, Tensor]:
+def goal(log_odds: Tensor) -> tuple[Tensor, Tensor]:
     """Log-odds (n,) at which nothing is left to remove, and how far away they are."""
-    lowest = math.log(floor / (1 - floor)) * (log_odds / SURE).clamp(min=1)
+    lowest = math.log(FLOOR / (1 - FLOOR)) * (log_odds / SURE).clamp(min=1)
     return lowest, (log_odds - lowest).clamp(min=1)
 
 
@@ -131,27 +121,39 @@ def seen(network, volumes, coarse, removed, target, moves) -> Tensor:
     return of_target(logits, target)
 
 
-def descend(evidence, like: Tensor, steps: Iterable, lr, area, smoothness) -> Tensor:
+def _price(coarse: Tensor, area: float) -> Tensor:
+    """The second part of the objective, summed over masks."""
+    variation = sum(coarse.diff(dim=axis).square().mean() for axis in (2, 3, 4))
+    return len(coarse) * (area * coarse.mean() + SMOOTHNESS * variation)
+
+
+def descend(evidence, like: Tensor, steps: Iterable, area: float) -> tuple[Tensor, Tensor]:
     """Masks of the shape of `like` (n, 1, X, Y, Z) that minimise `evidence` and their own price.
 
-    `evidence` takes the coarse mask, the iteration from 1 and what is next in `steps`.
+    `evidence` takes the coarse mask, the iteration from 1 and what is next in `steps`. With the
+    masks comes their persistence.
     """
     sizes = like.shape[2:]
     grid = [-(-size // 2) for size in sizes]
     coarse = torch.full((len(like), 1, *grid), 0.5, device=like.device).requires_grad_()
-    optimiser = torch.optim.Adam([coarse], lr, betas=(0.9, 0.99), amsgrad=True)
+    optimiser = torch.optim.Adam([coarse], LR, betas=(0.9, 0.99), amsgrad=True)
     schedule = torch.optim.lr_scheduler.StepLR(optimiser, DECAY)
+    total = count = 0
     for iteration, step in enumerate(steps, 1):
         ramp = min(1.0, iteration / RAMP)
-        loss = evidence(coarse, iteration, step)
-        loss = _objective(loss, coarse, ramp * area, ramp * smoothness)
+        loss = evidence(coarse, iteration, step).sum() + ramp * _price(coarse, area)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
         schedule.step()
         with torch.no_grad():
             coarse.clamp_(0, 1)
-    return F.interpolate(coarse.detach(), size=sizes, mode="trilinear")
+            if iteration > WARM:
+                total, count = total + coarse, count + 1
+    mean = total / count if count else coarse
+    return tuple(
+        F.interpolate(one.detach(), size=sizes, mode="trilinear") for one in (coarse, mean)
+    )
 
 
 def targets(target: int | np.ndarray | None, volumes: np.ndarray) -> np.ndarray | None:
@@ -179,11 +181,19 @@ def matching(image: np.ndarray, volumes: np.ndarray, name: str) -> np.ndarray:
     return np.broadcast_to(image, volumes.shape)
 
 
-def replacement(images: np.ndarray | None, rows, batch: Tensor, sigma: float) -> Tensor:
+def replacement(images: np.ndarray | None, rows, batch: Tensor, sigma: float = 5.0) -> Tensor:
     """What takes the evidence's place in a batch (n, 1, X, Y, Z): its blur, where none is given."""
-    if images is None:
-        return blurred(batch, sigma)
-    return torch.from_numpy(np.array(images[rows], np.float32))[:, None].to(batch.device)
+    return blurred(batch, sigma) if images is None else tensor(images, rows, batch.device)
+
+
+def tensor(images: np.ndarray, rows, device: torch.device) -> Tensor:
+    """Some rows of images (N, X, Y, Z) as (n, 1, X, Y, Z); what is not finite is refused."""
+    found = np.array(images[rows], np.float32)
+    finite = np.isfinite(found).all((1, 2, 3))
+    if not finite.all():
+        row = np.atleast_1d(rows)[finite.argmin()]
+        raise ValueError(f"volume {row} holds NaN or infinity, not finite FA.")
+    return torch.from_numpy(found)[:, None].to(device)
 
 
 def of_target(logits: Tensor, target: Tensor) -> Tensor:
@@ -200,10 +210,7 @@ def optimise_masks(
     reference: np.ndarray | None = None,
     seed: int = 0,
     iterations: int = 60,
-    lr: float = 0.3,
-    area: float = 30.0,
-    smoothness: float = 3.0,
-    floor: float = 0.02,
+    area: float = 200.0,
     sigma: float = 5.0,
     progress: bool = True,
 ) -> Masks:
@@ -219,9 +226,8 @@ def optimise_masks(
     reference : what takes the evidence's place, (X, Y, Z) for all or (N, X, Y, Z); by default each
         volume's blur. Means of a cohort come from training folds where volumes are held out.
     seed : of the random shifts.
-    iterations, lr : steps and rate of Adam; the rate falls to a tenth after 40 steps.
-    area, smoothness : weights of the mask's mean and of its squared gradient.
-    floor : probability below which there is nothing more to remove.
+    iterations : steps of Adam; the rate falls to a tenth after 40.
+    area : weight of the mask's mean.
     sigma : of the Gaussian reference, in voxels.
 
     Returns
@@ -248,25 +254,21 @@ def optimise_masks(
     target = targets(target, volumes)
     if reference is not None:
         reference = matching(reference, volumes, "a reference")
+    draws = [np.random.default_rng(seeded(seed, subject)) for subject in subjects]
+    shifts = [draw.integers(-SHIFT, SHIFT + 1, (iterations, 3)) for draw in draws]
 
-    settings = {"lr": lr, "area": area, "smoothness": smoothness, "floor": floor}
-
-    def some(rows: slice) -> tuple[np.ndarray, list]:
-        batch = np.array(volumes[rows], np.float32)
-        finite = np.isfinite(batch).all((1, 2, 3))
-        if not finite.all():
-            name = subjects[rows][finite.argmin()]
-            raise ValueError(f"the volume of subject {name} holds NaN or infinity, not finite FA.")
-        batch = torch.from_numpy(batch)[:, None].to(device)
+    def some(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, list]:
+        batch = tensor(volumes, rows, device)
         with torch.no_grad():
             logits = plain(batch)
         before, chosen = logits.softmax(1), logits.argmax(1)
         if target is not None:
-            chosen = torch.as_tensor(target[rows].copy(), dtype=torch.long, device=device)
-        shifts = [_shifts(name, seed, iterations) for name in subjects[rows]]
-        log_odds = of_target(logits, chosen)
+            chosen = torch.as_tensor(target[rows], dtype=torch.long, device=device)
         removed = replacement(reference, rows, batch, sigma) - batch
-        found = _optimise(fast, batch, removed, chosen, log_odds, shifts, **settings)
+        moves = np.array([shifts[row] for row in rows])
+        found, mean = _optimise(
+            fast, batch, removed, chosen, of_target(logits, chosen), moves, area
+        )
         with torch.no_grad():
             after = plain(batch + found * removed).softmax(1)
         columns = (
@@ -275,20 +277,14 @@ def optimise_masks(
             after.gather(1, chosen[:, None])[:, 0],
             found.mean((1, 2, 3, 4)),
         )
-        return found[:, 0].cpu().numpy(), list(zip(*(column.tolist() for column in columns)))
+        records = list(zip(*(column.tolist() for column in columns)))
+        return found[:, 0].cpu().numpy(), mean[:, 0].cpu().numpy(), records
 
-    size = 32 if device.type == "cuda" else 1
-    slices = [slice(start, start + size) for start in range(0, len(volumes), size)]
-    masks, history = np.empty(volumes.shape, np.float32), []
-    with (
-        networks.one_thread_each(device) as workers,
-        tqdm(total=len(volumes), desc="masks", unit="subject", disable=not progress) as bar,
-    ):
-        done = Parallel(workers, require="sharedmem", return_as="generator")(
-            delayed(some)(rows) for rows in slices
-        )
-        for (found, records), where in zip(done, slices):
-            masks[where] = found
-            history += records
-            bar.update(len(found))
-    return Masks(masks, pd.DataFrame(history, columns=["target", "before", "after", "volume"]))
+    masks, persistence = np.empty((2, *volumes.shape), np.float32)
+    history, name = [], "masks" if progress else None
+    for found, mean, records in networks.in_batches(some, len(volumes), device, name=name):
+        rows = slice(len(history), len(history) + len(records))
+        masks[rows], persistence[rows] = found, mean
+        history += records
+    columns = ["target", "before", "after", "volume"]
+    return Masks(masks, persistence, pd.DataFrame(history, columns=columns))

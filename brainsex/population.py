@@ -8,13 +8,11 @@ import pandas as pd
 
 from brainsex import LABELS
 
-ROWS, MEN = 1113, 507
-"""Subjects in HCP's tables, and the men among them."""
+ROWS, MEN = 1113, 507  # subjects in HCP's tables, and the men among them
 SHARES = {"family": 0.4, "twins": 0.45, "own": 0.15}
 """Variance of anatomy that a family shares, that identical twins share besides, and one's own:
 brain volumes of siblings correlate by about 0.4, of identical twins by 0.85 or more."""
-FAMILY_SIZES = (0.22, 0.28, 0.32, 0.14, 0.03, 0.01)
-"""Shares of families of 1, 2, … members."""
+FAMILY_SIZES = (0.22, 0.28, 0.32, 0.14, 0.03, 0.01)  # shares of families of 1, 2, … members
 
 
 @dataclass(frozen=True)
@@ -23,8 +21,7 @@ class People:
 
     behavioural: pd.DataFrame
     """HCP's table as far as it matters here; ``3T_dMRI_Compl`` says who has a volume."""
-    restricted: pd.DataFrame
-    """Subject, Age_in_Yrs, ZygositySR, Family_ID, Mother_ID, Father_ID."""
+    restricted: pd.DataFrame  # Subject, Age_in_Yrs, ZygositySR, Family_ID, Mother_ID, Father_ID
     kin: pd.DataFrame
     """Numbers that the members of a family, and that identical twins, have in common; and one's
     own: family, twins, own."""
@@ -74,7 +71,7 @@ def _kinship(rows: int, rng: np.random.Generator) -> pd.DataFrame:
     first = np.flatnonzero(eldest & (np.diff(family, append=rows) == 0))
     first = first[rng.random(len(first)) < 0.5]
     identical = first[rng.random(len(first)) < 0.6]
-    own, birth, twins = np.arange(rows), np.arange(rows), np.arange(rows)
+    own, birth, twins = (np.arange(rows) for _ in range(3))
     birth[first + 1], twins[identical + 1] = first, identical
     zygosity = np.full(rows, "NotTwin", dtype=object)
     zygosity[[*first, *(first + 1)]] = "NotMZ"
@@ -83,9 +80,7 @@ def _kinship(rows: int, rng: np.random.Generator) -> pd.DataFrame:
     return pd.DataFrame(columns).iloc[rng.permutation(rows)].reset_index(drop=True)
 
 
-def _whole(
-    units: pd.Series, kind: np.ndarray, room: list[int], rng: np.random.Generator
-) -> np.ndarray:
+def _whole(units: pd.Series, kind: np.ndarray, room: list[int], rng) -> np.ndarray:
     """(N,) bool: as many of each kind as there is room, units whole as far as they fit."""
     chosen, left = np.zeros(len(units), bool), np.array(room)
     for names in (units, np.arange(len(units))):
@@ -110,7 +105,5 @@ def anatomical_draws(kin: pd.Series, seed: int, count: int) -> np.ndarray:
 
 def correlated(kin: pd.DataFrame, rng: np.random.Generator, count: int) -> np.ndarray:
     """Standard normal numbers (N, count) of everybody at once; those of relatives correlate."""
-    drawn = rng.standard_normal((len(SHARES), len(kin), count))
-    return sum(
-        math.sqrt(share) * each[kin[name]] for (name, share), each in zip(SHARES.items(), drawn)
-    )
+    drawn = zip(SHARES.items(), rng.standard_normal((len(SHARES), len(kin), count)))
+    return sum(math.sqrt(share) * each[kin[name]] for (name, share), each in drawn)

@@ -7,8 +7,7 @@ a gradient times the input, the sign only says which way a voxel pushes: there t
 """
 
 import copy
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -16,8 +15,55 @@ from captum.attr import GuidedBackprop, IntegratedGradients, LayerGradCam, Occlu
 from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 
-from brainsex.explaining import LogOdds, each, image
-from brainsex.perturbation import blurred, matching
+from brainsex import networks, seeded
+from brainsex.perturbation import blurred, matching, targets, tensor
+
+FEW = 4
+"""Passes of a volume at once: PyTorch takes its slow convolution for a single one in float32."""
+
+
+class LogOdds(nn.Module):
+    """Log-odds (N, 2) of either class, of volumes (N, 1, X, Y, Z)."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, volumes: Tensor) -> Tensor:
+        volumes = volumes.to(memory_format=torch.channels_last_3d)  # for `FEW` a third of the time
+        logits = networks.by_subject(self.network(volumes))
+        return logits - logits.flip(1)
+
+
+def _maps(
+    explain: Callable[[LogOdds, Tensor, Tensor, np.ndarray], Tensor],
+    name: str,
+    network: nn.Module,
+    volumes: np.ndarray,
+    target: int | np.ndarray | None,
+    progress: bool,
+) -> np.ndarray:
+    """Maps (N, X, Y, Z) of volumes (N, X, Y, Z), batch by batch, each on its own copy.
+
+    `explain` takes the score, volumes (n, 1, X, Y, Z), their targets (n,) and their rows.
+    """
+    device = networks.device()
+    plain = networks.place(copy.deepcopy(network).eval().requires_grad_(False), device)
+    if volumes.ndim != 4:
+        raise ValueError(f"expected volumes (N, X, Y, Z), found {volumes.shape}.")
+    target = targets(target, volumes)
+    if target is None and len(volumes):
+        logits = networks.evaluate(plain, volumes, torch.float32)
+        target = networks.by_subject(logits).argmax(1).numpy()
+
+    def some(rows: np.ndarray) -> np.ndarray:
+        score = LogOdds(copy.deepcopy(plain))  # Captum hangs its hooks on it
+        batch = tensor(volumes, rows, device).requires_grad_()
+        chosen = torch.as_tensor(target[rows], dtype=torch.long, device=device)
+        return explain(score, batch, chosen, rows).detach()[:, 0].cpu().numpy()
+
+    done = networks.in_batches(some, len(volumes), device, name=name if progress else None)
+    return np.concatenate([np.empty((0, *volumes.shape[1:]), np.float32), *done])
 
 
 def grad_cam(
@@ -51,21 +97,21 @@ def grad_cam(
     if layer not in names or not layer:
         raise ValueError(f"expected a layer among {', '.join(names[1:])}, found {layer!r}.")
 
-    def explain(score: LogOdds, volume: Tensor, target: int, _) -> Tensor:
+    def explain(score: LogOdds, batch: Tensor, target: Tensor, _) -> Tensor:
         module = score.network.get_submodule(layer)
-        coarse = LayerGradCam(score, module).attribute(volume, target, relu_attributions=True)
+        coarse = LayerGradCam(score, module).attribute(batch, target, relu_attributions=True)
         if coarse.ndim != 5:
             raise ValueError(f"expected feature maps (N, C, X, Y, Z) of a layer, {layer} has none.")
         for axis in range(3):
             step, start = _centres(score.network, layer, axis)
-            cells, sizes = coarse.shape[2 + axis], np.arange(volume.shape[2 + axis])
+            cells, sizes = coarse.shape[2 + axis], np.arange(batch.shape[2 + axis])
             where = start + step * np.arange(cells)
             weights = np.array([np.interp(sizes, where, cell) for cell in np.eye(cells)])
             weights = torch.from_numpy(weights).to(coarse)
             coarse = torch.tensordot(coarse, weights, ([2 + axis], [0])).movedim(-1, 2 + axis)
         return coarse
 
-    return each(explain, "Grad-CAM", network, volumes, target, progress)
+    return _maps(explain, "Grad-CAM", network, volumes, target, progress)
 
 
 def _centres(network: nn.Module, layer: str, axis: int) -> tuple[float, float]:
@@ -75,11 +121,14 @@ def _centres(network: nn.Module, layer: str, axis: int) -> tuple[float, float]:
     last = max(i for i, (n, _) in enumerate(leaves) if f"{n}.".startswith(f"{layer}."))
     for _, module in leaves[: last + 1]:
         if hasattr(module, "kernel_size"):
-            size, stride, padding = (
+            size, stride, dilation = (
                 value if isinstance(value, int) else value[axis]
-                for value in (module.kernel_size, module.stride, module.padding)
+                for value in (module.kernel_size, module.stride, getattr(module, "dilation", 1))
             )
-            start += step * ((size - 1) / 2 - padding)
+            reach, padding = dilation * (size - 1) / 2, module.padding
+            if isinstance(padding, str):
+                padding = reach if padding == "same" else 0
+            start += step * (reach - (padding if np.ndim(padding) == 0 else padding[axis]))
             step *= stride
     return step, start
 
@@ -109,10 +158,10 @@ def guided_backpropagation(
                 "function calls, where guided backpropagation is but the plain gradient."
             )
 
-    def explain(score: LogOdds, volume: Tensor, target: int, _) -> Tensor:
-        return GuidedBackprop(score).attribute(volume, target)
+    def explain(score: LogOdds, batch: Tensor, target: Tensor, _) -> Tensor:
+        return GuidedBackprop(score).attribute(batch, target)
 
-    return each(explain, "guided backpropagation", network, volumes, target, progress)
+    return _maps(explain, "guided backpropagation", network, volumes, target, progress)
 
 
 def _relus(network: nn.Module, volumes: np.ndarray) -> tuple[int, int]:
@@ -153,10 +202,11 @@ def gradient(
     """
     factors = matching(volumes if times is None else times, volumes, "an image to multiply with")
 
-    def explain(score: LogOdds, volume: Tensor, target: int, row: int) -> Tensor:
-        return Saliency(score).attribute(volume, target, abs=False) * image(factors, row, volume)
+    def explain(score: LogOdds, batch: Tensor, target: Tensor, rows: np.ndarray) -> Tensor:
+        slopes = Saliency(score).attribute(batch, target, abs=False)
+        return slopes * tensor(factors, rows, batch.device)
 
-    return each(explain, "gradient", network, volumes, target, progress)
+    return _maps(explain, "gradient", network, volumes, target, progress)
 
 
 def smooth_grad(
@@ -184,24 +234,24 @@ def smooth_grad(
     """
     names = range(len(volumes)) if subjects is None else subjects
 
-    def explain(score: LogOdds, volume: Tensor, target: int, row: int) -> Tensor:
-        digest = hashlib.sha256(f"{seed}/{names[row]}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        total = torch.zeros_like(volume)
-        for _ in range(samples):
-            draw = torch.randn(volume.shape, generator=generator).to(volume)
-            noisy = volume.detach() + noise * draw
-            total = total + Saliency(score).attribute(noisy.requires_grad_(), target, abs=False)
+    def explain(score: LogOdds, batch: Tensor, target: Tensor, rows: np.ndarray) -> Tensor:
+        total = torch.zeros_like(batch)
+        for place, row in enumerate(rows):
+            generator = torch.Generator().manual_seed(seeded(seed, names[row]))
+            draws = torch.randn((samples, *batch.shape[1:]), generator=generator).to(batch)
+            for some in (batch[place].detach() + noise * draws).split(FEW):
+                slopes = Saliency(score).attribute(some.requires_grad_(), target[place], abs=False)
+                total[place] = total[place].detach() + slopes.sum(0)
         return total / samples
 
-    return each(explain, "SmoothGrad", network, volumes, target, progress)
+    return _maps(explain, "SmoothGrad", network, volumes, target, progress)
 
 
 def integrated_gradients(
     network: nn.Module,
     volumes: np.ndarray,
     *,
-    reference: np.ndarray | None = None,
+    reference: np.ndarray,
     steps: int = 16,
     target: int | np.ndarray | None = None,
     progress: bool = True,
@@ -213,52 +263,45 @@ def integrated_gradients(
 
     Parameters
     ----------
-    reference : (X, Y, Z), or (N, X, Y, Z), one a volume; by default an empty image.
+    reference : (X, Y, Z), or (N, X, Y, Z), one a volume.
     steps : of the Gauss-Legendre sum over the way.
     volumes, target : as in `grad_cam`.
     """
-    start = np.zeros(volumes.shape[1:], np.float32) if reference is None else reference
-    start = matching(start, volumes, "a reference")
+    reference = matching(reference, volumes, "a reference")
 
-    def explain(score: LogOdds, volume: Tensor, target: int, row: int) -> Tensor:
-        options = {"target": target, "n_steps": steps, "internal_batch_size": 4}
-        return IntegratedGradients(score).attribute(volume, image(start, row, volume), **options)
+    def explain(score: LogOdds, batch: Tensor, target: Tensor, rows: np.ndarray) -> Tensor:
+        start = tensor(reference, rows, batch.device)
+        options = {"n_steps": steps, "internal_batch_size": FEW * len(batch)}
+        return IntegratedGradients(score).attribute(batch, start, target, **options)
 
-    return each(explain, "integrated gradients", network, volumes, target, progress)
+    return _maps(explain, "integrated gradients", network, volumes, target, progress)
 
 
 def occlusion(
     network: nn.Module,
     volumes: np.ndarray,
     *,
-    reference: np.ndarray | None = None,
     window: int = 8,
     stride: int = 4,
-    sigma: float = 5.0,
     target: int | np.ndarray | None = None,
     progress: bool = True,
 ) -> np.ndarray:
-    """What the log-odds lose when a cube is replaced, averaged over the cubes a voxel lies in.
+    """What the log-odds lose when a cube is blurred, averaged over the cubes a voxel lies in.
 
     Zeiler and Fergus 2014, arXiv 1311.2901.
 
     Parameters
     ----------
-    reference : what stands in the cube, (X, Y, Z) or (N, X, Y, Z); by default the volume's blur.
     window, stride : the cube's side and the step from one to the next, voxels.
-    sigma : of the blur, voxels.
     volumes, target : as in `grad_cam`.
     """
-    if reference is not None:
-        reference = matching(reference, volumes, "a reference")
 
-    def explain(score: LogOdds, volume: Tensor, target: int, row: int) -> Tensor:
-        volume = volume.detach()
-        other = blurred(volume, sigma) if reference is None else image(reference, row, volume)
-        sizes = ((1, *[window] * 3), (1, *[stride] * 3))
-        return Occlusion(score).attribute(volume, *sizes, other, target, perturbations_per_eval=4)
+    def explain(score: LogOdds, batch: Tensor, target: Tensor, _) -> Tensor:
+        batch = batch.detach()
+        how = ((1, *[window] * 3), (1, *[stride] * 3), blurred(batch), target)
+        return Occlusion(score).attribute(batch, *how, perturbations_per_eval=FEW)
 
-    return each(explain, "occlusion", network, volumes, target, progress)
+    return _maps(explain, "occlusion", network, volumes, target, progress)
 
 
 def smoothed(maps: np.ndarray, sigma: float) -> np.ndarray:

@@ -12,12 +12,12 @@ from brainsex.figures import (
     PALE,
     PALETTE,
     STYLE,
-    _box,
-    _frame,
-    _slice,
+    box,
     finish,
+    frame,
     grid,
     opened,
+    plane,
 )
 
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#999999")
@@ -39,7 +39,7 @@ def maps(background, saliency, affine, at, *, title, cohort, outlines=None):
         Planted regions, drawn as contours.
     """
     columns = 2
-    low, high = _box(background, affine)
+    low, high = box(background, affine)
     widths, height = (high - low)[[1, 0, 0]], max((high - low)[1:])
     rows = -(-len(saliency) // columns)
     figure, axes = grid([height] * rows, [*widths] * columns, 10 / (sum(widths) * columns))
@@ -51,16 +51,16 @@ def maps(background, saliency, affine, at, *, title, cohort, outlines=None):
         floor *= floor < top  # a map that is at its top in a tenth of the brain is shown whole
         shown = np.clip((positive - floor) / ((top - floor) or positive.max() or 1), 0, 1)
         for axis, ax in enumerate(block):
-            _slice(ax, background, affine, axis, at, **look)
+            plane(ax, background, affine, axis, at, **look)
             glow = {"cmap": ListedColormap(GLOW), "vmin": 0, "vmax": 1}
-            picture = _slice(ax, shown, affine, axis, at, interpolation="bilinear", **glow)
+            picture = plane(ax, shown, affine, axis, at, interpolation="bilinear", **glow)
             if outlines is not None:
                 index = round(apply_affine(np.linalg.inv(affine), at)[axis])
                 cut, extent = np.take(outlines, index, axis).T, picture.get_extent()
                 for region in np.setdiff1d(cut, 0):
                     edge = {"origin": "lower", "colors": OUTLINE, "linewidths": 0.8}
                     ax.contour(cut == region, [0.5], extent=extent, **edge)
-            _frame(ax, axis, at, (low + high) / 2, (widths[axis], height))
+            frame(ax, axis, at, (low + high) / 2, (widths[axis], height))
         block[1].set_title(label)
     for block in blocks[len(saliency) :]:
         for ax in block:
@@ -111,16 +111,17 @@ def region_bars(table, *, title, cohort):
         Of `atlases.regions`, of groups among women and men.
     """
     inside = table[table["label"] > 0]
-    order = inside.groupby("name")["share"].max().sort_values()[-12:].index
+    order = inside.groupby("label")["share"].max().sort_values()[-12:].index
+    names = inside.drop_duplicates("label").set_index("label").loc[order, "name"]
     groups = [name for name in PALETTE if name in set(table["group"])]
     figure, ax = opened(1, 1, figsize=(7.5, 1.2 + 0.36 * len(order)))
     for number, group in enumerate(groups):
-        rows = inside[inside["group"] == group].set_index("name").loc[order]
+        rows = inside[inside["group"] == group].set_index("label").loc[order]
         places = np.arange(len(order)) + 0.2 * (2 * number - 1) * (len(groups) > 1)
         ax.barh(places, 100 * rows["share"], 0.38, color=PALETTE[group], label=f"maps of {group}")
         expected = 100 * rows["volume_ml"] / table.loc[table["group"] == group, "volume_ml"].sum()
         ax.plot(expected, places, "|", color=DARK, markersize=9)
-    ax.set_yticks(range(len(order)), order, fontsize=8)
+    ax.set_yticks(range(len(order)), names, fontsize=8)
     ax.set_xlabel("share of the map inside the region (%)")
     ax.plot([], [], "|", color=DARK, label="the region's share of the brain")
     ax.legend(loc="lower right")

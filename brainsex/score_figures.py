@@ -4,39 +4,24 @@ Figures are returned for the caller to save; title and cohort as in `brainsex.fi
 """
 
 import numpy as np
-import pandas as pd
 from matplotlib import pyplot as plt
 from scipy.stats import gaussian_kde
 
 from brainsex.evaluation import wilson
 from brainsex.figures import DARK, PALE, PALETTE, STYLE, finish, opened
 
-HUES = (DARK, "#E69F00", "#56B4E9", "#009E73", "#CC79A7")
-"""Colours of Okabe and Ito's set, for up to five kinds beside each other."""
+HUES = (DARK, "#E69F00", "#56B4E9", "#009E73", "#CC79A7")  # of Okabe and Ito's set
 MARKS = "osDv^"
+SHARE = "accuracy (share of subjects)"
+GROUPS = 6  # of subjects ordered by a confound
 
 
 @plt.rc_context(STYLE)
-def dots(
-    table: pd.DataFrame,
-    *,
-    rows: str,
-    hue: str,
-    title: str,
-    cohort: str,
-    value: str = "accuracy",
-    label: str = "accuracy (share of subjects)",
-    chance: float = 0.5,
-    published: dict | None = None,
-):
+def dots(table, *, rows, hue, title, cohort, value="accuracy", label=SHARE, published=None):
     """Scores with intervals: a line of dots a row, a colour and mark a kind.
 
-    Parameters
-    ----------
-    table : columns `rows`, `hue`, `value` and, where there is an interval, low and high.
-    value, label : the score's column, and what the axis says.
-    chance : drawn dotted.
-    published : (row, kind) -> (value, standard deviation or None), drawn in grey beneath.
+    The table has columns `rows`, `hue`, `value` (`label` on the axis) and, where there is an
+    interval, low and high; `published` are (row, kind) -> (value, standard deviation or None).
     """
     names, kinds = (list(dict.fromkeys(table[column])) for column in (rows, hue))
     _enough(kinds)
@@ -62,7 +47,7 @@ def dots(
         ax.errorbar(number, y, xerr=deviation, fmt="d", color=PALE, markersize=4, linewidth=1)
     if published:
         ax.plot([], [], "d", color=PALE, markersize=4, label="published")
-    ax.axvline(chance, color=DARK, linewidth=0.9, linestyle=":")
+    ax.axvline(0.5, color=DARK, linewidth=0.9, linestyle=":")
     ax.set(xlabel=label, ylim=(len(names) - 0.5, -0.5))
     ax.set_yticks(range(len(names)), names)
     ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, fontsize=8)
@@ -70,7 +55,7 @@ def dots(
 
 
 @plt.rc_context(STYLE)
-def neighbours(sweeps: dict[str, np.ndarray], *, title: str, cohort: str):
+def neighbours(sweeps, *, title, cohort):
     """Accuracy of k nearest neighbours against k, a line a protocol, its best k ringed."""
     _enough(sweeps)
     figure, ax = opened(1, 1, figsize=(7, 3.6))
@@ -79,26 +64,19 @@ def neighbours(sweeps: dict[str, np.ndarray], *, title: str, cohort: str):
         label = f"{name}: best k = {best + 1}, {accuracy[best]:.3f}"
         ax.plot(ks, accuracy, color=colour, linewidth=1.3, label=label)
         ax.plot(best + 1, accuracy[best], "o", color=colour, mfc="none", ms=9)
-    ax.set(xlabel="k, number of neighbours", ylabel="accuracy (share of subjects)", xlim=(0, None))
+    ax.set(xlabel="k, number of neighbours", ylabel=SHARE, xlim=(0, None))
     ax.legend(fontsize=8)
     return finish(figure, title, cohort)
 
 
 @plt.rc_context(STYLE)
-def strongest(table: pd.DataFrame, *, count: int, label: str, title: str, cohort: str):
-    """The strongest features: their weight over folds, and what is lost without them.
-
-    Parameters
-    ----------
-    table : of `classifiers.importances`.
-    label : what the weight is.
-    """
+def strongest(table, *, count, label, title, cohort):
+    """The strongest of `classifiers.importances`: weight (`label`), and loss without them."""
     some = table.head(count)
     figure, axes = opened(1, 2, figsize=(9, 1.6 + 0.19 * count), sharey=True)
     colours, y = some["higher_in"].map(PALETTE), np.arange(len(some))
-    for ax, value, spread in zip(
-        axes, ("Importance", "permutation"), ("spread", "permutation_spread")
-    ):
+    columns = ("Importance", "spread"), ("permutation", "permutation_spread")
+    for ax, (value, spread) in zip(axes, columns):
         ax.barh(y, some[value], color=colours, height=0.7)
         ax.errorbar(some[value], y, xerr=some[spread], fmt="none", ecolor=DARK, elinewidth=0.8)
     axes[0].set(xlabel=label, ylim=(len(some) - 0.4, -0.6))
@@ -112,29 +90,13 @@ def strongest(table: pd.DataFrame, *, count: int, label: str, title: str, cohort
 
 
 @plt.rc_context(STYLE)
-def overlap(
-    size: np.ndarray,
-    sex: np.ndarray,
-    right: dict[str, np.ndarray],
-    *,
-    label: str,
-    title: str,
-    cohort: str,
-    bins: int = 6,
-):
+def overlap(size, sex, right, *, label, title, cohort):
     """How men and women overlap in a confound, and who is right about whom.
 
-    Subjects are ordered by how typical the confound is for their sex: the share that their own
-    sex's density has of both. A classifier that reads nothing else is wrong on the left and right
-    on the right; one that does not depend on it is level.
-
-    Parameters
-    ----------
-    size : (N,) the confound.
-    sex : (N,) 0 and 1.
-    right : name -> (N,) bool, whether a classifier was right about each held-out subject.
-    label : the confound's name and unit.
-    bins : of equal numbers of subjects.
+    Subjects are ordered by how typical the confound `size` (N,), named by `label`, is for their
+    sex: the share that their own sex's density has of both. A classifier that reads nothing else is
+    wrong on the left and right on the right; one that does not depend on it is level. `right` are
+    name -> (N,) bool, whether it was right about each held-out subject.
     """
     figure, axes = opened(1, 2, figsize=(9.6, 3.6), width_ratios=(1, 1.15))
     grid = np.linspace(size.min(), size.max(), 200)
@@ -146,23 +108,22 @@ def overlap(
     axes[0].legend()
     at = np.stack([curve(size) for curve in density])
     typical = at[sex, np.arange(len(sex))] / at.sum(0)
-    groups = np.array_split(np.argsort(typical, kind="stable"), bins)
+    groups = np.array_split(np.argsort(typical, kind="stable"), GROUPS)
     middle = np.array([typical[rows].mean() for rows in groups])
     for (name, correct), colour, mark in zip(right.items(), HUES, MARKS):
         shares = np.array([correct[rows].mean() for rows in groups])
         limits = np.array([wilson(int(correct[rows].sum()), len(rows)) for rows in groups]).T
         error = np.abs(limits - shares)
-        axes[1].errorbar(
-            middle, shares, yerr=error, fmt=f"-{mark}", color=colour, ms=5, capsize=2, label=name
-        )
+        look = {"fmt": f"-{mark}", "color": colour, "ms": 5, "capsize": 2, "label": name}
+        axes[1].errorbar(middle, shares, yerr=error, **look)
     axes[1].axhline(0.5, color=DARK, linewidth=0.9, linestyle=":")
     axes[1].axvline(0.5, color=PALE, linewidth=0.9, linestyle=":")
-    axes[1].set(xlim=(0, 1), ylim=(-0.02, 1.02), ylabel="accuracy (share of subjects)")
+    axes[1].set(xlim=(0, 1), ylim=(-0.02, 1.02), ylabel=SHARE)
     axes[1].set_xlabel("how typical for their own sex\n(0: the other sex's, 1: their own)")
     axes[1].legend(fontsize=8, loc="lower right")
-    return finish(figure, title, f"{cohort} · right: {bins} groups of equal size, Wilson 95 %")
+    return finish(figure, title, f"{cohort} · right: {GROUPS} groups of equal size, Wilson 95 %")
 
 
-def _enough(kinds) -> None:
+def _enough(kinds):
     if len(kinds) > len(HUES):
         raise ValueError(f"expected at most {len(HUES)} kinds, found {len(kinds)}.")

@@ -13,18 +13,12 @@ import pandas as pd
 import torch
 from nibabel.affines import apply_affine
 
-from brainsex import evaluation, networks, replacing
+from brainsex import evaluation, networks, write
 from brainsex.cohort import Cohort, Rows
 
 
 def centres(network: networks.MriNet2d, affine: np.ndarray | None) -> np.ndarray:
-    """Millimetres along the network's axis of the middle of each slab, (S,).
-
-    Raises
-    ------
-    ValueError
-        The affine is unknown.
-    """
+    """Millimetres along the network's axis of the middle of each slab, (S,); of a known affine."""
     if affine is None:
         raise ValueError("expected an affine (4, 4), found none: cohort.load(folder, affine=…).")
     count = network.shape[network.axis] // network.depth
@@ -40,66 +34,35 @@ def positions(table: pd.DataFrame, millimetres: np.ndarray) -> pd.DataFrame:
     """
     test = table[table["part"] == "test"]
     correct, subjects = np.sum(test["correct_by_slab"].tolist(), 0), int(test["subjects"].sum())
-    limits = [evaluation.wilson(int(right), subjects) for right in correct]
-    low, high = zip(*limits)
+    low, high = zip(*(evaluation.wilson(int(right), subjects) for right in correct))
     columns = {"mm": millimetres, "accuracy": correct / subjects, "low": low, "high": high}
     return pd.DataFrame(columns)
 
 
-def vote(log_odds: np.ndarray) -> np.ndarray:
-    """Class (N,) for which most of the slabs, with log-odds of man (N, S), are.
-
-    Where as many are for the one as for the other, the mean of the log-odds decides.
-    """
-    margin = np.sign(log_odds).sum(1)
-    return (np.where(margin == 0, log_odds.mean(1), margin) > 0).astype(np.int64)
-
-
 def scores(log_odds: np.ndarray, sex: np.ndarray) -> dict:
-    """How many are right, of slabs and of subjects.
-
-    Parameters
-    ----------
-    log_odds : (N, S) of man, of each subject's slabs.
-    sex : (N,) 0 or 1.
+    """How many are right, of slabs and of subjects, by log-odds of man (N, S) and sex (N,).
 
     Returns
     -------
-    subjects, slabs (N S), and of them right: correct_slabs, correct_vote, correct_mean (mean of
-    the log-odds); correct_by_slab, a list of S numbers of subjects.
+    subjects, slabs (N S), and of them right: correct_slabs, correct_vote (majority, or the mean
+    where there is none), correct_mean (of the log-odds); correct_by_slab, S numbers of subjects.
     """
-    right = (log_odds > 0) == sex[:, None]
+    right, margin, mean = (log_odds > 0) == sex[:, None], np.sign(log_odds).sum(1), log_odds.mean(1)
     return {
         "subjects": len(sex),
         "slabs": right.size,
         "correct_slabs": int(right.sum()),
-        "correct_vote": int((vote(log_odds) == sex).sum()),
-        "correct_mean": int(((log_odds.mean(1) > 0) == sex).sum()),
+        "correct_vote": int(((np.where(margin == 0, mean, margin) > 0) == sex).sum()),
+        "correct_mean": int(((mean > 0) == sex).sum()),
         "correct_by_slab": right.sum(0).tolist(),
     }
 
 
-def evaluate(
-    data: Cohort, folder: str | Path, *, only: Sequence[int] | None = None
-) -> pd.DataFrame:
+def evaluate(data: Cohort, folder: Path, *, only: Sequence[int] | None = None) -> pd.DataFrame:
     """Score each fold's network on the subjects it was trained on and on those it has not seen.
 
-    Parameters
-    ----------
-    data : the cohort that `training.cross_validate` was given.
-    folder : its `out`. ``slabs.json`` is written into it, the table's rows as records.
-    only : folds, where not all were run.
-
-    Returns
-    -------
-    Two rows a fold: fold, part (train or test), and the columns of `scores`.
-
-    Raises
-    ------
-    FileNotFoundError
-        A fold has no network.
-    ValueError
-        The folds are of other subjects, or the networks no `MriNet2d`.
+    The folder is the `out` of `training.cross_validate`, and gets ``slabs.json``, the same rows:
+    two a fold, with fold, part (train or test), and the columns of `scores`.
     """
     folder = Path(folder)
     if not (folder / "folds.csv").is_file():
@@ -118,6 +81,5 @@ def evaluate(
             logits = networks.evaluate(network, volumes, torch.float32).numpy()
             log_odds = logits[..., 1] - logits[..., 0]
             rows.append({"fold": int(fold), "part": part, **scores(log_odds, data.sex[chosen])})
-    with replacing(folder / "slabs.json") as path:
-        path.write_text(json.dumps(rows, indent=1))
+    write(folder / "slabs.json", json.dumps(rows, indent=1))
     return pd.DataFrame(rows)

@@ -4,11 +4,10 @@ Every subject starts from one `anatomy`, and has a head size, a smooth deformati
 Rician-like noise, and the bright rim of real maps. Relatives share a part of all but noise and rim,
 and of what FreeSurfer would measure.
 
-The truth is kept in the template's space, where masks of different subjects are compared. Head
-size and deformation move a brain voxel by 2.5 mm (median; 2.7 mm with the default `head_size`),
-one voxel at 2.5 mm, so that a subject's own regions overlap the template's with a Dice coefficient
-of 0.76 (standard deviation 0.05). Averaged over subjects, and after noise, the difference between
-men and women within a region is therefore 0.7 of what is planted there.
+The truth is kept in the template's space. Head size and deformation move a brain voxel by 2.5 mm
+(median; 2.7 mm with the default `head_size`), so that a subject's own regions overlap the
+template's with a Dice coefficient of 0.76 (standard deviation 0.05). Averaged over subjects, and
+after noise, the sexes' difference in a region is therefore 0.7 of what is planted there.
 """
 
 import gzip
@@ -18,6 +17,7 @@ import json
 import math
 import os
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import nibabel as nib
@@ -27,19 +27,14 @@ from joblib import Parallel, delayed
 from scipy.ndimage import binary_erosion, map_coordinates, zoom
 from tqdm.auto import tqdm
 
-from brainsex import LABELS, SHAPE, morphometry, population, replacing, volumes
+from brainsex import LABELS, SHAPE, morphometry, nifti, population, replacing, write
 from brainsex.anatomy import Anatomy, anatomy, region_table
 
-HEAD_SIZE = 0.12
-"""Men's mean head volume less women's, over the mean of both, as in life."""
-HEAD_SPREAD = 0.075
-"""Coefficient of variation of head volume within a sex."""
-DEFORMATION = 1.5
-"""Standard deviation of a subject's displacement along each axis, mm."""
-NOISE = 0.05
-"""Standard deviation of either noise component of FA."""
-FIELD = (7, 8, 7)
-"""Control points of a smooth random field along X, Y, Z."""
+HEAD_SIZE = 0.12  # men's mean head volume less women's, over the mean of both, as in life
+HEAD_SPREAD = 0.075  # coefficient of variation of head volume within a sex
+DEFORMATION = 1.5  # standard deviation of a subject's displacement along each axis, mm
+NOISE = 0.05  # standard deviation of either noise component of FA
+FIELD = (7, 8, 7)  # control points of a smooth random field along X, Y, Z
 DRAWS = 2 + 4 * math.prod(FIELD)
 """Anatomical numbers a subject: head, level of FA, three displacements, a field of FA."""
 
@@ -50,18 +45,9 @@ def head_volume(sex, head_size: float, draw):
 
 
 def subject_volume(
-    base: Anatomy,
-    sex: int,
-    draws: np.ndarray,
-    *,
-    head_size: float,
-    effect: float,
-    rng: np.random.Generator,
+    base: Anatomy, sex: int, draws: np.ndarray, *, head_size: float, effect: float, rng
 ) -> np.ndarray:
-    """One subject's FA, (X, Y, Z) float32 in [0, 1], on the template's grid.
-
-    `draws` are its anatomy (standard normal, `DRAWS` of them), `rng` is its noise.
-    """
+    """One subject's FA (X, Y, Z) in [0, 1], of its anatomy's standard normal `DRAWS` and noise."""
     *displacement, variation = draws[2:].reshape(4, *FIELD)
     position = _position(base, head_volume(sex, head_size, draws[0]), displacement)
     fa = map_coordinates(base.fa, position, order=1)
@@ -128,17 +114,14 @@ def write_cohort(
     seed: int = 0,
     workers: int | None = None,
 ) -> Path:
-    """Write a synthetic cohort in HCP's layout; see DATA_ACCESS.md for that layout.
+    """Write a synthetic cohort in HCP's layout, which DATA_ACCESS.md describes.
 
     Memory does not depend on the number of subjects; archives already there are kept.
 
     Parameters
     ----------
-    folder : gets ``archives/<ID>_3T_Diffusion_FA.zip``, ``unrestricted_behavioral.csv``,
-        ``unrestricted_hcp_freesurfer.csv`` and ``restricted.csv`` (1113 rows or more),
-        ``truth/regions.nii.gz``, ``truth/regions.csv`` and, before anything else, the marker
-        ``SYNTHETIC``.
-    subjects : how many of the rows have a volume: whole families, as far as that goes.
+    folder : new, or of an earlier call with the same options; otherwise it is a ValueError.
+    subjects : how many of 1113 rows, or more, have a volume: whole families, as far as that goes.
     spacing : voxel size in mm; 1.25 gives HCP's own grid.
     head_size : men's mean head volume less women's, over the mean of both; 0 removes the confound.
     effect : multiplies every difference planted beside it, in volumes and in FreeSurfer's table;
@@ -147,12 +130,6 @@ def write_cohort(
     seed : a subject's volume depends on it and on the subject's row alone (beyond 1113 subjects
         also on their number).
     workers : threads; all cores by default.
-
-    Raises
-    ------
-    ValueError
-        An option out of range, or `folder` already holds something that these options would not
-        give: files that are not synthetic, or a synthetic cohort of other options.
     """
     folder, marker = Path(folder), Path(folder) / "SYNTHETIC"
     if subjects < 1 or not abs(head_size) < 1 or not 0.5 <= spacing <= 10:
@@ -162,71 +139,63 @@ def write_cohort(
         )
     if not marker.is_file() and folder.is_dir() and any(folder.glob("[!.]*")):
         raise ValueError(f"{folder} is not empty and not a synthetic cohort: choose another.")
-    options = {
-        "subjects": subjects,
-        "spacing": float(spacing),
-        "head_size": float(head_size),
-        "effect": float(effect),
-        "template": None if template is None else _checksum(Path(template)),
-        "seed": seed,
-    }
-    if marker.is_file() and marker.read_text() != json.dumps(options):
-        raise ValueError(
-            f"{folder} holds a synthetic cohort of other options than {json.dumps(options)}: "
-            f"{marker}. Delete it or choose another folder."
-        )
     base = anatomy(spacing, template)
+    start = None  # or the template's name and what is in it, so that no cohort mixes two
+    if template is not None:
+        checksum = hashlib.sha256(Path(template).read_bytes()).hexdigest()[:16]
+        start = f"{Path(template).name} {checksum}"
+    sizes = {"head_size": float(head_size), "effect": float(effect)}
+    options = {"subjects": subjects, "spacing": float(spacing), **sizes}
+    options = json.dumps(options | {"template": start, "seed": seed})
+    if marker.is_file() and marker.read_text() != options:
+        raise ValueError(
+            f"{folder} holds a synthetic cohort of other options than {options}: {marker}. "
+            "Delete it or choose another folder."
+        )
     people = population.draw(subjects, seed)
-    with replacing(marker) as path:  # first, so that nothing written here passes for real
-        path.write_text(json.dumps(options))
-    _write_truth(folder / "truth", base)
+    write(marker, options)  # first, so that nothing written here passes for real
+    with replacing(folder / "truth" / "regions.nii.gz") as path:
+        path.write_bytes(_nifti(base.labels, base.affine))
+    regions = region_table(base).to_csv(index=False, float_format="%.3f")
+    write(folder / "truth" / "regions.csv", regions)
     sexes = people.behavioural["Gender"].map(LABELS)
 
-    def write(row: int) -> None:
+    def write_subject(row: int) -> None:
         subject = people.behavioural.at[row, "Subject"]
         path = folder / "archives" / f"{subject}_3T_Diffusion_FA.zip"
         if not path.is_file():
             rng = np.random.default_rng([seed, row])
             draws = population.anatomical_draws(people.kin.loc[row], seed, DRAWS)
-            sizes = {"head_size": head_size, "effect": effect}
             volume = subject_volume(base, sexes[row], draws, rng=rng, **sizes)
             _write_archive(path, subject, volume, base.affine)
 
     rows = sexes.index[people.behavioural["3T_dMRI_Compl"] == "true"]
     done = Parallel(workers or os.cpu_count(), prefer="threads", return_as="generator")(
-        delayed(write)(row) for row in rows
+        delayed(write_subject)(row) for row in rows
     )
-    for _ in tqdm(done, total=len(rows), desc="synthesize", unit="subject"):
-        pass
-    _write_tables(folder, people, head_size=head_size, effect=effect, seed=seed)
+    list(tqdm(done, "synthesize", total=len(rows), unit="subject"))
+    _write_tables(folder, people, seed=seed, **sizes)
     return folder
 
 
 def _write_tables(folder: Path, people: population.People, **options) -> None:
-    tables = {
-        "unrestricted_hcp_freesurfer.csv": freesurfer_table(people, **options),
-        "restricted.csv": people.restricted,
-        "unrestricted_behavioral.csv": people.behavioural,  # last: where it is, all is written
-    }
-    for name, table in tables.items():
-        with replacing(folder / name) as path:
-            table.to_csv(path, index=False)
+    table = freesurfer_table(people, **options)
+    write(folder / "unrestricted_hcp_freesurfer.csv", table.to_csv(index=False))
+    write(folder / "restricted.csv", people.restricted.to_csv(index=False))
+    # last: where it is, all is written
+    write(folder / "unrestricted_behavioral.csv", people.behavioural.to_csv(index=False))
 
 
 def head_size_alone(cohort: str | Path, folder: str | Path) -> Path:
     """Write the tables of a synthetic cohort's people anew, as if only their heads differed.
 
-    Raises
-    ------
-    FileNotFoundError
-        The cohort is real: nobody knows what its people would be like.
+    Of a real cohort's nobody knows what they would be like: FileNotFoundError.
     """
     folder, marker = Path(folder), Path(cohort) / "SYNTHETIC"
     if not marker.is_file():
         raise FileNotFoundError(f"{cohort}: no synthetic cohort.")
     options = json.loads(marker.read_text()) | {"effect": 0.0}
-    with replacing(folder / "SYNTHETIC") as path:
-        path.write_text(json.dumps(options))
+    write(folder / "SYNTHETIC", json.dumps(options))
     people = population.draw(options["subjects"], options["seed"])
     sizes = {name: options[name] for name in ("head_size", "effect", "seed")}
     _write_tables(folder, people, **sizes)
@@ -236,35 +205,12 @@ def head_size_alone(cohort: str | Path, folder: str | Path) -> Path:
 def freesurfer_table(
     people: population.People, *, head_size: float = HEAD_SIZE, effect: float = 1.0, seed: int = 0
 ) -> pd.DataFrame:
-    """FreeSurfer's measures of everybody, whose heads are as large as in their volumes.
-
-    Returns
-    -------
-    As `morphometry.freesurfer`.
-    """
+    """`morphometry.freesurfer` of everybody, whose heads are as large as in their volumes."""
     first = [population.anatomical_draws(kin, seed, 1)[0] for _, kin in people.kin.iterrows()]
     sex = people.behavioural["Gender"].map(LABELS).to_numpy()
     head = head_volume(sex, head_size, np.array(first))
-    rng = np.random.default_rng([seed, 1])
-    return morphometry.freesurfer(
-        people.behavioural,
-        head,
-        lambda count: population.correlated(people.kin, rng, count),
-        effect=effect,
-    )
-
-
-def _checksum(path: Path) -> str:
-    """A template's name and what is in it, so that no cohort mixes two."""
-    content = path.read_bytes() if path.is_file() else b""  # `anatomy` says that it is not there
-    return f"{path.name} {hashlib.sha256(content).hexdigest()[:16]}"
-
-
-def _write_truth(folder: Path, base: Anatomy) -> None:
-    with replacing(folder / "regions.nii.gz") as path:
-        path.write_bytes(_nifti(base.labels, base.affine))
-    with replacing(folder / "regions.csv") as path:
-        region_table(base).to_csv(path, index=False, float_format="%.3f")
+    drawn = partial(population.correlated, people.kin, np.random.default_rng([seed, 1]))
+    return morphometry.freesurfer(people.behavioural, head, drawn, effect=effect)
 
 
 def load_truth(
@@ -275,18 +221,13 @@ def load_truth(
     Returns
     -------
     labels : (X, Y, Z) int64, RAS; a voxel belongs to the region that fills more than half of it.
-    regions : as `anatomy.region_table`.
-
-    Raises
-    ------
-    FileNotFoundError
-        The cohort has no truth: it is real.
+    regions : as `anatomy.region_table`. A real cohort has neither: FileNotFoundError.
     """
     folder = Path(folder) / "truth"
     if not (folder / "regions.csv").is_file():
         raise FileNotFoundError(f"{folder}: no planted truth; only synthetic cohorts have one.")
     regions = pd.read_csv(folder / "regions.csv")
-    labels, affine = volumes.load(folder / "regions.nii.gz")
-    share = [volumes.resample(labels == label, affine, shape)[0] for label in regions["label"]]
+    labels, affine = nifti.load(folder / "regions.nii.gz")
+    share = [nifti.resample(labels == label, affine, shape)[0] for label in regions["label"]]
     share = np.stack([np.full(shape, 0.5, np.float32), *share])
     return share.argmax(0), regions

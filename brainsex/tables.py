@@ -11,11 +11,10 @@ import pandas as pd
 
 from brainsex import LABELS
 
-NO_VOLUME = "a row, but no volume"
-"""Why `match` leaves out the subjects of whom only the table knows."""
+NO_VOLUME = "a row, but no volume"  # why `match` leaves out whom only the table knows
 
-MAX_BYTES, MAX_HEADER = 1 << 30, 1 << 25
-"""No table is larger: 40,000 subjects with 2,000 columns fit."""
+UNREADABLE = (UnicodeDecodeError, csv.Error, pd.errors.ParserError, pd.errors.ParserWarning)
+UNREADABLE += (pd.errors.EmptyDataError,)
 
 BESIDE = {
     "unrestricted_hcp_freesurfer.csv": {
@@ -40,19 +39,17 @@ def find(folder: str | Path) -> Path:
     if not found and (folder / "participants.tsv").is_file():
         found = [folder / "participants.tsv"]
     if len(found) != 1:
+        names = [path.name for path in found] or "none"
         raise FileNotFoundError(
             f"{folder}: expected unrestricted_behavioral.csv or one unrestricted_*.csv with the "
             "columns Subject and Gender, or participants.tsv with participant_id and sex, found "
-            f"{[p.name for p in found] or 'none'}. DATA_ACCESS.md says where to get it."
+            f"{names}. DATA_ACCESS.md says where to get it."
         )
     return found[0]
 
 
 def read(table: str | Path) -> pd.DataFrame:
-    """HCP's behavioural table, or BIDS's, with what the tables beside it know of the subjects.
-
-    ``unrestricted_hcp_freesurfer.csv`` adds the intracranial volume; ``restricted.csv`` adds
-    family and exact age.
+    """HCP's behavioural table, or BIDS's, with what the tables `BESIDE` it know of the subjects.
 
     Returns
     -------
@@ -62,8 +59,7 @@ def read(table: str | Path) -> pd.DataFrame:
     Raises
     ------
     FileNotFoundError, ValueError
-        No such table; no Subject or Gender column; a subject in two rows; a volume that is no
-        number.
+        No such table; no Subject or Gender; a subject in two rows; a volume that is no number.
     """
     table = Path(table)
     rows = _columns(table, {"Gender": "Gender"}, {"Age": "age", "QC_Issue": "qc_issue"})
@@ -74,10 +70,10 @@ def read(table: str | Path) -> pd.DataFrame:
             more = _columns(path, {}, wanted)
             if "intracranial_volume_ml" in more:
                 try:
-                    more["intracranial_volume_ml"] = more["intracranial_volume_ml"].astype(float)
+                    millilitres = more["intracranial_volume_ml"].astype(float) / 1000
                 except ValueError as error:
                     raise ValueError(f"{path}: the intracranial volume: {error}.") from error
-                more["intracranial_volume_ml"] /= 1000
+                more["intracranial_volume_ml"] = millilitres
             more = more.reindex(rows.index)
             for column in more:  # where years are unknown, a band of age stays
                 known = rows.get(column, more[column])
@@ -91,26 +87,17 @@ def _beside(folder: Path, name: str) -> Path | None:
     if not found and name == "restricted.csv":
         found = sorted(folder.glob("RESTRICTED_*.csv"))
     if len(found) > 1:
-        raise ValueError(
-            f"{folder}: several restricted tables, {[p.name for p in found]}: keep one."
-        )
+        names = [path.name for path in found]
+        raise ValueError(f"{folder}: several restricted tables, {names}: keep one.")
     return found[0] if found else None
 
 
 def match(
     files: dict[str, list[Path]], rows: pd.DataFrame, leave_out_qc: bool = False
-) -> tuple[dict[str, Path], dict[str, str]]:
-    """The volumes that have a row and a sex; and why every other file and row is left out.
+) -> tuple[dict, dict]:
+    """A path by subject, where volumes and `read` rows agree; a reason by subject, elsewhere.
 
-    Parameters
-    ----------
-    files : by subject, the volumes named by its ID.
-    rows : as from `read`.
-    leave_out_qc : also those with a QC_Issue.
-
-    Returns
-    -------
-    accepted, rejected : a path, and a reason, by subject; each in the order of the IDs.
+    With `leave_out_qc` subjects with a QC_Issue are among those left out.
     """
     if leave_out_qc and "qc_issue" not in rows:
         raise ValueError("expected a column QC_Issue in the table of people, found none.")
@@ -155,23 +142,14 @@ def raw(table: str | Path) -> pd.DataFrame:
     """A table's cells as text, NaN where blank; of a name that stands twice, the second is "… (2)".
 
     Commas, semicolons (then with decimal commas) or tabs, whichever the header has most of; line
-    ends of any system.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        No such table; more than a gigabyte; not text in columns.
+    ends of any system. A ValueError where it is not text in columns.
     """
     table = Path(table)
     if not table.is_file():
         raise FileNotFoundError(f"{table}: no such table. DATA_ACCESS.md says where to get it.")
-    if (size := table.stat().st_size) > MAX_BYTES:
-        raise ValueError(
-            f"{table}: expected at most {MAX_BYTES} bytes, found {size}: no such table."
-        )
     try:
         with table.open(encoding="utf-8-sig") as file:  # any line end reads as \n
-            header = file.readline(MAX_HEADER)
+            header = file.readline()
             separator = max(",;\t", key=header.count)
             names = [name.strip() for name in next(csv.reader([header], delimiter=separator), [])]
             if not names:
@@ -189,21 +167,15 @@ def raw(table: str | Path) -> pd.DataFrame:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", pd.errors.ParserWarning)
                 rows = pd.read_csv(file, sep=separator, names=names, header=None, **options)
-    except (
-        UnicodeDecodeError,
-        csv.Error,
-        pd.errors.ParserError,
-        pd.errors.ParserWarning,
-        pd.errors.EmptyDataError,
-    ) as error:
+    except UNREADABLE as error:
         # pandas counts the lines after the header
         said = re.sub(r"line (\d+)", lambda found: f"line {int(found[1]) + 1}", str(error))
         raise ValueError(f"{table}: not a CSV table ({said.strip()}).") from error
-    beyond = rows.pop("beyond the header")
-    if beyond.notna().any():
+    beyond = rows.pop("beyond the header").dropna()
+    if len(beyond):
         raise ValueError(
-            f"{table}: line {beyond.notna().idxmax() + 2}: expected {len(names) - 1} cells, as in "
-            f"the header, found one more, {beyond[beyond.notna().idxmax()]!r}."
+            f"{table}: line {beyond.index[0] + 2}: expected {len(names) - 1} cells, as in the "
+            f"header, found one more, {beyond.iloc[0]!r}."
         )
     if separator == ";":
         rows = rows.replace(r"^\s*([-+]?\d*),(\d+(?:[eE][-+]?\d+)?)\s*$", r"\1.\2", regex=True)

@@ -1,13 +1,13 @@
 """Morphometry tables: HCP's FreeSurfer export or any other, and what classifiers make of it."""
 
 import re
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from sklearn.base import BaseEstimator
 
 from brainsex import classifiers, evaluation, tables
 from brainsex.cohort import name_of
@@ -15,9 +15,9 @@ from brainsex.cohort import name_of
 SUBJECT = ("Subject", "participant_id", "eid")
 SEX = ("Gender", "sex")
 """Columns looked for, in any case, when the one named is not there: HCP, BIDS, UK Biobank."""
-CODES = {"f": 0, "female": 0, "w": 0, "woman": 0, "m": 1, "male": 1, "man": 1}
-NUMBERS = ({"0": 0, "1": 1}, {"1": 1, "2": 0})
-"""Number codes: 0 women, 1 men (UK Biobank); 1 men, 2 women (ISO 5218)."""
+WORDS = {"f": 0, "female": 0, "w": 0, "woman": 0, "m": 1, "male": 1, "man": 1}
+CODES = ({"0": 0, "1": 1}, {"1": 1, "2": 0}, WORDS)
+"""Numbers: 0 women, 1 men (UK Biobank), or 1 men, 2 women (ISO 5218); or words."""
 NO_FEATURES = ("Release",)
 INTRACRANIAL = "FS_IntraCranial_Vol"
 
@@ -26,32 +26,20 @@ INTRACRANIAL = "FS_IntraCranial_Vol"
 class Table:
     """Morphometry of N subjects. ``len()`` is their number."""
 
-    name: str
-    """The folder's name, with the word synthetic where the cohort is."""
-    features: pd.DataFrame
-    """(N, P) numbers, NaN where blank."""
-    sex: np.ndarray
-    """(N,) int64, women 0, men 1."""
-    subjects: np.ndarray
-    """(N,) str."""
+    name: str  # the folder's name, with the word synthetic where the cohort is
+    features: pd.DataFrame  # (N, P) numbers, NaN where blank
+    sex: np.ndarray  # (N,) int64, women 0, men 1
+    subjects: np.ndarray  # (N,) str
     groups: np.ndarray | None
     """(N,) str, families, of ``restricted.csv`` beside the table; None where all are unknown."""
-    release: np.ndarray | None
-    """(N,) str, HCP's Release, which is no feature."""
-    notes: dict[str, tuple[str, ...]]
-    """What was dropped, renamed or changed: columns by reason."""
+    release: np.ndarray | None  # (N,) str, HCP's Release, which is no feature
+    notes: dict[str, tuple[str, ...]]  # what was dropped, renamed or changed: columns by reason
 
     def __len__(self) -> int:
         return len(self.sex)
 
 
-def load(
-    csv: str | Path,
-    *,
-    subject: str = "Subject",
-    sex: str = "Gender",
-    codes: Mapping[str, int] | None = None,
-) -> Table:
+def load(csv: str | Path, *, subject: str = "Subject", sex: str = "Gender") -> Table:
     """Read a morphometry table: HCP's FreeSurfer CSV as exported, or any other.
 
     What is dropped is printed, and kept in ``notes``: columns of text, blank or the same for
@@ -61,27 +49,25 @@ def load(
     ----------
     csv : with a header; commas, semicolons or tabs; any line ends.
     subject, sex : the columns; HCP's, BIDS's and UK Biobank's names are found by themselves.
-    codes : what the sex column's values mean, women 0, men 1. By default M and F, male and female,
-        0 and 1 (men), or 1 (men) and 2.
+        Sexes are M and F, male and female, 0 and 1 (men), or 1 (men) and 2.
 
     Raises
     ------
     FileNotFoundError, ValueError
-        No such table, or too large; no such column, or several; an unknown code; a subject twice;
-        a value among a column's numbers that is none; one sex only; no feature.
+        No such table; no such column, or several; an unknown code; a subject twice; a value among a
+        column's numbers that is none; one sex only; no feature.
     """
     csv = Path(csv)
     rows = tables.raw(csv).dropna(how="all")  # blank lines; the index still counts lines
     subject, sex = _named(csv, rows, subject, SUBJECT), _named(csv, rows, sex, SEX)
-    said: dict[str, list[str]] = {}
-    said["second of a name"] = [name for name in rows if name.endswith(" (2)")]
-    label = _labels(csv, rows[sex], codes)
+    said = defaultdict(list, {"second of a name": [n for n in rows if n.endswith(" (2)")]})
+    label = _labels(csv, rows[sex])
     if blank := int(label.isna().sum()):
-        said["subjects without a sex, left out"] = [str(blank)]
+        said["subjects without a sex, left out"].append(str(blank))
     rows, label = rows[label.notna()], label[label.notna()].astype(np.int64)
-    if label.nunique() < 2:
+    if (count := label.nunique()) < 2:
         raise ValueError(
-            f"{csv}: expected both sexes in {sex}, found {('none', 'one only')[label.nunique()]}."
+            f"{csv}: expected both sexes in {sex}, found {('none', 'one only')[count]}."
         )
     names = tables.identifiers(csv, rows[subject])
     numbers = {}
@@ -89,11 +75,11 @@ def load(
     for name in rows:
         if re.sub(r" \(\d+\)$", "", name).lower() in no_features:
             if name not in (subject, sex, *NO_FEATURES):
-                said.setdefault("names a subject, its sex or release, dropped", []).append(name)
+                said["names a subject, its sex or release, dropped"].append(name)
             continue
         values, problem = _numbers(csv, rows[name])
         if problem:
-            said.setdefault(problem, []).append(name)
+            said[problem].append(name)
         if values is not None:
             numbers[name] = values
     if not numbers:
@@ -101,7 +87,7 @@ def load(
     features = pd.DataFrame(numbers)
     empty = features.isna().all(axis=1).to_numpy()
     if empty.any():
-        said["subjects without a measure, left out"] = [str(empty.sum())]
+        said["subjects without a measure, left out"].append(str(empty.sum()))
         features, label, rows, names = (part[~empty] for part in (features, label, rows, names))
     if "FS_InterCranial_Vol" in features and INTRACRANIAL not in features:
         features = features.rename(columns={"FS_InterCranial_Vol": INTRACRANIAL})
@@ -138,26 +124,22 @@ def _named(csv: Path, rows: pd.DataFrame, name: str, others: tuple[str, ...]) ->
     return found[0]
 
 
-def _labels(csv: Path, column: pd.Series, codes: Mapping[str, int] | None) -> pd.Series:
+def _labels(csv: Path, column: pd.Series) -> pd.Series:
     """0 and 1, NaN where blank."""
     values = column.str.strip().str.lower().str.removesuffix(".0").replace("", np.nan)
-    if codes is not None:
-        known = {str(c).strip().lower().removesuffix(".0"): label for c, label in codes.items()}
-        if not set(known.values()) <= {0, 1}:
-            raise ValueError(
-                f"{csv}: expected codes of 0 (women) and 1 (men), found {dict(codes)}."
-            )
-    else:
-        present = set(values.dropna())
-        known = next((numbers for numbers in NUMBERS if present <= set(numbers)), CODES)
+    present = set(values.dropna())
+    known = next((codes for codes in CODES if present <= set(codes)), WORDS)
+    numbers = "numbers (0 women, 1 men; 1 men, 2 women; recode others)"
     unknown = values.notna() & ~values.isin(list(known))
-    if unknown.any():
-        row = unknown.idxmax()
-        raise ValueError(
-            f"{csv}: column {column.name}, line {row + 2}: expected one of {', '.join(known)}, "
-            f"found {column[row]!r}. Say what it means: tabular.load(csv, codes={{…}})."
-        )
+    _refuse(csv, column, unknown, f"one of {', '.join(known)}, or {numbers}")
     return values.map(known)
+
+
+def _refuse(csv: Path, column: pd.Series, bad: pd.Series, expected: str) -> None:
+    if bad.any():
+        row = bad.idxmax()
+        where = f"{csv}: column {column.name}, line {row + 2}"
+        raise ValueError(f"{where}: expected {expected}, found {column[row]!r}.")
 
 
 def _numbers(csv: Path, column: pd.Series) -> tuple[pd.Series | None, str]:
@@ -169,11 +151,7 @@ def _numbers(csv: Path, column: pd.Series) -> tuple[pd.Series | None, str]:
         return None, "all blank, dropped"
     if bad.all():
         return None, "text, dropped"
-    if bad.any():
-        row = bad.idxmax()
-        raise ValueError(
-            f"{csv}: column {column.name}, line {row + 2}: expected a number, found {given[row]!r}."
-        )
+    _refuse(csv, given, bad, "a number")
     infinite = np.isinf(values)
     values = values[~infinite]
     problem = f"{infinite.sum()} infinite, the first in line {infinite.idxmax() + 2}: now blank"
@@ -184,39 +162,27 @@ def _numbers(csv: Path, column: pd.Series) -> tuple[pd.Series | None, str]:
 
 def subset(table: Table, rows: np.ndarray) -> Table:
     """Some subjects of a table."""
-    return replace(
-        table,
-        features=table.features.iloc[rows].reset_index(drop=True),
-        sex=table.sex[rows],
-        subjects=table.subjects[rows],
-        groups=None if table.groups is None else table.groups[rows],
-        release=None if table.release is None else table.release[rows],
-    )
+    known = {name: getattr(table, name) for name in ("sex", "subjects", "groups", "release")}
+    some = {name: values if values is None else values[rows] for name, values in known.items()}
+    return replace(table, features=table.features.iloc[rows].reset_index(drop=True), **some)
 
 
 def decisions(
-    table: Table,
-    assignment: np.ndarray,
-    *,
-    chosen: Mapping[str, BaseEstimator] | None = None,
-    confounds: np.ndarray | None = None,
-    jobs: int | None = None,
+    table: Table, assignment: np.ndarray, *, chosen: Mapping | None = None, confounds=None
 ) -> dict[str, np.ndarray]:
-    """Each classifier's decisions on held-out subjects, of the same shape as `assignment`.
+    """Each classifier's decisions on held-out subjects, of the shape of the assignment.
 
     Parameters
     ----------
     assignment : (N,) or (R, N), of `evaluation.folds`.
     chosen : classifiers by name; `classifiers.chosen_inside` by default.
-    confounds, jobs : of `classifiers.cross_predict`.
+    confounds : (N, K), of `classifiers.cross_predict`.
     """
-    options = {"confounds": confounds, "jobs": jobs}
-    found = {}
+    found, known = {}, (table.features, table.sex)
     for name, classifier in (chosen or classifiers.chosen_inside()).items():
+        options = {"confounds": confounds, "name": name}
         each = [
-            classifiers.cross_predict(
-                classifier, table.features, table.sex, folds, name=name, **options
-            )
+            classifiers.cross_predict(classifier, *known, folds, **options)
             for folds in np.atleast_2d(assignment)
         ]
         found[name] = np.reshape(each, np.shape(assignment))
@@ -224,28 +190,11 @@ def decisions(
 
 
 def compare(
-    table: Table,
-    *,
-    folds: int = 10,
-    seed: int = 0,
-    repeats: int = 1,
-    chosen: Mapping[str, BaseEstimator] | None = None,
-    confounds: np.ndarray | None = None,
-    jobs: int | None = None,
+    table: Table, *, folds: int = 10, seed: int = 0, chosen: Mapping | None = None, confounds=None
 ) -> pd.DataFrame:
-    """The classifiers side by side, on the same folds; families, where known, never span two.
-
-    Returns
-    -------
-    One row a classifier: its name and `evaluation.score`.
-    """
-    assignment = np.stack(
-        [
-            evaluation.folds(table.sex, groups=table.groups, folds=folds, seed=seed + repeat)
-            for repeat in range(repeats)
-        ]
-    )
-    found = decisions(table, assignment, chosen=chosen, confounds=confounds, jobs=jobs)
+    """`scores` of `decisions` on the same folds; families, where known, never span two."""
+    assignment = evaluation.folds(table.sex, groups=table.groups, folds=folds, seed=seed)
+    found = decisions(table, assignment, chosen=chosen, confounds=confounds)
     return scores(table.sex, found, assignment)
 
 

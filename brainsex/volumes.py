@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import joblib
@@ -12,7 +13,7 @@ import pandas as pd
 from scipy.ndimage import affine_transform, gaussian_filter
 from tqdm.auto import tqdm
 
-from brainsex import LABELS, SHAPE, identifier, replacing, tables
+from brainsex import LABELS, SHAPE, identifier, replacing, tables, write
 from brainsex.nifti import brain_volume, clean, load, normalise, resample
 
 __all__ = ["brain_volume", "clean", "convert", "identifier", "load", "prepare", "resample"]
@@ -42,9 +43,8 @@ def convert(
     fa_dir : folder of ``<ID>.nii.gz`` or ``<ID>.nii``, FA at native resolution; or what
         `sources.choose` found in any other layout.
     table : the behavioural CSV (Subject, Gender, …), or the folder that holds it.
-    out_dir : where ``tensors.npy`` (N, X, Y, Z) float32 in RAS, ``labels.npy`` (N,) int64,
-        ``subjects.csv``, ``grid.json`` and ``rejected.csv`` go; subjects in the order of their IDs.
-    shape : voxels along X, Y, Z.
+    out_dir : gets ``tensors.npy`` (N, X, Y, Z) float32 in RAS, ``labels.npy`` (N,) int64,
+        ``subjects.csv``, ``grid.json`` and ``rejected.csv``; subjects in the order of their IDs.
     regrid : resample volumes on another grid than the first accepted one's, instead of rejecting.
     normalised : bring all brains to one size and place (`nifti.normalise`): in native space a
         network sees the size of a head. The brain volume in ``subjects.csv`` stays the native one.
@@ -58,8 +58,7 @@ def convert(
     Raises
     ------
     FileNotFoundError, ValueError
-        No volumes, no table, or not one usable volume. A single bad subject is left out, listed
-        with its reason in ``rejected.csv``, and counted on screen.
+        No volumes, no table, or not one usable volume. A bad subject is only left out.
     """
     table, out_dir = Path(table), Path(out_dir)
     if not isinstance(fa_dir, pd.DataFrame):
@@ -70,29 +69,27 @@ def convert(
         found, fa_dir = fa_dir, os.path.commonpath(list(fa_dir["path"]))
     files = found.groupby("Subject")["path"].agg(list).to_dict()
     if not files:
-        raise FileNotFoundError(
-            f"{fa_dir}: expected <ID>.nii.gz volumes, found none. Run `python -m brainsex extract` "
-            "first, or fit FA as DATA_ACCESS.md says."
-        )
+        advice = "Run `python -m brainsex extract` first, or fit FA as DATA_ACCESS.md says."
+        raise FileNotFoundError(f"{fa_dir}: expected <ID>.nii.gz volumes, found none. {advice}")
     rows = tables.read(tables.find(table) if table.is_dir() else table)
     accepted, rejected = tables.match(files, rows, leave_out_qc)
     known = rows.loc[list(accepted)]
-    stats = [path.stat() for path in accepted.values()]
-    stamps = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
+    stamps = [(s.st_size, s.st_mtime_ns) for s in (path.stat() for path in accepted.values())]
     modality = "fa" if "modality" not in found else found["modality"].iloc[0]
     options = [list(map(int, shape)), regrid, modality, normalised]
     key = json.dumps([stamps, rejected, known.to_json(), *options])
     key = hashlib.sha256(key.encode()).hexdigest()
     target, parts = out_dir / "tensors.npy", out_dir / f".convert-{key[:16]}"
-    if not _complete(out_dir, key):
+    names = ("tensors.npy", "labels.npy", "subjects.csv", "rejected.csv", "grid.json")
+    there = all((out_dir / name).is_file() for name in names)
+    if not there or json.loads((out_dir / "grid.json").read_text()).get("key") != key:
         for stale in set(out_dir.glob(".convert-*")) - {parts}:
             shutil.rmtree(stale)
         records = _reduce(accepted, parts, workers or joblib.cpu_count(), *options)
         rejected |= {s: record["reason"] for s, record in records.items() if "reason" in record}
         target.unlink(missing_ok=True)  # nothing loads until everything is written
-        with replacing(out_dir / "rejected.csv") as path:
-            reasons = pd.DataFrame(sorted(rejected.items()), columns=["Subject", "reason"])
-            reasons.to_csv(path, index=False)
+        reasons = pd.DataFrame(sorted(rejected.items()), columns=["Subject", "reason"])
+        write(out_dir / "rejected.csv", reasons.to_csv(index=False))
         kept = {s: record for s, record in records.items() if "reason" not in record}
         if kept:
             again = any("again" in record for record in records.values())
@@ -113,30 +110,19 @@ def convert(
     return target
 
 
-def _complete(out_dir: Path, key: str) -> bool:
-    """Whether a run over the very same input has ended here."""
-    names = ("tensors.npy", "labels.npy", "subjects.csv", "rejected.csv", "grid.json")
-    if not all((out_dir / name).is_file() for name in names):
-        return False
-    return json.loads((out_dir / "grid.json").read_text()).get("key") == key
-
-
 def _reduce(accepted: dict[str, Path], parts: Path, workers: int, *options) -> dict[str, dict]:
     """The record of each subject, reduced into ``parts/<ID>.npz`` unless that is there."""
-    tasks = [(parts / f"{subject}.npz", path, *options) for subject, path in accepted.items()]
-    records: list[dict] = []
-    with tqdm(total=len(tasks), desc="convert", unit="subject") as bar:
-        first = None  # whose grid is the cohort's: until it is found, one by one
-        while first is None and len(records) < len(tasks):
-            records.append(_part(None, *tasks[len(records)]))
-            first = None if "reason" in records[-1] else records[-1]
-            bar.update()
-        for record in joblib.Parallel(workers, prefer="threads", return_as="generator")(
-            joblib.delayed(_part)(first, *task) for task in tasks[len(records) :]
-        ):
-            records.append(record)
-            bar.update()
-    return dict(zip(accepted, records))
+    tasks = ((parts / f"{subject}.npz", path, *options) for subject, path in accepted.items())
+
+    def records() -> Iterator[dict]:
+        for task in tasks:  # one by one, until there is one whose grid is the cohort's
+            yield (first := _part(None, *task))
+            if "reason" not in first:
+                break
+        run = joblib.Parallel(workers, prefer="threads", return_as="generator")
+        yield from run(joblib.delayed(_part)(first, *task) for task in tasks)
+
+    return dict(zip(accepted, tqdm(records(), "convert", total=len(accepted), unit="subject")))
 
 
 def _part(first: dict | None, part: Path, path: Path, *options) -> dict:
@@ -221,13 +207,11 @@ def _write(out_dir: Path, grid: dict, known: pd.DataFrame, records: dict, parts:
     first = next(iter(records))
     with np.load(parts / f"{first}.npz") as saved:
         shape, dtype = saved["volume"].shape, saved["volume"].dtype
-    with replacing(out_dir / "subjects.csv") as path:
-        subjects.to_csv(path, index=False)
+    write(out_dir / "subjects.csv", subjects.to_csv(index=False))
     with replacing(out_dir / "labels.npy") as path, path.open("wb") as file:
         np.save(file, subjects["label"].to_numpy(np.int64))
-    with replacing(out_dir / "grid.json") as path:
-        grid = {"shape": shape, "affine": records[first]["affine"], **grid}
-        path.write_text(json.dumps(grid))
+    grid = {"shape": shape, "affine": records[first]["affine"], **grid}
+    write(out_dir / "grid.json", json.dumps(grid))
     with replacing(out_dir / "tensors.npy") as path, path.open("wb") as file:
         header = {"shape": (len(records), *shape), "fortran_order": False}
         header["descr"] = np.lib.format.dtype_to_descr(dtype)

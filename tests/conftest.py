@@ -1,7 +1,15 @@
 """What several test files share."""
 
+import joblib
 import pytest
 import torch
+
+
+@pytest.fixture
+def in_process():
+    """Folds one after the other in this process, which sees what a test puts in place."""
+    with joblib.parallel_config(backend="sequential"):
+        yield
 
 
 @pytest.fixture

@@ -220,6 +220,9 @@ def test_names_without_a_voxel_are_told(tmp_path):
         ("a.json", "{", "no table"),
         ("a.json", "3", "no table"),
         ("a.txt", "left tract 1\n", "no table"),
+        ("a.csv", "label,name\n1,a\n,b\n", "a blank, or a label named twice"),
+        ("a.csv", "label,name\n1,a\n2,\n", "a blank, or a label named twice"),
+        ("a.csv", "label,name\n1,a\n1,b\n", "named twice: 1, b"),
     ],
 )
 def test_tables_that_are_none(tmp_path, name, content, message):
@@ -227,6 +230,31 @@ def test_tables_that_are_none(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
         atlases.load(image, tmp_path / name)
+
+
+def test_an_image_as_nilearn_returns_it():
+    image = nib.Nifti1Image(labels()[::-1], AFFINE @ [[-1, 0, 0, 11], [0, 1, 0, 0], *np.eye(4)[2:]])
+    names = pd.DataFrame({"index": [0, *NAMES], "name": ["Background", *NAMES.values()]})
+    found = atlases.load(image, names)
+    np.testing.assert_array_equal(found.labels, labels())
+    np.testing.assert_allclose(found.affine, AFFINE)
+    assert found.names == NAMES
+    with pytest.raises(ValueError, match=r"the atlas: expected a 3D volume, found \(12, 7, 5, 2\)"):
+        atlases.load(nib.Nifti1Image(np.stack([labels()] * 2, -1), AFFINE), names)
+
+
+def test_labels_beyond_what_float32_tells_apart(tmp_path):
+    large = labels().astype(np.int32)
+    large[large > 0] += 2**24
+    image = write(tmp_path / "atlas.nii.gz", large)
+    names = pd.DataFrame({"index": [2**24 + k for k in NAMES], "name": NAMES.values()})
+    assert np.unique(atlases.load(image, names).labels).tolist() == [0, *(2**24 + k for k in NAMES)]
+
+
+def test_an_atlas_without_a_table(tmp_path):
+    image = write(tmp_path / "atlas.nii.gz", labels())
+    with pytest.raises(ValueError, match="expected a table of the labels' names, found None"):
+        atlases.load(image, None)
 
 
 def test_files_that_are_not_there(tmp_path):

@@ -11,6 +11,8 @@ from xgboost import XGBClassifier
 
 from brainsex import classifiers, cohort, evaluation, replication, tabular
 
+pytestmark = pytest.mark.usefixtures("in_process")
+
 PUBLISHED = classifiers.as_published() | {"KNN": classifiers.neighbours(9)}
 
 
@@ -55,14 +57,12 @@ def test_over_folds_gathers_what_each_fold_decides():
         seen.append((train.tolist(), test.tolist()))
         return scale * np.flatnonzero(test)
 
-    found = classifiers.over_folds(one, where, 10.0, jobs=1)
+    found = classifiers.over_folds(one, where, 10.0)
     np.testing.assert_array_equal(found, [0, 10, np.nan, 30, 40, 50])
     assert [test for _, test in seen] == [(where == fold).tolist() for fold in (0, 1, 3)]
     # who is in no fold is always trained on
     assert [train for train, _ in seen] == [(where != fold).tolist() for fold in (0, 1, 3)]
-    found = classifiers.over_folds(
-        lambda train, test: np.tile(np.flatnonzero(test), (2, 1)), where, size=(2,), jobs=1
-    )
+    found = classifiers.over_folds(lambda _, test: np.tile(np.flatnonzero(test), (2, 1)), where)
     np.testing.assert_array_equal(found, [[0, 1, np.nan, 3, 4, 5]] * 2)
 
 
@@ -73,7 +73,7 @@ def test_over_folds_gathers_what_each_fold_decides():
 def test_decisions_are_those_of_the_libraries_on_standardised_features(name):
     values, sex, where = drawn()
     values[where == 1] += 1e4  # scaling must not know it
-    found = classifiers.cross_predict(PUBLISHED[name], values, sex, where, jobs=1)
+    found = classifiers.cross_predict(PUBLISHED[name], values, sex, where)
     for fold in range(3):
         train, test = where != fold, where == fold
         given = values if name == "XGBoost" else standardised(values, train)
@@ -84,7 +84,7 @@ def test_decisions_are_those_of_the_libraries_on_standardised_features(name):
 def test_the_classifier_given_stays_as_it_is():
     values, sex, where = drawn(30)
     given = classifiers.as_published()["logistic regression"]
-    classifiers.cross_predict(given, values, sex, where, jobs=1)
+    classifiers.cross_predict(given, values, sex, where)
     assert not hasattr(given[-1], "coef_")
 
 
@@ -100,14 +100,14 @@ def test_nothing_is_learnt_from_the_fold_that_is_tested(name, classifier, confou
     rng = np.random.default_rng(5)
     confounds = rng.standard_normal((48, 2)) + sex[:, None] if confounded else None
     only = np.where(where == 0, 0, -1)
-    before = classifiers.cross_predict(classifier, values, sex, only, confounds=confounds, jobs=1)
+    before = classifiers.cross_predict(classifier, values, sex, only, confounds=confounds)
     changed, other = np.flatnonzero(where == 0)[:8], np.flatnonzero(where == 0)[8:]
     values[changed] = 1e7 * rng.standard_normal((8, 5))
     values[changed[0]] = np.nan
     if confounded:
         confounds[changed] = 1e4
     sex[changed] = 1 - sex[changed]
-    after = classifiers.cross_predict(classifier, values, sex, only, confounds=confounds, jobs=1)
+    after = classifiers.cross_predict(classifier, values, sex, only, confounds=confounds)
     np.testing.assert_allclose(after[other], before[other], rtol=1e-9, atol=1e-12)
     assert np.isfinite(after[changed]).all()
     assert np.isnan(after[where != 0]).all()
@@ -122,9 +122,7 @@ def test_confounds_are_regressed_out_inside_the_folds(name, blanks):
     values += values.std(0) * (confounds[:, :1] - 1.5e6) / 1e5
     if blanks:
         values[rng.random(values.shape) < 0.1] = np.nan
-    found = classifiers.cross_predict(
-        PUBLISHED[name], values, sex, where, confounds=confounds, jobs=1
-    )
+    found = classifiers.cross_predict(PUBLISHED[name], values, sex, where, confounds=confounds)
     for fold in range(3):
         train, test = where != fold, where == fold
         whole = np.where(np.isnan(values), np.nanmean(values[train], 0), values)
@@ -144,9 +142,7 @@ def test_a_feature_that_is_the_confound_says_nothing(name):
     rng = np.random.default_rng(2)
     confounds = rng.normal([1.5e6, 28], [1e5, 3], (90, 2)) + [2e5, 1] * sex[:, None]
     values = np.column_stack([confounds, confounds.sum(1), 1e-6 * confounds[:, 0] + 3])
-    found = classifiers.cross_predict(
-        PUBLISHED[name], values, sex, where, confounds=confounds, jobs=1
-    )
+    found = classifiers.cross_predict(PUBLISHED[name], values, sex, where, confounds=confounds)
     for fold in range(3):
         assert np.ptp(found[where == fold]) < 1e-9
 
@@ -156,7 +152,7 @@ def test_a_feature_that_is_the_confound_says_nothing(name):
 def test_blanks_are_the_training_rows_mean_or_xgboost_s_own_business(name):
     values, sex, where = drawn()
     values[np.random.default_rng(0).random(values.shape) < 0.15] = np.nan
-    found = classifiers.cross_predict(PUBLISHED[name], values, sex, where, jobs=1)
+    found = classifiers.cross_predict(PUBLISHED[name], values, sex, where)
     for fold in range(3):
         train, test = where != fold, where == fold
         given = values if name == "XGBoost" else standardised(values, train)
@@ -170,13 +166,11 @@ def test_a_column_blank_in_all_training_rows_changes_nothing(name, confounded):
     values, sex, where = drawn()
     confounds = np.random.default_rng(1).standard_normal((60, 1)) if confounded else None
     only = np.where(where == 0, 0, -1)
-    before = classifiers.cross_predict(
-        PUBLISHED[name], values, sex, only, confounds=confounds, jobs=1
-    )
+    before = classifiers.cross_predict(PUBLISHED[name], values, sex, only, confounds=confounds)
     for elsewhere in (np.nan, 3.0):
         blank = np.where(where == 0, elsewhere, np.nan)
         found = classifiers.cross_predict(
-            PUBLISHED[name], np.c_[values, blank], sex, only, confounds=confounds, jobs=1
+            PUBLISHED[name], np.c_[values, blank], sex, only, confounds=confounds
         )
         if name == "SVM":  # whose gamma depends on the number of columns
             assert np.isfinite(found[where == 0]).all()
@@ -190,7 +184,7 @@ def test_a_column_blank_in_all_training_rows_changes_nothing(name, confounded):
 def test_one_search_serves_every_k():
     values, sex, where = drawn(78)
     values[::7, 1] = np.nan
-    found = classifiers.neighbour_sweep(values, sex, where, largest=50, jobs=1)
+    found = classifiers.neighbour_sweep(values, sex, where, largest=50)
     assert found.shape == (50, 78)
     for k in (1, 2, 3, 8, 25, 50):  # an even k may tie: a woman, as in scikit-learn
         for fold in range(3):
@@ -205,9 +199,9 @@ def test_one_search_serves_every_k():
 
 def test_more_neighbours_than_subjects_are_refused():
     values, sex, where = drawn(30)
-    assert classifiers.neighbour_sweep(values, sex, where, largest=20, jobs=1).shape == (20, 30)
-    with pytest.raises(ValueError, match="expected at most 20 neighbours, got 21"):
-        classifiers.neighbour_sweep(values, sex, where, largest=21, jobs=1)
+    assert classifiers.neighbour_sweep(values, sex, where, largest=20).shape == (20, 30)
+    with pytest.raises(ValueError, match="n_neighbors"):
+        classifiers.neighbour_sweep(values, sex, where, largest=21)
 
 
 # ------------------------------------------------------------------------------------ importances
@@ -230,7 +224,7 @@ def planted(count=90):
 @pytest.mark.parametrize("name", ["XGBoost", "logistic regression"])
 def test_importances_are_the_mean_over_folds_and_their_spread(name):
     features, sex, where = planted()
-    found = classifiers.importances(PUBLISHED[name], features, sex, where, repeats=2, jobs=1)
+    found = classifiers.importances(PUBLISHED[name], features, sex, where)
     assert found.columns.tolist() == COLUMNS
     assert found["Region_name"].tolist()[:2] == ["FS_3", "FS_1"]
     assert sorted(found["Region_name"]) == NAMES
@@ -255,12 +249,13 @@ def test_importances_are_the_mean_over_folds_and_their_spread(name):
     assert found["permutation"].idxmax() == 0
 
 
-def test_permutation_costs_the_auc_that_it_costs_by_hand():
+def test_permutation_costs_the_auc_that_it_costs_by_hand(monkeypatch):
     """Not the same permutations: many of them."""
+    monkeypatch.setattr(classifiers, "STRONGEST", 2)
+    monkeypatch.setattr(classifiers, "REPEATS", 40)
     features, sex, where = planted()
     name, values = "logistic regression", features.to_numpy()
-    options = {"strongest": 2, "jobs": 1}
-    found = classifiers.importances(PUBLISHED[name], features, sex, where, repeats=40, **options)
+    found = classifiers.importances(PUBLISHED[name], features, sex, where)
     assert found["permutation"].notna().tolist() == [True] * 2 + [False] * 4
     assert found["permutation_spread"].notna().sum() == 2
     rng, losses = np.random.default_rng(9), []
@@ -284,9 +279,7 @@ def test_permutation_costs_the_auc_that_it_costs_by_hand():
     np.testing.assert_allclose(found["permutation_spread"][:2], spread, atol=0.03)
     few = {
         seed: [
-            classifiers.importances(
-                PUBLISHED[name], features, sex, where, repeats=2, seed=seed, **options
-            )
+            classifiers.importances(PUBLISHED[name], features, sex, where, seed=seed)
             for _ in range(2)
         ]
         for seed in (0, 1)
@@ -295,24 +288,12 @@ def test_permutation_costs_the_auc_that_it_costs_by_hand():
     assert (few[0][0]["permutation"] != few[1][0]["permutation"])[:2].all()
 
 
-@pytest.mark.filterwarnings("error")
-def test_importances_of_one_split():
-    """The tested fold and the rest, which is in none: no spread, and none invented."""
-    features, sex, where = planted()
-    only = np.where(where == 0, 0, -1)
-    found = classifiers.importances(
-        PUBLISHED["logistic regression"], features, sex, only, repeats=2, jobs=1
-    )
-    assert found["Region_name"][0] == "FS_3"
-    assert found["spread"].isna().all()
-
-
 @pytest.mark.parametrize("name", ["XGBoost", "logistic regression"])
 def test_importances_of_a_column_blank_in_all_training_rows_of_a_fold(name):
     """It weighs nothing there, and the others keep their places."""
     features, sex, where = planted()
     features["FS_0"] = features["FS_0"].where(where == 0)
-    found = classifiers.importances(PUBLISHED[name], features, sex, where, repeats=1, jobs=1)
+    found = classifiers.importances(PUBLISHED[name], features, sex, where)
     assert found["Region_name"].tolist()[:2] == ["FS_3", "FS_1"]
     assert len(found) == 6
     assert np.isfinite(found["Importance"]).all()
@@ -321,7 +302,7 @@ def test_importances_of_a_column_blank_in_all_training_rows_of_a_fold(name):
 def test_importances_of_a_classifier_that_weighs_nothing():
     features, sex, where = planted(30)
     with pytest.raises((ValueError, AttributeError), match=r"coef_|importances"):
-        classifiers.importances(PUBLISHED["SVM"], features, sex, where, jobs=1)
+        classifiers.importances(PUBLISHED["SVM"], features, sex, where)
 
 
 # -------------------------------------------------------------------------------------- voxel_svm
@@ -373,12 +354,10 @@ def test_with_shuffled_labels_every_classifier_is_at_chance(protocol):
     sex = rng.permutation([0, 1] * 60)
     features = rng.standard_normal((120, 15)) + 1.5 * sex[:, None] * (np.arange(15) < 3)
     chosen = classifiers.chosen_inside() if protocol == "chosen inside" else PUBLISHED
-    told = tabular.compare(table_of(features, sex), folds=5, chosen=PUBLISHED, jobs=1)
+    told = tabular.compare(table_of(features, sex), folds=5, chosen=PUBLISHED)
     assert told["low"].min() > 0.5
     drawn = pd.concat(
-        tabular.compare(
-            table_of(features, evaluation.shuffled(sex, rng)), folds=5, chosen=chosen, jobs=1
-        )
+        tabular.compare(table_of(features, evaluation.shuffled(sex, rng)), folds=5, chosen=chosen)
         for _ in range(4)
     )
     drawn["misses"] = ~((drawn["low"] <= 0.5) & (drawn["high"] >= 0.5))
@@ -399,7 +378,7 @@ def test_a_k_chosen_on_the_tested_is_optimistic():
         rng = np.random.default_rng(seed)
         table = table_of(rng.standard_normal((60, 4)), rng.permutation([0, 1] * 30))
         found, sweep = replication.as_in_the_study(
-            table, folds=5, seed=seed, leave_out=tuple(classifiers.as_published()), jobs=1
+            table, folds=5, seed=seed, leave_out=tuple(classifiers.as_published())
         )
         assert "chosen by these scores" in found["leaks"][0]
         best.append(found["accuracy"][0])
@@ -416,7 +395,7 @@ def test_relatives_in_both_folds_leak_and_grouped_folds_do_not():
     sex = rng.permutation([0, 1] * 30).repeat(2)
     one = {"KNN": classifiers.neighbours(1)}
     families = np.arange(60).repeat(2).astype(str)
-    apart = tabular.compare(table_of(features, sex), folds=5, chosen=one, jobs=1)
-    together = tabular.compare(table_of(features, sex, families), folds=5, chosen=one, jobs=1)
+    apart = tabular.compare(table_of(features, sex), folds=5, chosen=one)
+    together = tabular.compare(table_of(features, sex, families), folds=5, chosen=one)
     assert apart["accuracy"][0] > 0.8
     assert 0.35 < together["accuracy"][0] < 0.65

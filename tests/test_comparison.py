@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from scipy.ndimage import gaussian_filter
 
-from brainsex import comparison, controls, group_masks, masks, measures
+from brainsex import comparison, controls, group_masks, groups, masks, measures, voxelwise
 from brainsex import saliency_figures as figures
 from brainsex.cohort import Cohort
 from brainsex.networks import MriNet3d
@@ -49,8 +49,8 @@ def study(tmp_path_factory):
 def explained(study, tmp_path_factory):
     cohort, folder, *_ = study
     rows = [5, 0, 3]
-    out = tmp_path_factory.mktemp("masks")
-    return rows, *comparison.explain(cohort, folder, out, rows, sigma=1.0, **QUICK)
+    out = tmp_path_factory.mktemp("maps")
+    return rows, *comparison.explain(cohort, folder, out / "masks", out, rows, sigma=1.0, **QUICK)
 
 
 def predicted(network, volume):
@@ -97,7 +97,7 @@ def test_every_map_is_of_the_network_that_did_not_see_the_subject(study, explain
     rows, maps, table = explained
     assert table["Subject"].tolist() == cohort.subjects[rows].tolist()
     assert {one.shape for one in maps.values()} == {(3, *SHAPE)}
-    assert len(maps) == 11
+    assert len(maps) == 13
     for n, row in enumerate(rows):
         network, volume = networks[fold[row]], cohort.volumes[row]
         target = predicted(network, volume)
@@ -116,7 +116,8 @@ def test_every_map_is_of_the_network_that_did_not_see_the_subject(study, explain
         *_, (_, random) = controls.randomised(network, seed=fold[row])  # another draw a fold
         drawn = blur(slope(random, volume, target) * difference)
         atol = 1e-4 * np.abs(drawn).max()
-        np.testing.assert_allclose(maps[comparison.RANDOM][n], drawn, atol=atol)
+        name = comparison.DIFFERENCE + comparison.RANDOM
+        np.testing.assert_allclose(maps[name][n], drawn, atol=atol)
     assert maps["SmoothGrad"].min() >= 0
 
 
@@ -127,23 +128,60 @@ def test_masks_are_those_of_the_references_they_name(study, explained):
         train = fold != fold[row]
         target = table["target"][n]
         other = cohort.volumes[train & (cohort.sex == 1 - target)].mean(0)
-        for name, reference in ((comparison.MASK, None), (comparison.COUNTERFACTUAL, other)):
+        *_, (_, random) = controls.randomised(networks[fold[row]], seed=fold[row])
+        for name, network, reference in (
+            (comparison.MASK, networks[fold[row]], None),
+            (comparison.COUNTERFACTUAL, networks[fold[row]], other),
+            (comparison.COUNTERFACTUAL + comparison.RANDOM, random, other),
+        ):
             expected = comparison.perturbation.optimise_masks(
-                networks[fold[row]],
+                network,
                 cohort.volumes[row : row + 1],
                 subjects=[cohort.subjects[row]],
                 target=int(target),
                 reference=reference,
                 iterations=2,
                 progress=False,
-            ).masks[0]
-            np.testing.assert_allclose(maps[name][n], expected, atol=1e-4)
+            )
+            np.testing.assert_allclose(maps[name][n], expected.persistence[0], atol=1e-4)
+            if reference is None:
+                np.testing.assert_array_equal(maps[comparison.FINAL][n], expected.masks[0])
 
 
-def test_group_maps_are_means_over_folds_of_held_out_subjects(study):
+def test_what_is_saved_is_kept(study, tmp_path, monkeypatch):
+    """A run that was stopped, or its files damaged, goes on: only what is missing is computed."""
+    cohort, folder, *_ = study
+    calls, whole = [], comparison.single
+
+    def counted(network, volumes, name, **options):
+        calls.append((name, len(volumes)))
+        if len(calls) == limit:
+            raise KeyboardInterrupt
+        return whole(network, volumes, name, **options)
+
+    monkeypatch.setattr(comparison, "single", counted)
+    given, limit = (cohort, folder, tmp_path / "masks", tmp_path / "maps", [5, 0, 3]), 14
+    with pytest.raises(KeyboardInterrupt):  # in the second fold's third or fourth method
+        comparison.explain(*given, **QUICK)
+    done, limit = len(calls) - 1, None
+    maps, _ = comparison.explain(*given, **QUICK)
+    assert len(calls) - 1 - done == 2 * 10 - done
+    calls.clear()
+    path = tmp_path / "maps" / "grad-cam" / "000005.nii.gz"
+    path.write_bytes(path.read_bytes()[:40])
+    again, _ = comparison.explain(*given, **QUICK)
+    assert calls == [("Grad-CAM", 1)]
+    for name, values in maps.items():
+        np.testing.assert_array_equal(again[name], values)
+    calls.clear()
+    comparison.explain(*given, **QUICK | {"window": 11})
+    assert len(calls) == 20
+
+
+def test_group_maps_are_means_over_folds_of_held_out_subjects(study, tmp_path, monkeypatch):
     cohort, folder, networks, fold = study
-    brain = np.ones(SHAPE, bool)
-    found = comparison.explain_groups(cohort, folder, [0, 1], brain, iterations=2, permutations=9)
+    brain, quick = np.ones(SHAPE, bool), {"iterations": 2, "permutations": 9}
+    found = groups.explain(cohort, folder, tmp_path, [0, 1], brain, **quick)
     expected = np.mean(
         [
             group_masks.group_mask(
@@ -159,10 +197,15 @@ def test_group_maps_are_means_over_folds_of_held_out_subjects(study):
     )
     np.testing.assert_array_equal(found["group mask (blur)"], expected)
     assert np.abs(found["group mask (other sex's mean)"] - expected).max() > 1e-4
-    t = [controls.t_map(cohort.volumes[fold != n], cohort.sex[fold != n], brain) for n in (0, 1)]
+    t = [voxelwise.t_map(cohort.volumes[fold != n], cohort.sex[fold != n], brain) for n in (0, 1)]
     np.testing.assert_allclose(found["t map"], np.abs(t).mean(0), rtol=1e-6)
     assert np.abs(found["t map"] - found["t map (brain volume out)"]).max() > 0.1
     assert found["corrected p"].max() <= 1 + 1e-6  # of nine permutations
+    monkeypatch.setattr(group_masks, "group_mask", None)  # what is there is not made again
+    monkeypatch.setattr(voxelwise, "family_wise", None)
+    again = groups.explain(cohort, folder, tmp_path, [0, 1], brain, **quick)
+    for name, values in found.items():
+        np.testing.assert_array_equal(again[name], values)
 
 
 def test_each_is_judged_by_its_own_network(study, explained):
@@ -184,46 +227,36 @@ def test_each_is_judged_by_its_own_network(study, explained):
             np.testing.assert_allclose(found[measure][n], values[0], rtol=1e-5)
 
 
-def test_again_compares_a_subject_with_itself(study):
-    cohort, folder, networks, _ = study
-    brain = np.ones(SHAPE, bool)
-    found = comparison.again(cohort, folder, [2, 7], brain, iterations=2)
-    assert found["Subject"].tolist() == ["000002"] * 3 + ["000007"] * 3
-    assert found["other"].tolist() == ["optimiser seed", "network", "network"] * 2
-    maps = [
-        np.abs(blur(slope(network, cohort.volumes[2], 0) * cohort.volumes[2]))
-        for network in networks
-    ]
-    expected = measures.similarity(*maps, brain)
-    row = found.iloc[2]
-    assert row["map"] == "gradient × input"
-    assert row["spearman"] == pytest.approx(expected["spearman"], abs=1e-3)
-    assert not (found["dice"] == 1).any()
-
-
-def test_again_explains_the_class_predicted(study, monkeypatch):
-    cohort, folder, networks, fold = study
-    own = [predicted(networks[number], volume) for number, volume in zip(fold, cohort.volumes)]
-    row = int(np.flatnonzero(own != cohort.sex)[0])
-    seen, plain = [], comparison.perturbation.optimise_masks
-
-    def optimise(*given, target, **options):
-        seen.append(int(target[0]))
-        return plain(*given, target=target, **options)
-
-    monkeypatch.setattr(comparison.perturbation, "optimise_masks", optimise)
-    comparison.again(cohort, folder, [row], np.ones(SHAPE, bool), iterations=2)
-    assert seen == [own[row]] * 3
-
-
-def test_cascade_follows_the_layers(study):
-    cohort, _, networks, _ = study
-    brain = np.ones(SHAPE, bool)
+def test_alike_compares_a_subject_with_itself(study):
+    cohort, _, networks, fold = study
+    brain, rows = np.ones(SHAPE, bool), [2, 3]
     before = copy.deepcopy(networks[0].state_dict())
-    found = comparison.cascade(networks[0], cohort.volumes[:2], brain)
-    assert found["layer"].unique().tolist()[:2] == ["linear", "hidden3.1"]
-    assert len(found) == 7 * 3
-    assert not (found["dice"] == 1).any()
+    others = {"optimiser seed": (networks[0], 1), "network": (networks[1], 0)}
+    found = comparison.alike(
+        networks[0],
+        others,
+        cohort.volumes[rows],
+        [comparison.MASK, comparison.GRADIENT],
+        brain,
+        subjects=cohort.subjects[rows],
+        means=masks.training_means(cohort, fold, 0),
+        iterations=2,
+    )
+    assert found["map"].tolist() == [comparison.MASK] * 4 + [comparison.GRADIENT] * 4
+    assert (
+        found["other"].tolist()
+        == ["optimiser seed"] * 2 + ["network"] * 2 + ["optimiser seed"] * 2 + ["network"] * 2
+    )
+    for n, row in enumerate(rows):
+        target = predicted(networks[0], cohort.volumes[row])  # of both networks' maps
+        maps = [
+            np.abs(blur(slope(network, cohort.volumes[row], target) * cohort.volumes[row]))
+            for network in networks
+        ]
+        expected = measures.similarity(*maps, brain)
+        assert found["spearman"][6 + n] == pytest.approx(expected["spearman"], abs=1e-3)
+    assert (found["dice"][4:6] == 1).all(), "a gradient draws nothing"
+    assert not (found["dice"][[0, 1, 2, 3, 6, 7]] == 1).any()
     for name, value in networks[0].state_dict().items():
         assert torch.equal(value, before[name])
 
@@ -231,7 +264,7 @@ def test_cascade_follows_the_layers(study):
 def test_t_of_sex_in_a_linear_model_with_brain_volume(study):
     cohort, *_ = study
     brain, volume = np.ones(SHAPE, bool), cohort.table["brain_volume_ml"].to_numpy()
-    found = controls.t_map(cohort.volumes, cohort.sex, brain, sigma=1e-9, confound=volume)
+    found = voxelwise.t_map(cohort.volumes, cohort.sex, brain, sigma=1e-9, confound=volume)
     at = (9, 10, 11)
     design = np.column_stack([np.ones(8), cohort.sex, volume])
     y = cohort.volumes[:, *at].astype(float)
@@ -240,38 +273,72 @@ def test_t_of_sex_in_a_linear_model_with_brain_volume(study):
     assert found[at] == pytest.approx(beta[1] / error, rel=1e-3)
 
 
-def test_removal_takes_its_regions_from_training_subjects(study, monkeypatch):
+@pytest.mark.parametrize(
+    "confound", [np.r_[np.nan, np.ones(7)], np.ones(7), np.ones((8, 2))], ids=str
+)
+def test_a_confound_with_blanks_is_refused(study, confound):
+    cohort, *_ = study
+    with pytest.raises(ValueError, match=r"expected a confound \(8,\) without blanks"):
+        voxelwise.t_map(cohort.volumes, cohort.sex, np.ones(SHAPE, bool), confound=confound)
+
+
+def test_t_map_refuses_what_is_not_finite(study):
+    cohort, *_ = study
+    volumes = cohort.volumes.copy()
+    volumes[3, 4, 5, 6] = np.nan
+    with pytest.raises(ValueError, match="volume 3 holds NaN"):
+        voxelwise.t_map(volumes, cohort.sex, np.ones(SHAPE, bool))
+
+
+def test_regions_are_of_training_subjects_and_of_one_volume(study, monkeypatch):
     cohort, _, networks, fold = study
-    brain, seen, regions = np.ones(SHAPE, bool), [], []
+    brain, seen = np.ones(SHAPE, bool), []
+    planted = np.zeros(SHAPE, bool)
+    planted[8:14, 9:15, 10:16] = True
 
     def group(network, volumes, **options):
         seen.append((volumes.rows.tolist(), options["target"].tolist()))
         return np.arange(np.prod(SHAPE), dtype=np.float32).reshape(SHAPE)
 
-    def retrained(volumes, sex, held_out, region, make, *, keep=False, **_):
-        regions.append((region.sum(), keep))
-        return 0.5 + keep
-
     monkeypatch.setattr(controls, "group_mask", group)
-    monkeypatch.setattr(controls, "retrained", retrained)
-    found = controls.removal(cohort, networks[0], fold == 0, brain, None, share=0.1, epochs=1)
+    options = {"planted": planted, "share": 0.1, "randoms": 2}
+    found = controls.regions(cohort, networks[0], fold == 0, brain, **options)
     assert seen == [([5, 7], [1, 1]), ([4, 6], [0, 0]), ([4, 5, 6, 7], [0, 1, 0, 1])]
-    assert {count for count, _ in regions} == {round(0.1 * brain.sum())}
-    assert found["region"].tolist()[-1] == "random"
-    assert (found["only"] == 1.5).all()
-    assert (found["without"] == 0.5).all()
+    assert {region.sum() for region in found.values()} == {round(0.1 * brain.sum())}
+    assert found["planted regions"][planted].all()
+    assert list(found)[-2:] == ["random 1", "random 2"]
+    assert (found["random 1"] != found["random 2"]).any()
+    assert found["group mask of both"].ravel()[-100:].all(), "where the mask is largest"
 
 
 def test_an_empty_group_mask_is_no_random_region(study, monkeypatch, capsys):
     cohort, _, networks, fold = study
     monkeypatch.setattr(controls, "group_mask", lambda *_, **__: np.zeros(SHAPE, np.float32))
-    monkeypatch.setattr(controls, "retrained", lambda *_, **__: 0.5)
     brain = np.ones(SHAPE, bool)
-    found = controls.removal(cohort, networks[0], fold == 0, brain, None, epochs=1)
-    found = found.set_index("region")
-    assert found.filter(like="group mask", axis=0).isna().all(axis=None)
-    assert found.loc["random"].tolist() == [0.5, 0.5]
+    found = controls.regions(cohort, networks[0], fold == 0, brain, randoms=1)
+    assert list(found) == ["random 1"]
     assert "group mask of men: 0 voxels, not 275" in capsys.readouterr().out
+
+
+def test_removal_counts_the_held_out_who_are_right(study, monkeypatch):
+    """Without the region 3 of 4, from it alone 1 of 4; Wilson's intervals from their formula."""
+    cohort, *_, fold = study
+    region = np.zeros(SHAPE, bool)
+    region[8:14] = True
+
+    def retrained(volumes, sex, held_out, gone, make, **_):
+        return 3 if np.array_equal(gone, region) else 1
+
+    monkeypatch.setattr(controls, "retrained", retrained)
+    monkeypatch.setattr(controls.networks, "workers", lambda: 1)
+    found = controls.removal(cohort, {"box": region}, fold == 0, None, epochs=1)
+    assert found["sees"].tolist() == ["all but the region", "the region alone"]
+    assert found["accuracy"].tolist() == [0.75, 0.25]
+    assert found["n"].tolist() == [4, 4]
+    z, n = 1.959964, 4
+    centre, half = (0.75 + z**2 / (2 * n)), z * np.sqrt(0.75 * 0.25 / n + z**2 / (4 * n**2))
+    limits = (centre - half) / (1 + z**2 / n), (centre + half) / (1 + z**2 / n)
+    assert tuple(found.loc[0, ["low", "high"]]) == pytest.approx(limits, abs=1e-5)
 
 
 def text(figure):
@@ -311,3 +378,7 @@ def test_region_bars_are_the_shares():
     assert widths == pytest.approx([40, 25])
     assert "genu" in text(drawn)
     assert [line.get_xdata()[0] for line in drawn.axes[0].lines[:2]] == pytest.approx([20, 20])
+    more = [(group, 2, "genu", 2.0, 0.5, 0.1, 2.0) for group in ("women", "men")]
+    twice = pd.DataFrame([*rows, *more], columns=columns)
+    drawn = figures.region_bars(twice, title="T", cohort="toy")
+    assert len(drawn.axes[0].patches) == 4, "two labels of one name are two regions"

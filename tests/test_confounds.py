@@ -13,6 +13,8 @@ from brainsex.confounds import Residuals, columns, matched
 
 # ---------------------------------------------------------------------------------------- columns
 
+pytestmark = pytest.mark.usefixtures("in_process")
+
 
 def test_columns_are_numbers_or_one_per_category():
     table = pd.DataFrame(
@@ -274,7 +276,7 @@ def test_a_pair_across_folds_scores_below_chance():
     for within in (None, where):
         rows = matched(sex, size, caliper=0.05, within=within)
         decision = classifiers.cross_predict(
-            classifiers.neighbours(1), size[rows, None], sex[rows], where[rows], jobs=1
+            classifiers.neighbours(1), size[rows, None], sex[rows], where[rows]
         )
         found[within is None] = ((decision > 0) == sex[rows]).mean()
     assert found[True] < 0.42
@@ -333,9 +335,7 @@ def areas(sex, features, confounds=None):
     """AUC of each of the four classifiers, settings fixed, over five folds."""
     chosen = {**classifiers.as_published(), "KNN": classifiers.neighbours(15)}
     chosen["XGBoost"] = classifiers.boosted_trees(n_estimators=20)
-    found = tabular.compare(
-        table_of(sex, features), folds=5, chosen=chosen, confounds=confounds, jobs=1
-    )
+    found = tabular.compare(table_of(sex, features), folds=5, chosen=chosen, confounds=confounds)
     return found.set_index("classifier")["auc"]
 
 

@@ -81,8 +81,9 @@ def hot(picture):
 @pytest.mark.parametrize(
     ("plane", "sides"), [(0, ["AP", "IS"]), (1, ["RL", "IS"]), (2, ["RL", "AP"])]
 )
-def test_slices_show_each_end_where_its_letter_is(volume, plane, sides):
-    figure = figures.slices({"one": (volume, AFFINE)}, at=BLOB_MM, **HEAD)
+def test_slices_show_each_end_where_its_letter_is(monkeypatch, volume, plane, sides):
+    monkeypatch.setattr(figures, "centre", lambda volume, affine: BLOB_MM)
+    figure = figures.slices({"one": (volume, AFFINE)}, **HEAD)
     ax = figure.axes[plane]
     spot = found(figure, ax, white)
     assert all(nearer(ax, spot, letters) for letters in sides)
@@ -132,20 +133,22 @@ def test_slices_go_through_the_centre_of_mass(volume):
 @pytest.mark.parametrize(
     ("affine", "at", "message"),
     [
-        (AFFINE @ np.diag([-1, 1, 1, 1]), None, "expected a volume in RAS, found LAS"),
+        (AFFINE @ np.diag([-1, 1, 1, 1]), (0, 0, 0), "expected a volume in RAS, found LAS"),
         (AFFINE, (0, 0, 200), "outside"),
         (AFFINE, (-25, 0, 0), "outside"),
     ],
 )
-def test_slices_refuse_what_they_would_draw_wrongly(volume, affine, at, message):
+def test_slices_refuse_what_they_would_draw_wrongly(monkeypatch, volume, affine, at, message):
+    monkeypatch.setattr(figures, "centre", lambda volume, affine: at)
     with pytest.raises(ValueError, match=message):
-        figures.slices({"one": (volume, affine)}, at=at, **HEAD)
+        figures.slices({"one": (volume, affine)}, **HEAD)
 
 
-def test_overlay_shows_the_mask_where_it_is(volume):
+def test_overlay_shows_the_mask_where_it_is(monkeypatch, volume):
+    monkeypatch.setattr(figures, "COLUMNS", 3)
     saliency = np.zeros(SHAPE)
     saliency[BLOB] = 0.8
-    figure = figures.overlay(0.2 * (volume > 0), saliency, AFFINE, n_slices=3, **HEAD)
+    figure = figures.overlay(0.2 * (volume > 0), saliency, AFFINE, **HEAD)
     planes = [("z", 2, ["RL", "AP"]), ("y", 1, ["RL", "IS"]), ("x", 0, ["AP", "IS"])]
     for row, (name, axis, sides) in enumerate(planes):
         place = f"{name} = {BLOB_MM[axis]:.0f} mm".replace("-", "−")
@@ -161,11 +164,12 @@ def test_overlay_shows_the_mask_where_it_is(volume):
     assert "synthetic cohort, n=7" in texts(figure)
 
 
-def test_overlay_outlines_each_region_at_its_place_in_mm(volume):
+def test_overlay_outlines_each_region_at_its_place_in_mm(monkeypatch, volume):
+    monkeypatch.setattr(figures, "COLUMNS", 3)
     outlines = np.zeros(SHAPE, int)
     outlines[14:17, 11:14, 1:4] = 1
     outlines[2:5, 3:5, 1:4] = 2
-    figure = figures.overlay(volume, 0 * volume, AFFINE, outlines=outlines, n_slices=3, **HEAD)
+    figure = figures.overlay(volume, 0 * volume, AFFINE, outlines=outlines, **HEAD)
     ax = figure.axes[0]  # axial
     boxes = [contour.get_paths()[0].get_extents() for contour in ax.collections]
     assert [(box.x0, box.y0, box.x1, box.y1) for box in boxes] == [
@@ -175,11 +179,12 @@ def test_overlay_outlines_each_region_at_its_place_in_mm(volume):
     assert "synthetic cohort, n=7 · blue contours: planted regions" in texts(figure)
 
 
-def test_overlay_cuts_where_mask_and_regions_lie(volume):
+def test_overlay_cuts_where_mask_and_regions_lie(monkeypatch, volume):
+    monkeypatch.setattr(figures, "COLUMNS", 4)
     saliency, outlines = np.zeros(SHAPE), np.zeros(SHAPE, bool)
     saliency[:, :, 8] = 0.01
     outlines[3, 3, 3] = True
-    figure = figures.overlay(volume, saliency, AFFINE, outlines=outlines, n_slices=4, **HEAD)
+    figure = figures.overlay(volume, saliency, AFFINE, outlines=outlines, **HEAD)
     places = [next(t for t in texts_of(ax) if t[:3] == "z =") for ax in figure.axes[:4]]
     assert len(set(places)) == 4
     assert {"z = 14 mm", "z = −6 mm"} <= set(places)  # indices 8 and 3
@@ -189,10 +194,11 @@ def texts_of(ax):
     return [text.get_text() for text in ax.texts]
 
 
-def test_overlay_scale_is_given_or_found(volume):
-    given = figures.overlay(volume, 0.3 * volume, AFFINE, vmax=0.9, n_slices=2, **HEAD)
+def test_overlay_scale_is_given_or_found(monkeypatch, volume):
+    monkeypatch.setattr(figures, "COLUMNS", 2)
+    given = figures.overlay(volume, 0.3 * volume, AFFINE, vmax=0.9, **HEAD)
     assert given.axes[0].images[1].get_clim() == (0, 0.9)
-    nothing = figures.overlay(volume, 0 * volume, AFFINE, n_slices=2, **HEAD)
+    nothing = figures.overlay(volume, 0 * volume, AFFINE, **HEAD)
     assert nothing.axes[0].images[1].get_clim() == (0, 1)
 
 

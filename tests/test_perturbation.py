@@ -21,7 +21,7 @@ FULL = (58, 70, 58)
 BOX, DECOY = np.zeros((2, *FULL), bool)
 BOX[10:18, 40:48, 30:38] = True
 DECOY[36:44, 16:24, 12:20] = True
-QUICK = {"iterations": 6, "lr": 0.1, "area": 1.0, "smoothness": 1.0}
+QUICK = {"iterations": 6, "area": 1.0}
 
 
 class BoxMean(MriNet3d):
@@ -123,10 +123,11 @@ def test_without_evidence_nothing_is_removed(bright):
     assert found.history["volume"].tolist() == [0]
 
 
-def test_removal_stops_where_the_evidence_is_gone(bright):
+def test_removal_stops_where_the_evidence_is_gone(bright, monkeypatch):
     """Full removal would leave far less than the floor; the mask takes no more than it must."""
     cheap = optimise_masks(BoxMean(), bright, progress=False)
-    lenient = optimise_masks(BoxMean(), bright, floor=0.6, progress=False)
+    monkeypatch.setattr(perturbation, "FLOOR", 0.6)
+    lenient = optimise_masks(BoxMean(), bright, progress=False)
     (low,), (high,) = cheap.history["after"], lenient.history["after"]
     assert low < 0.1 < high
     assert lenient.history["volume"][0] < cheap.history["volume"][0]
@@ -213,7 +214,7 @@ def test_the_network_is_left_as_it_was(network, volumes, training, raising, monk
         def fail(*_, **__):
             raise RuntimeError("out of memory")
 
-        monkeypatch.setattr(perturbation, "_objective", fail)
+        monkeypatch.setattr(perturbation, "_price", fail)
         with pytest.raises(RuntimeError, match="out of memory"):
             masks_of(network, volumes)
     else:
@@ -269,10 +270,7 @@ def test_seed_and_subject_choose_the_draws(network, volumes):
     "option",
     [
         {"iterations": 7},
-        {"lr": 0.05},
-        {"area": 300.0},
-        {"smoothness": 300.0},
-        {"floor": 0.9},
+        {"area": 3.0},
         {"sigma": 1.0},
     ],
 )
@@ -292,8 +290,8 @@ def _with(volumes, value):
     [
         (lambda v: v[0], {}, r"\(N, X, Y, Z\) and N subjects, found \(22, 24, 26\)"),
         (lambda v: v[..., :25], {}, r"expected volumes \(N, 1, 22, 24, 26\)"),
-        (lambda v: _with(v, np.nan), {}, "of subject 2 .* finite"),
-        (lambda v: _with(v, np.inf), {"subjects": list("abcd")}, "of subject c .* finite"),
+        (lambda v: _with(v, np.nan), {}, "volume 2 .* finite"),
+        (lambda v: _with(v, np.inf), {"subjects": list("abcd")}, "volume 2 .* finite"),
         (lambda v: v, {"target": 2}, "target of 0 or 1.* found 2"),
         (lambda v: v, {"target": 0.5}, r"target of 0 or 1.* found 0\.5"),
         (lambda v: v, {"target": [0, 1]}, r"each of 4 volumes, found \[0, 1\]"),
@@ -342,34 +340,51 @@ def test_an_impulse_stays_where_it_is():
         assert spread == pytest.approx(4.0, abs=0.03)  # variance, cut off at 4 sigma
 
 
-def test_the_objective_by_hand():
+def test_the_price_by_hand(monkeypatch):
     """One mask of 2 x 2 x 3 with a single step, one of zeros; worked out on paper."""
+    monkeypatch.setattr(perturbation, "SMOOTHNESS", 2.0)
     coarse = torch.zeros(2, 1, 2, 2, 3)
     coarse[0, ..., 2] = 1.0  # mean 1/3; squared gradient along z: 0, 1 -> mean 1/2; none in x, y
-    evidence = torch.tensor([0.85, 0.0])
-    found = perturbation._objective(evidence, coarse, area=3.0, smoothness=2.0)
-    assert found.item() == pytest.approx(0.85 + (3 / 3 + 2 / 2) + 0)
+    assert perturbation._price(coarse, 3.0).item() == pytest.approx((3 / 3 + 2 / 2) + 0)
 
 
-def searched(network, batch, *others, **options):
+def test_persistence_is_the_mean_mask_on_the_way(monkeypatch):
+    """Constant masks, each step up or down; without the first step, which is warming up."""
+    monkeypatch.setattr(perturbation, "WARM", 1)
+    seen = []
+
+    def evidence(coarse, iteration, step):
+        seen.append(coarse.detach().clone())
+        return (coarse * step).sum((1, 2, 3, 4))
+
+    like = torch.empty(1, 1, 4, 6, 8)
+    final, mean = perturbation.descend(evidence, like, [0.5, -2.0, 1.0, 3.0], area=0.0)
+    on_the_way = [one.mean().item() for one in (*seen[2:], final)]  # after steps 2, 3 and 4
+    assert len(set(on_the_way)) > 1
+    assert mean.mean().item() == pytest.approx(np.mean(on_the_way), abs=1e-6)
+    short, alone = perturbation.descend(evidence, like, [0.5], area=0.0)
+    np.testing.assert_array_equal(short, alone)  # nothing after the warm-up: the mask itself
+
+
+def searched(network, batch, *others, area=3.0):
     """The search alone, given the blur's default as its reference."""
     removed = blurred(batch) - batch
-    return perturbation._optimise(network, batch, removed, *others, **options)
+    return perturbation._optimise(network, batch, removed, *others, area)[0]
 
 
-def test_together_as_alone(network, volumes):
+def test_together_as_alone(network, volumes, monkeypatch):
     """A batch, as a GPU has it: every volume minimises its own objective, no mean over all."""
     count = perturbation.RAMP + 6  # weights grow, where the target is above the floor
-    shifts = [perturbation._shifts(str(n), 0, count) for n in range(3)]
+    shifts = np.random.default_rng(0).integers(-1, 2, (3, count, 3))
     batch, target = torch.from_numpy(volumes[:3])[:, None], torch.tensor([0, 1, 1])
     frozen, log_odds = networks.folded(network), torch.tensor([1.0, 30.0, -4.0])
-    options = {"lr": 0.1, "area": 3.0, "smoothness": 3.0, "floor": 0.05}
+    monkeypatch.setattr(perturbation, "LR", 0.1)
     with networks.one_thread_each(torch.device("cpu")):
-        together = searched(frozen, batch, target, log_odds, shifts, **options)
+        together = searched(frozen, batch, target, log_odds, shifts)
         for n in range(3):
             some = slice(n, n + 1)
             one = (batch[some], target[some], log_odds[some], shifts[some])
-            alone = searched(frozen, *one, **options)
+            alone = searched(frozen, *one)
             np.testing.assert_allclose(together[some], alone, atol=2e-3)
 
 
@@ -378,21 +393,28 @@ def test_one_volume_above_the_floor_does_not_press_on_another(bright):
     weaker = np.where(BOX, 0.55, bright[0]).astype(np.float32)
     batch, target = torch.from_numpy(np.stack([bright[0], weaker]))[:, None], torch.tensor([1, 1])
     log_odds = torch.tensor([30 * (0.8 - 0.45), 30 * (0.55 - 0.45)])
-    shifts = [perturbation._shifts(name, 0, perturbation.RAMP + 15) for name in "ab"]
-    options = {"lr": 0.3, "area": 300.0, "smoothness": 3.0, "floor": 0.02}
-    together = searched(BoxMean(), batch, target, log_odds, shifts, **options)
+    shifts = np.random.default_rng(0).integers(-1, 2, (2, perturbation.RAMP + 15, 3))
+    together = searched(BoxMean(), batch, target, log_odds, shifts, area=300.0)
     last = (batch[1:], target[1:], log_odds[1:], shifts[1:])
-    alone = searched(BoxMean(), *last, **options)
+    alone = searched(BoxMean(), *last, area=300.0)
     assert alone.max() > 0.1
     np.testing.assert_allclose(together[1:], alone, atol=2e-3)
 
 
-def test_shifts_reach_one_voxel_either_way():
-    moves = np.array(perturbation._shifts("000001", 0, 400))
-    assert moves.shape == (400, 3)
+def test_shifts_reach_one_voxel_either_way(bright, monkeypatch):
+    moves, whole = [], perturbation.seen
+
+    def spied(*given):
+        moves.extend(given[-1])
+        return whole(*given)
+
+    monkeypatch.setattr(perturbation, "seen", spied)
+    optimise_masks(BoxMean(), bright, iterations=100, progress=False)
+    moves = np.array(moves)
+    assert moves.shape == (100, 3)
     for axis in moves.T:
         assert sorted(set(axis)) == [-1, 0, 1]
-        assert abs(axis.mean()) < 0.15
+        assert abs(axis.mean()) < 0.3
 
 
 @pytest.fixture
@@ -426,6 +448,8 @@ def test_each_subject_by_the_network_that_did_not_see_it(study, tmp_path):
         image = nib.load(tmp_path / "masks" / f"{subject}.nii.gz")
         np.testing.assert_allclose(image.affine, cohort.affine, atol=1e-6)
         np.testing.assert_array_equal(image.get_fdata(dtype=np.float32), expected.masks[0])
+        image = nib.load(tmp_path / "masks" / "persistence" / f"{subject}.nii.gz")
+        np.testing.assert_array_equal(image.get_fdata(dtype=np.float32), expected.persistence[0])
         assert table.loc[n, "after"] == pytest.approx(expected.history["after"][0], abs=1e-6)
     some = explain(cohort, folder, tmp_path / "some", rows=[2, 1], **QUICK)
     assert some["Subject"].tolist() == ["000013", "000011"]
@@ -514,7 +538,8 @@ def test_a_reference_for_all_one_each_and_the_blur_itself(network, volumes):
 
 
 def group_of(network, volumes, **options):
-    return group_mask(network, volumes, **QUICK | {"batch_size": 2, "progress": False} | options)
+    quick = {"iterations": 6, "batch_size": 2, "progress": False}
+    return group_mask(network, volumes, **quick | options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -552,8 +577,9 @@ def test_the_groups_loss_is_the_mean_of_its_members(network, volumes, monkeypatc
     """One step, no shifts: the mask moves against the sign of the mean loss's own gradient."""
     monkeypatch.setattr(group_masks, "SHIFT", 0)
     in_precision(monkeypatch, torch.float32)
-    options = {"area": 0.0, "smoothness": 0.0, "batch_size": 4, "target": 1, "floor": 0.02}
-    found = group_of(network, volumes, iterations=1, **options)
+    monkeypatch.setattr(group_masks, "AREA", 0.0)
+    monkeypatch.setattr(perturbation, "SMOOTHNESS", 0.0)
+    found = group_of(network, volumes, iterations=1, batch_size=4, target=1)
     batch = torch.from_numpy(volumes)[:, None].double()
     coarse = torch.full((1, 1, 11, 12, 13), 0.5, dtype=torch.double, requires_grad=True)
     large = torch.nn.functional.interpolate(coarse, size=SMALL, mode="trilinear")
@@ -571,9 +597,9 @@ def test_the_groups_loss_is_the_mean_of_its_members(network, volumes, monkeypatc
     loss = ((odds(batch + large * removed) - lowest).clamp(min=0) / scale).mean()
     (slope,) = torch.autograd.grad(loss, coarse)
     expected = torch.nn.functional.interpolate(
-        (0.5 - 0.1 * slope.sign()), size=SMALL, mode="trilinear"
+        (0.5 - 0.3 * slope.sign()), size=SMALL, mode="trilinear"
     )[0, 0]
-    np.testing.assert_allclose(found, expected, atol=2e-3)
+    np.testing.assert_allclose(found, expected, atol=6e-3)  # Adam's epsilon
 
 
 def test_group_mask_same_seed_same_bits_and_no_option_ignored(network, volumes):
@@ -582,8 +608,7 @@ def test_group_mask_same_seed_same_bits_and_no_option_ignored(network, volumes):
     np.testing.assert_array_equal(group_of(network, volumes), found)
     assert state(network)[1:] == before[1:]
     blur = blurred(torch.from_numpy(volumes)[:, None], 1.0)[:, 0].numpy()
-    options = [{"iterations": 7}, {"lr": 0.05}, {"area": 300.0}, {"smoothness": 300.0}]
-    options += [{"floor": 0.9}, {"sigma": 1.0}, {"seed": 1}, {"batch_size": 3}, {"target": 0}]
+    options = [{"iterations": 7}, {"seed": 1}, {"batch_size": 3}, {"target": 0}]
     for option in [*options, {"reference": blur}]:
         assert np.abs(group_of(network, volumes, **option) - found).max() > 1e-4, option
     few = group_of(network, volumes[:1], batch_size=4)  # a batch may hold a subject twice
@@ -595,7 +620,7 @@ def test_group_mask_same_seed_same_bits_and_no_option_ignored(network, volumes):
     [
         (lambda v: v[:0], {}, r"found \(0, 22, 24, 26\)"),
         (lambda v: v[0], {}, r"found \(22, 24, 26\)"),
-        (lambda v: _with(v, np.nan), {}, "expected finite volumes"),
+        (lambda v: _with(v, np.nan), {}, "volume 2 .* finite"),
         (lambda v: v[..., :25], {}, r"expected volumes \(N, 1, 22, 24, 26\)"),
         (lambda v: v, {"target": 2}, "target of 0 or 1.* found 2"),
         (lambda v: v, {"reference": np.zeros((3, 4))}, r"expected a reference .* found \(3, 4\)"),
@@ -604,22 +629,3 @@ def test_group_mask_same_seed_same_bits_and_no_option_ignored(network, volumes):
 def test_group_mask_bad_input(network, volumes, change, options, message):
     with pytest.raises(ValueError, match=message):
         group_of(network, change(volumes), **options)
-
-
-def test_masks_of_another_reference_are_made_anew(study, tmp_path, monkeypatch):
-    """Two images whose printed form, cut short in the middle, is the same."""
-    cohort, folder, *_ = study
-    first = np.zeros(SMALL, np.float32)
-    second = first.copy()
-    second[11, 12, 13] = 0.5
-    assert repr(first) == repr(second)
-    out, whole, calls = tmp_path / "masks", perturbation.optimise_masks, []
-
-    def counted(*given, **options):
-        calls.append(options["reference"])
-        return whole(*given, **options)
-
-    monkeypatch.setattr(perturbation, "optimise_masks", counted)
-    for reference, count in ((first, 2), (first.copy(), 2), (second, 4)):
-        explain(cohort, folder, out, reference=reference, **QUICK)
-        assert len(calls) == count  # one call a fold

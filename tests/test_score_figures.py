@@ -95,12 +95,12 @@ def test_dots_write_the_numbers_beside():
 
 
 def test_dots_of_another_value_without_intervals():
-    (ax,) = dots(SCORES.drop(columns=["low", "high"]), value="auc", label="AUC", chance=0.4).axes
+    (ax,) = dots(SCORES.drop(columns=["low", "high"]), value="auc", label="AUC").axes
     assert lines(ax)["leave-one-out"].get_xdata().tolist() == [0.97, 0.78]
     assert not ax.collections
     assert ax.get_xlabel() == "AUC"
     (chance,) = (line for line in ax.lines if line.get_linestyle() == ":")
-    assert list(chance.get_xdata()) == [0.4, 0.4]
+    assert list(chance.get_xdata()) == [0.5, 0.5]
 
 
 def test_dots_draw_what_was_published_beneath_its_own():
@@ -271,10 +271,11 @@ def test_overlap_draws_each_sex_s_density():
     assert {"A title"} <= set(texts(figure))
 
 
-def test_overlap_draws_who_is_right_about_whom():
+def test_overlap_draws_who_is_right_about_whom(monkeypatch):
+    monkeypatch.setattr(score_figures, "GROUPS", 5)
     size, sex, right = people()
     chance = np.arange(200) % 2 == 0
-    figure = overlap(size, sex, {"by size": right, "by lot": chance}, bins=5)
+    figure = overlap(size, sex, {"by size": right, "by lot": chance})
     ax = figure.axes[1]
     densities = [
         norm.pdf(size[:, None], own, own.std(ddof=1) * len(own) ** -0.2).mean(1)

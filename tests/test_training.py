@@ -86,9 +86,9 @@ def test_fit_is_adam_on_cross_entropy():
     volumes, sex = toy(6)
     network = make(dropout=0.0)
     plain = copy.deepcopy(network)
-    options = {"lr": 2e-3, "weight_decay": 0.01, "precision": torch.float32, "progress": False}
+    options = {"lr": 2e-3, "precision": torch.float32, "progress": False}
     found = fit(network, volumes, sex, validation=(volumes, sex), epochs=4, **options).epochs
-    adam = torch.optim.Adam(plain.parameters(), lr=2e-3, weight_decay=0.01)
+    adam = torch.optim.Adam(plain.parameters(), lr=2e-3)
     images, labels = torch.from_numpy(volumes)[:, None], torch.from_numpy(sex)
     for epoch in range(4):
         logits = plain.train()(images)
@@ -197,7 +197,6 @@ def test_a_run_killed_in_the_middle_of_an_epoch_goes_on_to_the_same_bits(
         {"epochs": 4},
         {"batch_size": 6},
         {"lr": 1e-3},
-        {"weight_decay": 0.1},
         {"milestones": (1,)},
         {"seed": 1},
         {"precision": torch.bfloat16},

@@ -10,11 +10,23 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from unittest.mock import patch
 
+import nibabel as nib
 import numpy as np
 import torch
+from dipy.core.gradients import gradient_table
+from dipy.reconst.dti import TensorModel
 from sklearn.metrics import average_precision_score
 
-from brainsex import archives, cohort, networks, perturbation, synthetic, training, volumes
+from brainsex import (
+    archives,
+    cohort,
+    diffusion,
+    networks,
+    perturbation,
+    synthetic,
+    training,
+    volumes,
+)
 from brainsex.nifti import BRAIN_FA
 from tests.benchmarks.measure import Table, machine, operations, peaks, seconds
 from tests.benchmarks.published import ITERATIONS, deleted, published_mask
@@ -145,6 +157,40 @@ def convert(table: Table) -> None:
     table.add("convert", "a volume", "s", *both)
 
 
+def fit(table: Table) -> None:
+    """FA of a simulated series from its files, against DIPY's fit alone of the same in memory."""
+    rng = np.random.default_rng(0)
+    shape, bvals = (60, 70, 60), np.r_[np.full(6, 5.0), np.full(90, 1000.0), np.full(90, 2000.0)]
+    bvecs = rng.standard_normal((len(bvals), 3))
+    bvecs /= np.linalg.norm(bvecs, axis=1, keepdims=True)
+    grid = np.linalg.norm(np.indices(shape) - np.reshape(shape, (3, 1, 1, 1)) / 2, axis=0)
+    mask = grid < 26
+    diffusivity = rng.uniform(0.3e-3, 1.7e-3, (3, mask.sum()))
+    signal = np.zeros((*shape, len(bvals)), np.float32)
+    signal[mask] = 1000 * np.exp(-bvals * (bvecs**2 @ diffusivity).T)
+    signal[mask] += rng.normal(0, 20, signal[mask].shape)
+    folder = BUILD / "benchmark-series"
+    source = folder / "900001" / "T1w" / "Diffusion"
+    source.mkdir(parents=True, exist_ok=True)
+    affine = np.diag([-1.25, 1.25, 1.25, 1])
+    nib.save(nib.Nifti1Image(signal, affine), source / "data.nii.gz")
+    nib.save(nib.Nifti1Image(mask.astype(np.uint8), affine), source / "nodif_brain_mask.nii.gz")
+    np.savetxt(source / "bvals", bvals[None])
+    np.savetxt(source / "bvecs", bvecs.T)
+    keep = bvals < 1500
+    table_ = gradient_table(bvals[keep], bvecs=bvecs[keep], b0_threshold=50)
+
+    def ours():
+        with redirect_stdout(sys.stderr):
+            diffusion.fit(folder, folder / "fa", workers=1, overwrite=True)
+
+    def dipys():
+        _ = TensorModel(table_).fit(signal[..., keep], mask=mask).fa
+
+    table.heading(f"Fitting: {mask.sum()} voxels, {keep.sum()} of {len(bvals)} volumes, one worker")
+    table.add("fit", "a series, read, fitted, written", "s", seconds(ours, 2), seconds(dipys, 2))
+
+
 def train(data, peak, table: Table) -> None:
     """A training epoch in the machine's fast precision against float32."""
     table.heading("Training: an epoch of 30 subjects in batches of 10, against float32")
@@ -202,6 +248,7 @@ def main() -> None:
     peak = peaks(networks.device(), table)
     data, truth = prepare()
     convert(table)
+    fit(table)
     train(data, peak, table)
     train_slabs(data, peak, table)
     masks(data, truth, arguments.subjects, peak, table)

@@ -52,8 +52,9 @@ def load(
     FileNotFoundError
         One of them is not there: DATA_ACCESS.md says how to get two atlases of white matter.
     ValueError
-        4D probability maps, values that are no labels, a table that cannot be read or names a
-        label twice, or a label without a name. (A name without a voxel is a warning.)
+        4D probability maps, values that are no labels, a table that cannot be read, names a label
+        twice or has a blank or a label that is no whole number, or a label without a name. (A name
+        without a voxel is a warning.)
     """
     where = "the atlas"
     if not isinstance(image, nib.spatialimages.SpatialImage):
@@ -91,8 +92,25 @@ def load(
 
 def _names(table: str | Path | pd.DataFrame) -> dict[int, str]:
     """Name of each label."""
+    where = "the table" if isinstance(table, pd.DataFrame) else table
+    rows = pd.DataFrame(_rows(table), columns=["label", "name"])
+    labels = pd.to_numeric(rows["label"], errors="coerce")
+    names = rows["name"].astype(str).str.strip()
+    blank = rows["name"].isna() | (names == "")
+    wrong = blank | (labels % 1 != 0) | labels.duplicated()  # what is no number is NaN
+    if wrong.any():
+        label, name = rows[wrong].iloc[0]
+        raise ValueError(
+            f"{where}: expected whole numbers with a name each, found another number, a blank, or "
+            f"a label named twice: {label}, {name}. Mend that row."
+        )
+    return dict(zip(labels.astype(int).tolist(), names))
+
+
+def _rows(table: str | Path | pd.DataFrame) -> list[tuple]:
+    """Label and name of each row of a table, as they stand there."""
     if isinstance(table, pd.DataFrame):
-        return _columns(table, "the table")
+        return _columns(table)
     if table is None:
         raise ValueError("expected a table of the labels' names, found None: name one.")
     path = Path(table)
@@ -100,29 +118,26 @@ def _names(table: str | Path | pd.DataFrame) -> dict[int, str]:
         raise FileNotFoundError(f"{path}: no such table. DATA_ACCESS.md says how to get atlases.")
     try:
         if path.suffix.lower() in (".csv", ".tsv"):
-            frame = pd.read_csv(path, sep=None, engine="python", encoding="utf-8-sig")
-            return _columns(frame, path)
+            return _columns(pd.read_csv(path, sep=None, engine="python", encoding="utf-8-sig"))
         if path.suffix.lower() == ".xml":
             root = ElementTree.parse(path).getroot()
             # FSL numbers the volumes of probability maps from 0, and their labels from 1
             first = (root.findtext("header/type") or "").lower().startswith("prob")
-            return {int(at.get("index")) + first: at.text.strip() for at in root.iter("label")}
+            return [(float(at.get("index")) + first, at.text) for at in root.iter("label")]
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix.lower() == ".json":
-            content = json.loads(text)
+            content = json.loads(text, object_pairs_hook=tuple)  # a dict would drop doubles
             if isinstance(content, list):
-                return _columns(pd.DataFrame(content), path)
-            flip = all(isinstance(value, int) for value in content.values())
-            return {int(v): k for k, v in content.items()} if flip else {
-                int(k): str(v) for k, v in content.items()
-            }  # fmt: skip
+                return _columns(pd.DataFrame([dict(row) for row in content]))
+            flip = all(isinstance(value, (int, float)) for _, value in content)
+            return [(value, key) if flip else (key, value) for key, value in content]
         lines = [line.strip() for line in text.splitlines()]
         matches = [
             re.fullmatch(r"(\d+)[\s,;:]+(.+?)((\s+\d+){4})?", line)
             for line in lines
             if line and not line.startswith("#")
         ]
-        return {int(match[1]): match[2] for match in matches}
+        return [(match[1], match[2]) for match in matches]
     except (ValueError, TypeError, AttributeError, SyntaxError, KeyError) as error:
         raise ValueError(
             f"{path}: no table of labels and names ({error}). Expected CSV with label and name, "
@@ -130,24 +145,16 @@ def _names(table: str | Path | pd.DataFrame) -> dict[int, str]:
         ) from error
 
 
-def _columns(frame: pd.DataFrame, where: object) -> dict[int, str]:
-    """Labels and names of a table by its columns' names."""
+def _columns(frame: pd.DataFrame) -> list[tuple]:
+    """Label and name of each row, by the columns' names."""
     frame = frame.rename(columns=lambda column: str(column).strip().lower())
     chosen = [
         next((name for name in names if name in frame), None)
         for names in (("index", "label", "id", "value"), ("name", "region", "label name"))
     ]
     if None in chosen:
-        raise ValueError(
-            f"{where}: expected columns label and name, found {', '.join(frame.columns)}"
-        )
-    blank = frame[chosen].isna().any(axis=1)
-    twice = frame[chosen[0]].duplicated()
-    if (blank | twice).any():
-        label, name = frame.loc[blank | twice, chosen].iloc[0]
-        raise ValueError(f"{where}: a blank, or a label named twice: {label}, {name}")
-    labels, names = (frame[column] for column in chosen)
-    return {int(label): str(name).strip() for label, name in zip(labels, names)}
+        raise ValueError(f"expected columns label and name, found {', '.join(frame.columns)}.")
+    return list(zip(*(frame[column] for column in chosen)))
 
 
 def on_grid(

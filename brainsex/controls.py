@@ -1,17 +1,20 @@
 """What explanations are held to: random weights, random regions, learning without a region."""
 
 import copy
+import json
+import warnings
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 
+import joblib
 import numpy as np
 import pandas as pd
 import torch
-from joblib import Parallel, delayed
 from scipy.ndimage import distance_transform_edt, gaussian_filter
 from torch import nn
 from tqdm.auto import tqdm
 
-from brainsex import evaluation, networks, training
+from brainsex import evaluation, networks, training, write
 from brainsex.cohort import Cohort, Rows
 from brainsex.group_masks import group_mask
 from brainsex.measures import top
@@ -45,25 +48,6 @@ def random_map(shape: tuple[int, int, int], *, seed: int = 0) -> np.ndarray:
 def random_region(brain: np.ndarray, voxels: int, *, seed: int = 0) -> np.ndarray:
     """So many voxels of the brain in smooth random blobs: a mask's equal in volume."""
     return top(random_map(brain.shape, seed=seed), brain, voxels)
-
-
-def trained(
-    volumes: np.ndarray,
-    sex: np.ndarray,
-    make_network: Callable[[], nn.Module],
-    *,
-    seed: int = 0,
-    **settings,
-) -> nn.Module:
-    """A network made under `seed` and fitted: with another seed, or on other labels or volumes.
-
-    `settings` are of `training.fit`. Labels of `evaluation.shuffled` give Adebayo's second test.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network = make_network()
-    training.fit(network, volumes, sex, seed=seed, **settings)
-    return network
 
 
 class Masked:
@@ -107,7 +91,10 @@ def retrained(
     train, test = np.flatnonzero(~held_out), np.flatnonzero(held_out)
     mean = sum(np.asarray(volumes[row], np.float64) / len(train) for row in train)
     masked = Masked(volumes, gone, mean.astype(np.float32))
-    network = trained(Rows(masked, train), sex[train], make_network, seed=seed, **settings)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = make_network()
+    training.fit(network, Rows(masked, train), sex[train], seed=seed, **settings)
     return int((training.predict(network, Rows(masked, test)).argmax(1) == sex[test]).sum())
 
 
@@ -127,19 +114,23 @@ def regions(
 
     Group masks are of the training subjects, those not in `held_out` (N,) bool: of men, of women
     and of both. Beside them stand the planted regions, where known, filled up by what is next to
-    them, and random blobs. A mask that is positive, once smoothed, in fewer voxels than `share` of
-    the brain's is said and left out: the rest would be random.
+    them, and random blobs. A mask is smoothed, which fills gaps and adds a rim; one that is itself
+    positive in less than half of the voxels asked for would be rim for the most part: it is left
+    out, with a warning.
     """
     voxels, found = round(share * np.count_nonzero(brain)), {}
     for name, sexes in (("men", (1,)), ("women", (0,)), ("both", (0, 1))):
         train = np.flatnonzero(~held_out & np.isin(cohort.sex, sexes))
         options = {"target": cohort.sex[train], "iterations": iterations, "seed": seed}
         mask = group_mask(network, Rows(cohort.volumes, train), **options)
-        mask = smoothed(mask[None], 1.0)[0]
-        if (count := np.count_nonzero(mask[brain] > 0)) < voxels:
-            print(f"group mask of {name}: {count} voxels, not {voxels}: no network sees it")
+        if (count := np.count_nonzero(mask[brain] > 0)) < voxels / 2:
+            warnings.warn(
+                f"group mask of {name}: expected {voxels} voxels or half of them, found {count}. "
+                "It is left out. For a smaller region lower share.",
+                stacklevel=2,
+            )
         else:
-            found[f"group mask of {name}"] = top(mask, brain, voxels)
+            found[f"group mask of {name}"] = top(smoothed(mask[None], 1.0)[0], brain, voxels)
     if planted is not None:
         near = -distance_transform_edt(~planted)
         found["planted regions"] = top(near, brain, voxels)
@@ -154,6 +145,7 @@ def removal(
     held_out: np.ndarray,
     make_network: Callable[[], nn.Module],
     *,
+    out: str | Path | None = None,
     seed: int = 0,
     **settings,
 ) -> pd.DataFrame:
@@ -164,6 +156,8 @@ def removal(
     Parameters
     ----------
     regions : name -> (X, Y, Z) bool.
+    out : folder for a small JSON a network, named by a key of its data and settings. What is
+        finished there is kept: an interrupted run goes on with the other networks.
     held_out, make_network, settings : as in `retrained`.
 
     Returns
@@ -176,14 +170,19 @@ def removal(
         for name, region in regions.items()
         for sees, gone in (("all but the region", region), ("the region alone", ~region))
     ]
-    right = Parallel(networks.workers(), return_as="generator")(
-        delayed(retrained)(
+    paths = [None] * len(jobs)
+    if out is not None:
+        key = _key(cohort, held_out, make_network, seed, settings)
+        paths = [Path(out) / f"{joblib.hash((key, gone))}.json" for *_, gone in jobs]
+    right = joblib.Parallel(networks.workers(), return_as="generator")(
+        joblib.delayed(_kept)(
+            *(path, {"region": name, "sees": sees}),
             *(cohort.volumes, cohort.sex, held_out, gone, make_network),
             seed=seed,
             progress=False,
             **settings,
         )
-        for _, _, gone in jobs
+        for path, (name, sees, gone) in zip(paths, jobs)
     )
     n, rows = int(held_out.sum()), []
     bar = tqdm(right, "networks trained anew", total=len(jobs), unit="network")
@@ -192,3 +191,21 @@ def removal(
         row = {"region": name, "sees": sees, "n": n, "accuracy": count / n}
         rows.append({**row, "low": low, "high": high})
     return pd.DataFrame(rows)
+
+
+def _key(cohort: Cohort, held_out, make_network, seed: int, settings: dict) -> str:
+    """A digest of all that a network trained anew depends on, but for the region."""
+    with torch.random.fork_rng(devices=[]):
+        network = str(make_network())
+    how = network, networks.precision(networks.device()), seed, sorted(settings.items())
+    return joblib.hash((cohort.volumes, cohort.sex, held_out, repr(how)), coerce_mmap=True)
+
+
+def _kept(path: Path | None, record: dict, *data, **settings) -> int:
+    """What `retrained` counts, read from the path if it is there, else written there."""
+    if path is not None and path.is_file():
+        return json.loads(path.read_text())["right"]
+    right = retrained(*data, **settings)
+    if path is not None:
+        write(path, json.dumps({**record, "right": right}))
+    return right

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from torch import nn
 
 from brainsex import controls, group_masks, masks, networks, perturbation, voxelwise
 from brainsex.cohort import Cohort, Rows
-from brainsex.comparison import OTHER, RANDOM, slug
+from brainsex.comparison import OTHER, RANDOM, by_chance, slug
 
 MASKS = ("group mask (blur)", f"group mask ({OTHER})", f"group mask ({OTHER}){RANDOM}")
 T, T_OUT, CORRECTED = "t map", "t map (brain volume out)", "corrected p"
@@ -49,51 +50,58 @@ def explain(
     `CORRECTED` (minus log10 of p).
     """
     assignment, found = masks.held_out(networks_folder, cohort.subjects), {}
-    tests = {"sigma": sigma, "permutations": permutations, "tfce": tfce}
-    draws = {"iterations": iterations, "seed": seed}
-    how = sys.modules[__name__], perturbation, group_masks, voxelwise, tests, draws
     for fold in folds:
-        network, key = masks.load(networks_folder, fold, cohort, *how)
-        methods = _masks(cohort, network, assignment, fold, draws)
-        methods |= _tests(cohort, assignment != fold, brain, fold == folds[0], seed, **tests)
-        for name, make in methods.items():
+        methods = _masks(cohort, networks_folder, assignment, fold, iterations, seed)
+        methods |= _tests(
+            cohort, assignment != fold, brain, fold == folds[0], sigma, permutations, tfce, seed
+        )
+        for name, (make, how) in methods.items():
             path = Path(out) / slug(name) / f"fold-{fold}.nii.gz"
+            key = masks.key(networks_folder, fold, sys.modules[__name__], *how)
             one = masks.kept([path], cohort.affine, key, make)[0]
             found.setdefault(name, []).append(one)
     return {name: np.mean(maps, axis=0) for name, maps in found.items()}
 
 
 def _masks(
-    cohort: Cohort, network: nn.Module, folds, fold: int, draws: dict
-) -> dict[str, Callable]:
-    *_, (_, random) = controls.randomised(network, seed=100 * draws["seed"] + fold)
+    cohort: Cohort, networks_folder, folds: np.ndarray, fold: int, iterations: int, seed: int
+) -> dict[str, tuple[Callable, tuple]]:
+    """How each group mask of a fold is made, and what it depends on."""
+    network = networks.load(Path(networks_folder) / f"fold-{fold}.pt", cohort.volumes.shape[1:])
     test = np.flatnonzero(folds == fold)
     sex, volumes = cohort.sex[test], Rows(cohort.volumes, test)
     other = masks.training_means(cohort, folds, fold)[1 - sex]
 
-    def mask(network, reference=None) -> np.ndarray:
-        given = {"target": sex, "reference": reference, **draws}
-        return group_masks.group_mask(network, volumes, **given)[None]
+    def mask(network: nn.Module, reference: np.ndarray | None, _) -> np.ndarray:
+        options = {"target": sex, "reference": reference, "iterations": iterations, "seed": seed}
+        return group_masks.group_mask(network, volumes, **options)[None]
 
-    blur, counterfactual, by_chance = MASKS
-    return {
-        blur: lambda _: mask(network),
-        counterfactual: lambda _: mask(network, other),
-        by_chance: lambda _: mask(random, other),
-    }
+    random = by_chance(network, fold, seed)
+    how = perturbation, group_masks, controls, iterations, seed
+    given = (network, None), (network, other), (random, other)
+    return {name: (partial(mask, *one), how) for name, one in zip(MASKS, given)}
 
 
 def _tests(
-    cohort: Cohort, train, brain, first: bool, seed: int, sigma, permutations, tfce
-) -> dict[str, Callable]:
+    cohort: Cohort, train, brain, first: bool, sigma: float, permutations: int, tfce: bool, seed
+) -> dict[str, tuple[Callable, tuple]]:
+    """The same of the t maps of a fold's training subjects."""
     seen = Rows(cohort.volumes, np.flatnonzero(train)), cohort.sex[train], brain
-    volume, smooth = cohort.table.get("brain_volume_ml"), {"sigma": sigma}
-    tests = {T: lambda _: np.abs(voxelwise.t_map(*seen, **smooth))[None]}
-    controlled = smooth | {"confound": None if volume is None else volume.to_numpy()[train]}
-    if volume is not None:
-        tests[T_OUT] = lambda _: np.abs(voxelwise.t_map(*seen, **controlled))[None]
+    volume = cohort.table.get("brain_volume_ml")
+    confounds = {T: None} if volume is None else {T: None, T_OUT: volume.to_numpy()[train]}
+    tests = {}
+    for name, confound in confounds.items():
+
+        def t(_, confound=confound) -> np.ndarray:
+            return np.abs(voxelwise.t_map(*seen, sigma=sigma, confound=confound))[None]
+
+        tests[name] = t, (voxelwise, brain, confound, sigma)
     if first:
-        how = {"permutations": permutations, "tfce": tfce, "seed": seed, **controlled}
-        how["workers"] = networks.workers()
-        tests[CORRECTED] = lambda _: voxelwise.family_wise(*seen, cohort.affine, **how)[None]
+        options = {"sigma": sigma, "permutations": permutations, "tfce": tfce, "seed": seed}
+
+        def corrected(_) -> np.ndarray:
+            given = {"confound": confound, "workers": networks.workers(), **options}
+            return voxelwise.family_wise(*seen, cohort.affine, **given)[None]
+
+        tests[CORRECTED] = corrected, (voxelwise, brain, confound, sorted(options.items()))
     return tests

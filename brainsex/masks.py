@@ -3,13 +3,13 @@
 import gzip
 import hashlib
 import inspect
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pandas as pd
-from torch import nn
 from tqdm.auto import tqdm
 
 from brainsex import networks, nifti, perturbation, replacing
@@ -101,11 +101,14 @@ def explain(
     done = pd.read_csv(record, dtype={"Subject": str}) if record.is_file() else pd.DataFrame()
     with tqdm(total=len(rows), desc="masks", unit="subject") as bar:
         for fold in np.unique(folds):
-            network, key = load(
-                networks_folder, fold, cohort, perturbation, sorted(settings.items())
-            )
-            same = done[done["key"] == key]["Subject"] if len(done) else []
-            same = [name for name in same if all(path.is_file() for path in _paths(out, name))]
+            network = networks.load(networks_folder / f"fold-{fold}.pt", cohort.volumes.shape[1:])
+            now = key(networks_folder, fold, perturbation, sorted(settings.items()))
+            same = done[done["key"] == now]["Subject"] if len(done) else []
+            same = [
+                name
+                for name in same
+                if all(_read(path, now) is not None for path in _paths(out, name))
+            ]
             here = rows[(folds == fold) & ~np.isin(subjects, same)]
             bar.update((folds == fold).sum() - len(here))
             for start in range(0, len(here), CHUNK):
@@ -116,8 +119,8 @@ def explain(
                 )
                 for name, *maps in zip(names, found.masks, found.persistence):
                     for path, one in zip(_paths(out, name), maps):
-                        write(path, one, cohort.affine, key)
-                more = found.history.assign(Subject=names, sex=cohort.sex[some], fold=fold, key=key)
+                        write(path, one, cohort.affine, now)
+                more = found.history.assign(Subject=names, sex=cohort.sex[some], fold=fold, key=now)
                 done = pd.concat([done, more]).drop_duplicates("Subject", keep="last")
                 with replacing(record) as partial:
                     done.to_csv(partial, index=False)
@@ -131,16 +134,19 @@ def _paths(out: Path, subject: str) -> tuple[Path, Path]:
     return out / f"{subject}.nii.gz", out / "persistence" / f"{subject}.nii.gz"
 
 
-def load(networks_folder: str | Path, fold: int, cohort: Cohort, *how) -> tuple[nn.Module, str]:
-    """A fold's network, and a key of its weights and of how it is explained.
+def key(networks_folder: str | Path, fold: int, *how) -> str:
+    """What a map depends on: a fold's weights, this source, and `how` it was made.
 
-    `how` are modules, whose source counts, and settings, by what they print.
+    `how` are modules, whose source counts, arrays by their bytes, and settings by what they print.
     """
-    weights = Path(networks_folder) / f"fold-{fold}.pt"
-    network = networks.load(weights, cohort.volumes.shape[1:])
-    parts = [inspect.getsource(one) if inspect.ismodule(one) else one for one in how]
+    parts = []
+    for part in (sys.modules[__name__], networks, *how):
+        if isinstance(part, np.ndarray):
+            part = hashlib.sha256(part.tobytes()).hexdigest()
+        parts.append(inspect.getsource(part) if inspect.ismodule(part) else part)
     how = repr((*parts, networks.precision(networks.device())))
-    return network, hashlib.sha256(weights.read_bytes() + how.encode()).hexdigest()[:16]
+    weights = (Path(networks_folder) / f"fold-{fold}.pt").read_bytes()
+    return hashlib.sha256(weights + how.encode()).hexdigest()[:16]
 
 
 def write(path: Path, image: np.ndarray, affine: np.ndarray, key: str) -> None:
@@ -162,17 +168,20 @@ def kept(
     `compute` takes the places (m,) in `paths` of what is missing, a few at a time, and gives
     their maps (m, X, Y, Z).
     """
-    missing = [place for place, path in enumerate(paths) if _key(path) != key]
+    found = [_read(path, key) for path in paths]
+    missing = [place for place, one in enumerate(found) if one is None]
     for start in range(0, len(missing), CHUNK):
         some = np.array(missing[start : start + CHUNK])
         for place, one in zip(some, compute(some)):
             write(paths[place], one, affine, key)
-    return np.stack([nifti.load(path)[0] for path in paths])
+            found[place] = one
+    return np.stack(found)
 
 
-def _key(path: Path) -> str | None:
-    """The key of a map that is there and whole."""
+def _read(path: Path, key: str) -> np.ndarray | None:
+    """A map that is there under its key and whole."""
     try:
-        return nib.load(path).header["descrip"].item().decode()
-    except (FileNotFoundError, nib.filebasedimages.ImageFileError):
+        volume, _ = nifti.load(path)
+        return volume if nib.load(path).header["descrip"].item().decode() == key else None
+    except (FileNotFoundError, ValueError):
         return None

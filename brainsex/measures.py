@@ -1,8 +1,8 @@
 """Measures of any explanation, in 3D: is it right, does the network use it, is it there again?
 
 Maps are (N, X, Y, Z) or one (X, Y, Z), large where the evidence is; `brain` (X, Y, Z) says which
-voxels count. Ties are broken at random, the same way every time, so that a map with many zeros
-gains nothing from the order of voxels.
+voxels count. Where voxels are counted off, ties are broken at random, the same way every time, so
+that a map with many zeros gains nothing from the order of voxels.
 """
 
 import copy
@@ -138,22 +138,22 @@ def faithfulness(
     plain = networks.place(copy.deepcopy(network).eval().requires_grad_(False), device)
 
     @torch.no_grad()
-    def one(rows: np.ndarray) -> np.ndarray:
+    def both(rows: np.ndarray) -> np.ndarray:
         volume = tensor(volumes, rows, device)
         other = replacement(reference, rows, volume)
         order = torch.from_numpy(_order(maps[rows[0]], brain)).to(device)
         curves = []
         for start, end in ((volume, other), (other, volume)):
             seen = start.repeat(len(counts), 1, 1, 1, 1)
-            for one, count in zip(seen, counts):
-                one.view(-1)[order[:count]] = end.reshape(-1)[order[:count]]
+            for step, count in zip(seen, counts):
+                step.view(-1)[order[:count]] = end.reshape(-1)[order[:count]]
             parts = seen.to(memory_format=torch.channels_last_3d).split(3)  # few stay in the cache
             logits = torch.cat([networks.by_subject(plain(part)) for part in parts])
             curves.append(logits.softmax(1)[:, int(target[rows[0]])].cpu().numpy())
         return np.array(curves)
 
     name = "deletion and insertion" if progress else None
-    curves = list(networks.in_batches(one, len(volumes), device, name=name, size=1))
+    curves = list(networks.in_batches(both, len(volumes), device, name=name, size=1))
     curves = np.array(curves).reshape(-1, 2, len(steps))
     areas = np.trapezoid(curves, steps, axis=2) / (steps[-1] - steps[0])
     return {
@@ -164,38 +164,55 @@ def faithfulness(
     }
 
 
-def interval(values: np.ndarray) -> tuple[float, float, float]:
+def interval(values: np.ndarray, strata: np.ndarray | None = None) -> tuple[float, float, float]:
     """Mean over subjects and its 95 % percentile bootstrap interval (Efron 1979).
 
     Subjects are drawn, networks are not: it says how another sample of subjects would come out.
+    They are drawn within `strata` (N,), of which so many were chosen each, such as fold and sex.
     NaN, and no subjects, are a ValueError.
     """
     values = np.asarray(values, float)
     if len(values) == 0 or not np.isfinite(values).all():
         raise ValueError(f"expected finite values of subjects, found {values}.")
-    chosen = np.random.default_rng(0).integers(0, len(values), (2000, len(values)))
-    low, high = np.quantile(values[chosen].mean(1), (0.025, 0.975))
+    rng, drawn = np.random.default_rng(0), np.empty((2000, len(values)))
+    for rows in _strata(strata, len(values)):
+        drawn[:, rows] = rng.choice(values[rows], (2000, len(rows)))
+    low, high = np.quantile(drawn.mean(1), (0.025, 0.975))
     return float(values.mean()), float(low), float(high)
 
 
+def _strata(strata: np.ndarray | None, count: int) -> list[np.ndarray]:
+    """The rows of each stratum."""
+    _, number = np.unique(np.zeros(count) if strata is None else strata, return_inverse=True)
+    return [np.flatnonzero(number == one) for one in range(number.max() + 1)]
+
+
 def group_interval(
-    maps: np.ndarray, truth: np.ndarray, brain: np.ndarray
+    maps: np.ndarray, truth: np.ndarray, brain: np.ndarray, strata: np.ndarray | None = None
 ) -> tuple[float, float, float]:
     """Average precision of the mean of maps (N, X, Y, Z), with its 95 % interval over subjects.
 
-    By the jackknife (Efron and Stein 1981): the mean map without each subject in turn, and a t of
-    N - 1 degrees of freedom. One subject has no interval: NaN. `truth` and `brain` (X, Y, Z) bool.
+    By the jackknife (Efron and Stein 1981), of `strata` (N,) as in `interval`: the mean map without
+    each subject in turn, the others of its stratum weighted up, so that signed maps of men and
+    women stay in balance. One subject a stratum has no interval: NaN. `truth` and `brain`
+    (X, Y, Z) bool.
     """
-    total, count = maps.sum(0, dtype=np.float64), len(maps)
-    whole = localisation(total[None], truth, brain)["average_precision"][0]
-    if count == 1:
-        return float(whole), np.nan, np.nan
-    without = [
-        localisation((total - one)[None], truth, brain)["average_precision"][0] for one in maps
-    ]
-    error = np.sqrt((count - 1) * np.var(without))
-    half = stats.t.ppf(0.975, count - 1) * error
-    return float(whole), float(whole - half), float(whole + half)
+
+    def precision(total: np.ndarray) -> float:
+        return float(localisation(total[None], truth, brain)["average_precision"][0])
+
+    total, variance, freedom = maps.sum(0, dtype=np.float64), 0.0, 0
+    whole = precision(total)
+    for rows in _strata(strata, len(maps)):
+        if (count := len(rows)) > 1:
+            own = maps[rows].sum(0, dtype=np.float64)
+            without = [
+                precision(total - own + (own - maps[row]) * count / (count - 1)) for row in rows
+            ]
+            variance += (count - 1) * np.var(without)
+            freedom += count - 1
+    half = stats.t.ppf(0.975, freedom) * np.sqrt(variance) if freedom else np.nan
+    return whole, float(whole - half), float(whole + half)
 
 
 def dice(first: np.ndarray, second: np.ndarray) -> float:

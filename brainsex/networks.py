@@ -17,6 +17,8 @@ from tqdm.auto import tqdm
 
 from brainsex import SHAPE
 
+torch.backends.cudnn.allow_tf32 = False  # float32 means it; what trades precision is bfloat16
+
 
 def _hidden(inputs: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(

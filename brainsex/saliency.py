@@ -1,12 +1,15 @@
 """The other explanations of a network, by Captum, of the very score that the masks remove.
 
 All explain the log-odds of the target, since a number added to both logits changes no probability,
-on the plain network in float32. Maps are (N, X, Y, Z) float32 on the volumes' grid, so in their
-space. With a reference, what is positive speaks for the target. Without one, as in a gradient or in
-a gradient times the input, the sign only says which way a voxel pushes: there the magnitude counts.
+on the plain network in float32. All take volumes (N, X, Y, Z), finite, and `target`, the class
+explained, 0 or 1, for all or (N,), by default the class predicted; a ValueError says what does not
+fit. Maps are (N, X, Y, Z) float32 on the volumes' grid, so in their space. With a reference, what
+is positive speaks for the target. Without one, as in a gradient or in a gradient times the input,
+the sign only says which way a voxel pushes: there the magnitude counts.
 """
 
 import copy
+import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -20,6 +23,14 @@ from brainsex.perturbation import blurred, matching, targets, tensor
 
 FEW = 4
 """Passes of a volume at once: PyTorch takes its slow convolution for a single one in float32."""
+
+
+ALLOWED = re.compile(
+    r"torch::autograd::AccumulateGrad|(Convolution|NativeBatchNorm|(Adaptive)?(Max|Avg)Pool\dD"
+    r"(WithIndices)?|Addmm|Mm|Linear|Add|Mean|Cat|ConstantPadNd|Clone|ToCopy|View|UnsafeView|"
+    r"ReshapeAlias|T|Transpose|Permute|Squeeze|Unsqueeze|Unfold|Slice|Select)Backward\d"
+)
+"""Autograd's names of what needs no guiding: linear in the volumes, or a pooling."""
 
 
 class LogOdds(nn.Module):
@@ -84,9 +95,7 @@ def grad_cam(
     Parameters
     ----------
     network : its convolutions and poolings up to `layer` follow each other.
-    volumes : (N, X, Y, Z) finite.
     layer : name of the module whose output (N, C, X', Y', Z') is explained.
-    target : class explained, for all or (N,); by default the class predicted.
 
     Raises
     ------
@@ -142,20 +151,20 @@ def guided_backpropagation(
 ) -> np.ndarray:
     """The gradient with what is negative set to 0 on its way back through every ReLU.
 
-    Springenberg et al. 2015, arXiv 1412.6806. `volumes` and `target` as in `grad_cam`.
+    Springenberg et al. 2015, arXiv 1412.6806.
 
     Raises
     ------
     ValueError
-        A ReLU that is a function call: only modules can be guided, and without them the plain
-        gradient would come back under this name.
+        No nn.ReLU, or a step that is neither one nor among `ALLOWED`, such as a function call: it
+        cannot be guided, and the plain gradient would come back under this name.
     """
     if len(volumes) and volumes.ndim == 4:
-        calls, modules = _relus(network, volumes[:1])
-        if modules == 0 or modules < calls:
+        if found := _unguided(network, volumes[:1]):
             raise ValueError(
-                f"expected every ReLU to be an nn.ReLU, found {modules} of {calls}: the others are "
-                "function calls, where guided backpropagation is but the plain gradient."
+                "expected nn.ReLU modules between convolutions, batch norms, poolings and linear "
+                f"layers, found {', '.join(found)}: nothing but an nn.ReLU can be guided. Make "
+                "every rectifier one, also those that are function calls."
             )
 
     def explain(score: LogOdds, batch: Tensor, target: Tensor, _) -> Tensor:
@@ -164,21 +173,23 @@ def guided_backpropagation(
     return _maps(explain, "guided backpropagation", network, volumes, target, progress)
 
 
-def _relus(network: nn.Module, volumes: np.ndarray) -> tuple[int, int]:
-    """How often a pass applies a ReLU, and how often an nn.ReLU does."""
-    network, modules = copy.deepcopy(network).eval(), []
+def _unguided(network: nn.Module, volumes: np.ndarray) -> list[str]:
+    """Autograd's names of the steps from volumes to output that are nonlinear and no nn.ReLU."""
+    network = copy.deepcopy(network).cpu().eval().requires_grad_(False)  # a graph of volumes only
+    guided = set()
     for module in network.modules():
         if isinstance(module, nn.ReLU):
-            module.register_forward_hook(lambda *_: modules.append(1))
+            module.register_forward_hook(lambda *call: guided.add(call[-1].grad_fn))
     volume = torch.from_numpy(np.array(volumes, np.float32))[:, None].requires_grad_()
-    seen, ahead = set(), [network.cpu()(volume).grad_fn]
+    seen, ahead = set(), [network(volume).grad_fn]
     while ahead:
         node = ahead.pop()
         if node is not None and node not in seen:
             seen.add(node)
             ahead += [parent for parent, _ in node.next_functions]
-    names = [node.name() for node in seen]
-    return sum(name.startswith(("Relu", "Clamp", "Threshold")) for name in names), len(modules)
+    names = sorted({node.name() for node in seen - guided})
+    found = [name for name in names if not ALLOWED.fullmatch(name)]
+    return found if seen & guided else [*found, "no nn.ReLU"]
 
 
 def gradient(
@@ -198,7 +209,6 @@ def gradient(
     Parameters
     ----------
     times : (X, Y, Z), or (N, X, Y, Z), one a volume; by default the volumes.
-    volumes, target : as in `grad_cam`.
     """
     factors = matching(volumes if times is None else times, volumes, "an image to multiply with")
 
@@ -230,7 +240,6 @@ def smooth_grad(
     samples : copies a volume.
     noise : standard deviation, FA.
     subjects : (N,) names that seed each volume's draws; by default its number, "0", "1", …
-    volumes, target : as in `grad_cam`.
     """
     names = range(len(volumes)) if subjects is None else subjects
 
@@ -239,9 +248,8 @@ def smooth_grad(
         for place, row in enumerate(rows):
             generator = torch.Generator().manual_seed(seeded(seed, names[row]))
             draws = torch.randn((samples, *batch.shape[1:]), generator=generator).to(batch)
-            for some in (batch[place].detach() + noise * draws).split(FEW):
-                slopes = Saliency(score).attribute(some.requires_grad_(), target[place], abs=False)
-                total[place] = total[place].detach() + slopes.sum(0)
+            for some in (batch[place] + noise * draws).split(FEW):
+                total[place] += Saliency(score).attribute(some, target[place], abs=False).sum(0)
         return total / samples
 
     return _maps(explain, "SmoothGrad", network, volumes, target, progress)
@@ -265,13 +273,12 @@ def integrated_gradients(
     ----------
     reference : (X, Y, Z), or (N, X, Y, Z), one a volume.
     steps : of the Gauss-Legendre sum over the way.
-    volumes, target : as in `grad_cam`.
     """
     reference = matching(reference, volumes, "a reference")
 
     def explain(score: LogOdds, batch: Tensor, target: Tensor, rows: np.ndarray) -> Tensor:
         start = tensor(reference, rows, batch.device)
-        options = {"n_steps": steps, "internal_batch_size": FEW * len(batch)}
+        options = {"n_steps": steps, "internal_batch_size": max(FEW, len(batch))}
         return IntegratedGradients(score).attribute(batch, start, target, **options)
 
     return _maps(explain, "integrated gradients", network, volumes, target, progress)
@@ -293,8 +300,17 @@ def occlusion(
     Parameters
     ----------
     window, stride : the cube's side and the step from one to the next, voxels.
-    volumes, target : as in `grad_cam`.
+
+    Raises
+    ------
+    ValueError
+        A cube larger than the volumes, or a step larger than a cube, which leaves voxels out.
     """
+    if not 1 <= stride <= window <= min(volumes.shape[-3:]):
+        raise ValueError(
+            f"expected 1 <= stride <= window <= {min(volumes.shape[-3:])}, the volumes' shortest "
+            f"side, found a stride of {stride} and a window of {window}."
+        )
 
     def explain(score: LogOdds, batch: Tensor, target: Tensor, _) -> Tensor:
         batch = batch.detach()

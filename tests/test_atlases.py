@@ -223,6 +223,18 @@ def test_names_without_a_voxel_are_told(tmp_path):
         ("a.csv", "label,name\n1,a\n,b\n", "a blank, or a label named twice"),
         ("a.csv", "label,name\n1,a\n2,\n", "a blank, or a label named twice"),
         ("a.csv", "label,name\n1,a\n1,b\n", "named twice: 1, b"),
+        ("a.csv", "label,name\n1,a\n2, \n", "a blank, or a label named twice: 2, "),
+        ("a.csv", "label,name\n1,a\n1.5,b\n", "whole numbers .* another number, .*: 1.5, b"),
+        ("a.csv", "label,name\n1,a\nx,b\n", "whole numbers .*: x, b"),
+        ("a.txt", "1 a\n01 b\n", "named twice: 01, b"),
+        ("a.xml", '<a><label index="1">a</label><label index="1">b</label></a>', "twice: 1.0, b"),
+        ("a.xml", '<a><label index="1.5">a</label></a>', "whole numbers .*: 1.5, a"),
+        ("a.xml", '<a><label index="1"></label></a>', "a blank, .*: 1.0, "),
+        ("a.json", '{"a": 1, "b": 1}', "named twice: 1, b"),
+        ("a.json", '{"1": "a", "1": "b"}', "named twice: 1, b"),
+        ("a.json", '{"a": 1, "b": 1.5}', "whole numbers .*: 1.5, b"),
+        ("a.json", '{"1": "a", "2": null}', "a blank, .*: 2, "),
+        ("a.json", '[{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]', "named twice: 1, b"),
     ],
 )
 def test_tables_that_are_none(tmp_path, name, content, message):

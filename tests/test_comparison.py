@@ -10,14 +10,32 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from scipy.ndimage import gaussian_filter
 
-from brainsex import comparison, controls, group_masks, groups, masks, measures, voxelwise
+from brainsex import (
+    comparison,
+    controls,
+    group_masks,
+    groups,
+    judging,
+    masks,
+    measures,
+    perturbation,
+    voxelwise,
+)
 from brainsex import saliency_figures as figures
 from brainsex.cohort import Cohort
 from brainsex.networks import MriNet3d
 
 SHAPE = (22, 24, 26)
 AFFINE = np.array([[3.0, 0, 0, -30], [0, 3.1, 0, -40], [0, 0, 3.2, -50], [0, 0, 0, 1]])
-QUICK = {"iterations": 2, "samples": 2, "steps": 2, "window": 12, "stride": 10}
+QUICK = {"iterations": 3, "samples": 2, "steps": 2, "window": 12, "stride": 10}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def warm_at_once():
+    """Persistence is a mean of all masks, so that it cannot be taken for the last."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(perturbation, "WARM", 0)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +115,7 @@ def test_every_map_is_of_the_network_that_did_not_see_the_subject(study, explain
     rows, maps, table = explained
     assert table["Subject"].tolist() == cohort.subjects[rows].tolist()
     assert {one.shape for one in maps.values()} == {(3, *SHAPE)}
-    assert len(maps) == 13
+    assert len(maps) == 14
     for n, row in enumerate(rows):
         network, volume = networks[fold[row]], cohort.volumes[row]
         target = predicted(network, volume)
@@ -140,9 +158,10 @@ def test_masks_are_those_of_the_references_they_name(study, explained):
                 subjects=[cohort.subjects[row]],
                 target=int(target),
                 reference=reference,
-                iterations=2,
+                iterations=QUICK["iterations"],
                 progress=False,
             )
+            assert np.abs(expected.persistence - expected.masks).max() > 0.01
             np.testing.assert_allclose(maps[name][n], expected.persistence[0], atol=1e-4)
             if reference is None:
                 np.testing.assert_array_equal(maps[comparison.FINAL][n], expected.masks[0])
@@ -167,45 +186,54 @@ def test_what_is_saved_is_kept(study, tmp_path, monkeypatch):
     maps, _ = comparison.explain(*given, **QUICK)
     assert len(calls) - 1 - done == 2 * 10 - done
     calls.clear()
-    path = tmp_path / "maps" / "grad-cam" / "000005.nii.gz"
-    path.write_bytes(path.read_bytes()[:40])
+    for method, size in (("grad-cam", 40), ("smoothgrad", -4000)):  # in the header, in the data
+        path = tmp_path / "maps" / method / "000005.nii.gz"
+        path.write_bytes(path.read_bytes()[:size])
     again, _ = comparison.explain(*given, **QUICK)
-    assert calls == [("Grad-CAM", 1)]
+    assert calls == [("Grad-CAM", 1), ("SmoothGrad", 1)]
     for name, values in maps.items():
         np.testing.assert_array_equal(again[name], values)
     calls.clear()
     comparison.explain(*given, **QUICK | {"window": 11})
+    assert calls == [("occlusion (blur)", 1), ("occlusion (blur)", 2)]
+    calls.clear()
+    comparison.explain(*given, **QUICK | {"seed": 1})
     assert len(calls) == 20
 
 
 def test_group_maps_are_means_over_folds_of_held_out_subjects(study, tmp_path, monkeypatch):
     cohort, folder, networks, fold = study
-    brain, quick = np.ones(SHAPE, bool), {"iterations": 2, "permutations": 9}
+    brain, quick = np.ones(SHAPE, bool), {"iterations": 3, "permutations": 9}
     found = groups.explain(cohort, folder, tmp_path, [0, 1], brain, **quick)
-    expected = np.mean(
-        [
-            group_masks.group_mask(
-                network,
-                cohort.volumes[fold == number],
-                target=cohort.sex[fold == number],
-                iterations=2,
-                progress=False,
-            )
-            for number, network in enumerate(networks)
-        ],
-        axis=0,
-    )
-    np.testing.assert_array_equal(found["group mask (blur)"], expected)
-    assert np.abs(found["group mask (other sex's mean)"] - expected).max() > 1e-4
+    expected = {name: [] for name in groups.MASKS}
+    for number, network in enumerate(networks):
+        *_, (_, random) = controls.randomised(network, seed=number)
+        test, train = fold == number, fold != number
+        means = [cohort.volumes[train & (cohort.sex == sex)].mean(0) for sex in (0, 1)]
+        other = np.stack([means[1 - sex] for sex in cohort.sex[test]])
+        given = (network, None), (network, other), (random, other)
+        for name, (one, reference) in zip(groups.MASKS, given):
+            options = {"target": cohort.sex[test], "reference": reference, "iterations": 3}
+            made = group_masks.group_mask(one, cohort.volumes[test], progress=False, **options)
+            expected[name].append(made)
+    for name, maps in expected.items():
+        np.testing.assert_allclose(found[name], np.mean(maps, axis=0), atol=1e-4)
+    assert len({found[name].tobytes() for name in groups.MASKS}) == 3
     t = [voxelwise.t_map(cohort.volumes[fold != n], cohort.sex[fold != n], brain) for n in (0, 1)]
     np.testing.assert_allclose(found["t map"], np.abs(t).mean(0), rtol=1e-6)
     assert np.abs(found["t map"] - found["t map (brain volume out)"]).max() > 0.1
-    assert found["corrected p"].max() <= 1 + 1e-6  # of nine permutations
-    monkeypatch.setattr(group_masks, "group_mask", None)  # what is there is not made again
-    monkeypatch.setattr(voxelwise, "family_wise", None)
+    assert 0 < found["corrected p"].max() <= 1 + 1e-6  # of nine permutations
+    calls = []
+    monkeypatch.setattr(group_masks, "group_mask", lambda *_, **__: calls.append("mask"))
     again = groups.explain(cohort, folder, tmp_path, [0, 1], brain, **quick)
     for name, values in found.items():
         np.testing.assert_array_equal(again[name], values)
+    smaller = brain.copy()
+    smaller[0] = False
+    fewer = groups.explain(cohort, folder, tmp_path, [0, 1], smaller, **quick)
+    assert calls == [], "the brain's voxels and the tests change no mask"
+    assert not fewer["corrected p"][0].any()
+    assert not fewer["t map"][0].any()
 
 
 def test_each_is_judged_by_its_own_network(study, explained):
@@ -213,8 +241,15 @@ def test_each_is_judged_by_its_own_network(study, explained):
     rows, maps, table = explained
     brain = np.ones(SHAPE, bool)
     name = "gradient × input"
-    found = comparison.judge(cohort, folder, rows, table, {name: maps[name]}, brain)[name]
+    found, by_other = judging.judge(cohort, folder, rows, table, {name: maps[name]}, brain)
+    found = found[name]
     for n, row in enumerate(rows):
+        train, target = fold != fold[row], int(table["target"][n])
+        other = cohort.volumes[train & (cohort.sex == 1 - target)].mean(0)
+        given = networks[fold[row]], cohort.volumes[row : row + 1], maps[name][n : n + 1], brain
+        options = {"target": target, "reference": other, "progress": False}
+        area = measures.faithfulness(*given, **options)["deletion_area"][0]
+        assert by_other[name][n] == pytest.approx(area, rel=1e-4)
         expected = measures.faithfulness(
             networks[fold[row]],
             cohort.volumes[row : row + 1],
@@ -232,7 +267,7 @@ def test_alike_compares_a_subject_with_itself(study):
     brain, rows = np.ones(SHAPE, bool), [2, 3]
     before = copy.deepcopy(networks[0].state_dict())
     others = {"optimiser seed": (networks[0], 1), "network": (networks[1], 0)}
-    found = comparison.alike(
+    found = judging.alike(
         networks[0],
         others,
         cohort.volumes[rows],
@@ -259,6 +294,37 @@ def test_alike_compares_a_subject_with_itself(study):
     assert not (found["dice"][[0, 1, 2, 3, 6, 7]] == 1).any()
     for name, value in networks[0].state_dict().items():
         assert torch.equal(value, before[name])
+
+
+def test_blurred_brains_are_counted_by_their_own_network(study):
+    cohort, folder, networks, _ = study
+    found = judging.blurred_brains(cohort, folder, [1, 3, 4, 6, 7])
+    assert found[["fold", "sex", "n"]].values.tolist() == [[0, "M", 2], [1, "F", 2], [1, "M", 1]]
+    for row, rows in zip(found.itertuples(), ([1, 3], [4, 6], [7])):
+        taken = [
+            predicted(networks[row.fold], gaussian_filter(cohort.volumes[r], 5.0, mode="nearest"))
+            for r in rows
+        ]
+        assert row.taken_for_men == sum(taken)
+
+
+def test_several_networks_alone_and_averaged(study, monkeypatch):
+    """Networks that give maps made up here; of two voxels one is planted."""
+    brain, truth = np.zeros(SHAPE, bool), np.zeros(SHAPE, bool)
+    brain[0, 0, :2] = truth[0, 0, 0] = True
+
+    def single(network, volumes, name, **_):
+        maps = np.zeros((2, *SHAPE))
+        maps[:, 0, 0, :2] = {"a": [[3, 0], [0, 2]], "b": [[1, 3], [1, 0]]}[network]
+        return maps
+
+    monkeypatch.setattr(judging, "single", single)
+    found = judging.averaged(["a", "b"], np.zeros((2, *SHAPE)), ["x"], truth, brain)
+    # a: right, wrong, and its mean right; b: wrong, right, its mean wrong; a + b: right, wrong
+    assert found["of"].tolist() == ["one network", "their mean"]
+    assert found["single"].tolist() == [0.75, 0.75]
+    assert found["group"].tolist() == [0.75, 0.5]
+    assert found["n"].tolist() == [2, 2]
 
 
 def test_t_of_sex_in_a_linear_model_with_brain_volume(study):
@@ -311,13 +377,12 @@ def test_regions_are_of_training_subjects_and_of_one_volume(study, monkeypatch):
     assert found["group mask of both"].ravel()[-100:].all(), "where the mask is largest"
 
 
-def test_an_empty_group_mask_is_no_random_region(study, monkeypatch, capsys):
+def test_an_empty_group_mask_is_no_random_region(study, monkeypatch):
     cohort, _, networks, fold = study
     monkeypatch.setattr(controls, "group_mask", lambda *_, **__: np.zeros(SHAPE, np.float32))
-    brain = np.ones(SHAPE, bool)
-    found = controls.regions(cohort, networks[0], fold == 0, brain, randoms=1)
+    with pytest.warns(UserWarning, match="group mask of .*: expected 275 voxels.* found 0"):
+        found = controls.regions(cohort, networks[0], fold == 0, np.ones(SHAPE, bool), randoms=1)
     assert list(found) == ["random 1"]
-    assert "group mask of men: 0 voxels, not 275" in capsys.readouterr().out
 
 
 def test_removal_counts_the_held_out_who_are_right(study, monkeypatch):

@@ -1,4 +1,4 @@
-"""Measures against cases worked out by hand, controls against what they must not be able to do."""
+"""Measures against cases worked out by hand."""
 
 import copy
 
@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from scipy.ndimage import gaussian_filter
-from scipy.stats import spearmanr, ttest_ind
+from scipy.stats import spearmanr
 from torch import nn
 
-from brainsex import controls, measures, voxelwise
+from brainsex import measures
 from brainsex.networks import MriNet3d
 
 SHAPE = (3, 4, 5)
@@ -245,130 +245,6 @@ def test_what_two_sparse_maps_lack_is_no_agreement():
     assert measures.similarity(first, np.roll(first, 8, 0), brain)["dice"] == 0
 
 
-def test_cascading_randomisation_goes_from_the_last_layer_to_the_first():
-    torch.manual_seed(0)
-    network = MriNet3d(2, (22, 23, 24))
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm3d):
-            for value in (module.running_mean, module.running_var, module.weight.data):
-                value.fill_(3.0)
-            module.bias.data.fill_(3.0)
-    before = copy.deepcopy(network.state_dict())
-    rng = torch.get_rng_state()
-    steps = list(controls.randomised(network, seed=1))
-    assert [name for name, _ in steps] == [
-        "linear", "hidden3.1", "hidden3.0", "hidden2.1", "hidden2.0", "hidden1.1", "hidden1.0",
-    ]  # fmt: skip
-    for number, (_, changed) in enumerate(steps, 1):
-        drawn = {name for name, _ in steps[:number]}
-        for name, value in changed.state_dict().items():
-            layer, _, kind = name.rpartition(".")
-            if kind != "num_batches_tracked":
-                assert torch.equal(value, before[name]) == (layer not in drawn), name
-    assert steps[-1][1].hidden1[1].running_mean.abs().max() == 0
-    again = list(controls.randomised(network, seed=1))
-    other = list(controls.randomised(network, seed=2))
-    for name, value in steps[-1][1].state_dict().items():
-        assert torch.equal(value, again[-1][1].state_dict()[name])
-    weight = steps[-1][1].linear.weight
-    assert not torch.equal(weight, other[-1][1].linear.weight)
-    assert torch.equal(torch.get_rng_state(), rng)
-    for name, value in network.state_dict().items():
-        assert torch.equal(value, before[name])
-
-
-def test_random_region_has_the_volume_asked_for_within_the_brain():
-    brain = np.zeros((16, 18, 20), bool)
-    brain[3:12, 3:14, 3:15] = True
-    region = controls.random_region(brain, 100, seed=1)
-    assert region.sum() == 100
-    assert not (region & ~brain).any()
-    assert (region != controls.random_region(brain, 100, seed=2)).any()
-    known = controls.random_map(brain.shape, seed=1)
-    assert known[region].min() >= known[brain & ~region].max()
-    neighbours = (region[1:] & region[:-1]).sum() / 100
-    assert neighbours > 0.5, "blobs, not dust: dust would have a tenth"
-
-
-@pytest.fixture(scope="module")
-def planted():
-    """Sixty volumes of 22 a side: men are brighter in one box, and nowhere else."""
-    rng = np.random.default_rng(3)
-    sex = np.arange(60) % 2
-    volumes = rng.uniform(0.2, 0.4, (60, 22, 22, 22)).astype(np.float32)
-    box = np.zeros((22, 22, 22), bool)
-    box[6:14, 8:16, 7:15] = True
-    volumes[:, box] += 0.3 * sex[:, None]
-    return volumes, sex, box, np.arange(60) >= 36
-
-
-def test_without_the_planted_region_nothing_is_learnt_and_with_it_alone_everything(planted):
-    volumes, sex, box, held_out = planted
-
-    def learnt(region, **options):
-        settings = {"epochs": 12, "batch_size": 6, "lr": 1e-2, "milestones": (8,)}
-        make = lambda: MriNet3d(4, (22, 22, 22), dropout=0.0)  # noqa: E731
-        settings |= {"progress": False} | options
-        return controls.retrained(volumes, sex, held_out, region, make, **settings)
-
-    assert learnt(~box) > 21  # of 24: from the box alone
-    assert learnt(box) < 18  # chance
-    elsewhere = np.zeros_like(box)
-    elsewhere[0:5, 0:6, 0:6] = True
-    assert learnt(elsewhere) > 21
-    assert learnt(~elsewhere) < 18
-
-
-def test_what_is_removed_tells_nothing_of_the_held_out(planted, monkeypatch):
-    volumes, sex, box, held_out = planted
-    seen = {}
-    monkeypatch.setattr(
-        controls.training, "fit", lambda network, v, s, **_: seen.update(train=v[:], sex=s)
-    )
-
-    def predict(network, v):
-        seen["test"] = v[:]
-        return np.eye(2)[np.zeros(len(v), int)]
-
-    monkeypatch.setattr(controls.training, "predict", predict)
-    right = controls.retrained(volumes, sex, held_out, box, lambda: MriNet3d(2, (22, 22, 22)))
-    assert right == (sex[held_out] == 0).sum()
-    mean = volumes[~held_out].astype(float).mean(0)
-    np.testing.assert_allclose(seen["test"][:, box], np.tile(mean[box], (24, 1)), atol=1e-6)
-    np.testing.assert_array_equal(seen["test"][:, ~box], volumes[held_out][:, ~box])
-    np.testing.assert_array_equal(seen["sex"], sex[~held_out])
-
-
-def test_t_map_is_scipys_welch_and_positive_where_men_are_higher(planted):
-    volumes, sex, box, _ = planted
-    brain = np.ones(box.shape, bool)
-    brain[0] = False
-    found = voxelwise.t_map(volumes, sex, brain, sigma=1e-9)
-    at = (8, 9, 10)
-    expected = ttest_ind(
-        volumes[sex == 1][:, *at].astype(float), volumes[sex == 0][:, *at], equal_var=False
-    ).statistic
-    assert found[at] == pytest.approx(expected, rel=1e-4)
-    assert expected > 5
-    assert not found[0].any()
-    constant = np.zeros_like(volumes)
-    assert not voxelwise.t_map(constant, sex, brain).any()
-
-
-@pytest.mark.parametrize("tfce", [False, True])
-def test_corrected_p_finds_the_planted_box_and_little_else(planted, tfce):
-    volumes, sex, box, _ = planted
-    brain, affine = np.ones(box.shape, bool), np.diag([3.0, 3, 3, 1])
-    brain[0] = False
-    options = {"sigma": 0.5, "permutations": 40, "tfce": tfce}
-    found = voxelwise.family_wise(volumes, sex, brain, affine, **options)
-    significant = found > -np.log10(0.05)
-    assert significant[box].mean() > 0.95
-    assert significant[~box].mean() < 0.15  # the blur's rim, and TFCE's
-    assert found.max() <= np.log10(41) + 1e-6
-    assert not found[0].any()
-
-
 def test_interval_is_of_the_mean_over_subjects():
     """Of 0 and 1 in equal parts: mean 1/2, standard error 1/(2 √n)."""
     mean, low, high = measures.interval(np.arange(400) % 2)
@@ -379,6 +255,13 @@ def test_interval_is_of_the_mean_over_subjects():
         measures.interval([0.25, np.nan])
     with pytest.raises(ValueError, match="expected finite values"):
         measures.interval([])
+
+
+def test_the_interval_within_strata_has_no_spread_between_them():
+    """All women 0, all men 1: whoever is drawn, half are women."""
+    values, strata = np.repeat([0.0, 1.0], 8), np.repeat([3, 5], 8)
+    assert measures.interval(values, strata) == (0.5, 0.5, 0.5)
+    assert measures.interval(values)[1] < 0.4
 
 
 def test_the_groups_interval_is_the_jackknifes():
@@ -392,4 +275,18 @@ def test_the_groups_interval_is_the_jackknifes():
     assert (low, high) == pytest.approx((0.5 - 4.302653 * error, 0.5 + 4.302653 * error))
     alone = measures.group_interval(maps[:1], truth, brain)
     assert alone[0] == 1
+    assert np.isnan(alone[1:]).all()
+
+
+def test_the_groups_interval_within_strata_keeps_their_balance():
+    """Two women, two men; without one, the other of that sex counts twice."""
+    brain, truth = line(1, 1) > 0, line(1, 0) > 0
+    maps = np.stack([line(4, 0), line(0, 1), line(0, 2), line(1, 0)])
+    found, low, high = measures.group_interval(maps, truth, brain, np.array([0, 0, 1, 1]))
+    assert found == 1  # 5 against 3
+    # women out: 0 + 1 against 2 + 2, 8 + 1 against 2; men out: 4 + 2 against 1, 4 against 1 + 4
+    variance = sum(((np.array(w) - np.mean(w)) ** 2).sum() / 2 for w in ([0.5, 1], [1, 0.5]))
+    half = 4.302653 * np.sqrt(variance)  # t of two degrees of freedom
+    assert (low, high) == pytest.approx((1 - half, 1 + half))
+    alone = measures.group_interval(maps[:2], truth, brain, np.array([0, 1]))
     assert np.isnan(alone[1:]).all()

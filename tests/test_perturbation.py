@@ -436,7 +436,8 @@ def study(network, volumes, tmp_path):
     return cohort, folder, (network, other), [1, 1, 0, 0]
 
 
-def test_each_subject_by_the_network_that_did_not_see_it(study, tmp_path):
+def test_each_subject_by_the_network_that_did_not_see_it(study, tmp_path, monkeypatch):
+    monkeypatch.setattr(perturbation, "WARM", 2)  # so that persistence is not the last mask
     cohort, folder, fitted, folds = study
     table = explain(cohort, folder, tmp_path / "masks", **QUICK)
     assert table["Subject"].tolist() == cohort.subjects.tolist()
@@ -450,6 +451,7 @@ def test_each_subject_by_the_network_that_did_not_see_it(study, tmp_path):
         np.testing.assert_array_equal(image.get_fdata(dtype=np.float32), expected.masks[0])
         image = nib.load(tmp_path / "masks" / "persistence" / f"{subject}.nii.gz")
         np.testing.assert_array_equal(image.get_fdata(dtype=np.float32), expected.persistence[0])
+        assert np.abs(expected.persistence - expected.masks).max() > 0.01
         assert table.loc[n, "after"] == pytest.approx(expected.history["after"][0], abs=1e-6)
     some = explain(cohort, folder, tmp_path / "some", rows=[2, 1], **QUICK)
     assert some["Subject"].tolist() == ["000013", "000011"]

@@ -15,6 +15,7 @@ from brainsex import networks, saliency
 from brainsex.networks import MriNet2d, MriNet3d
 
 SHAPE = (22, 24, 27)
+IN_BATCHES = networks.in_batches
 METHODS = {
     "grad_cam": {},
     "guided_backpropagation": {},
@@ -61,7 +62,7 @@ def weight():
 
 
 def log_odds(network, volume, target):
-    logits = network(torch.as_tensor(volume)[None, None])[0]
+    logits = network(torch.as_tensor(volume)[None, None]).reshape(-1, 2).mean(0)  # of slabs
     return logits[target] - logits[1 - target]
 
 
@@ -167,6 +168,18 @@ class Apply(nn.Module):
         return self.function(values)
 
 
+class Idle(nn.Module):
+    """A module whose output nobody takes, beside the function call that counts."""
+
+    def __init__(self):
+        super().__init__()
+        self.relu = nn.ReLU()
+
+    def forward(self, values):
+        self.relu(values)
+        return F.relu(values)
+
+
 def replaced(network, function, names=("hidden1", "hidden2", "hidden3")):
     network = copy.deepcopy(network)
     for name in names:
@@ -185,17 +198,61 @@ def test_guided_backpropagation_is_its_definition_and_not_the_gradient(network, 
 
 
 @pytest.mark.parametrize(
-    ("function", "names", "message"),
+    ("function", "found"),
     [
-        (F.relu, ("hidden1", "hidden2", "hidden3"), "found 0 of 3"),
-        (torch.relu, ("hidden2",), "found 2 of 3"),
-        (lambda values: values.clamp(min=0), ("hidden1",), "found 2 of 3"),
-        (torch.tanh, ("hidden1", "hidden2", "hidden3"), "found 0 of 0"),
+        (F.relu, "ReluBackward0"),
+        (nn.LeakyReLU(), "LeakyReluBackward0"),
+        (Idle(), "ReluBackward0"),
+        (lambda values: values.clamp(min=0), "ClampBackward1"),
+        (lambda values: F.threshold(values, 0, 0), "ThresholdBackward0"),
+        (F.relu6, "HardtanhBackward0"),
+        (F.elu, "EluBackward0"),
+        (F.gelu, "GeluBackward0"),
+        (torch.tanh, "TanhBackward0"),
+        (lambda values: torch.maximum(values, torch.zeros(())), "MaximumBackward0"),
+        (lambda values: torch.where(values > 0, values, 0), "WhereBackward0"),
+        (lambda values: values * (values > 0), "MulBackward0"),
+        (lambda values: (values + values.abs()) / 2, "AbsBackward0, DivBackward0"),
+        (Guided.apply, "GuidedBackward"),
     ],
 )
-def test_guided_backpropagation_refuses_function_calls(network, volumes, function, names, message):
-    with pytest.raises(ValueError, match=message):
-        saliency.guided_backpropagation(replaced(network, function, names), volumes, progress=False)
+def test_guided_backpropagation_refuses_what_it_cannot_guide(network, volumes, function, found):
+    with pytest.raises(ValueError, match=rf"layers, found {found}: nothing but an nn\.ReLU"):
+        saliency.guided_backpropagation(
+            replaced(network, function, ["hidden2"]), volumes, progress=False
+        )
+
+
+def test_guided_backpropagation_needs_a_relu(network, volumes):
+    network = replaced(network, nn.Identity())
+    with pytest.raises(ValueError, match=r"layers, found no nn\.ReLU"):
+        saliency.guided_backpropagation(network, volumes, progress=False)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("residual", [False, True])
+def test_guided_backpropagation_of_slabs_is_its_definition(volumes, axis, residual):
+    torch.manual_seed(0)
+    network = MriNet2d(3, axis=axis, channels=8, shape=SHAPE, residual=residual).eval()
+    found = saliency.guided_backpropagation(network, volumes[:1], target=1, progress=False)[0]
+    expected = plain_gradient(replaced(network, Guided.apply), volumes[0].copy(), 1)
+    assert found.any()
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_linear_steps_and_poolings_need_no_guiding(volumes):
+    def steps(values):  # (N, 4, X, Y, Z)
+        values = torch.cat([values[:, 2:], values[:, :2]], 1) + values.transpose(1, 2).permute(
+            0, 2, 1, 3, 4
+        )
+        return values.mean((2, 3)).reshape(len(values), -1)
+
+    network = nn.Sequential(
+        *(nn.ZeroPad3d(1), nn.Conv3d(1, 4, 3, padding="same"), nn.BatchNorm3d(4), nn.ReLU()),
+        *(nn.AvgPool3d(2), nn.AdaptiveMaxPool3d(8), nn.AdaptiveAvgPool3d(4), Apply(steps)),
+        *(nn.Dropout(), nn.Linear(16, 8, bias=False), nn.ReLU(), nn.Linear(8, 2)),
+    )
+    assert saliency.guided_backpropagation(network, volumes[:1], progress=False).any()
 
 
 def test_gradient_times_input_and_times_another_image(network, volumes, weight):
@@ -220,6 +277,18 @@ def test_integrated_gradients_add_up_to_the_difference(volumes, weight):
     )
     # (x - r) times the mean gradient 2 w (x + r) / 2
     np.testing.assert_allclose(found, weight * (volumes**2 - 0.25**2), atol=1e-5)
+
+
+def test_integrated_gradients_take_no_more_than_a_batch_at_once(network, volumes, monkeypatch):
+    """On a GPU, of 32 volumes with their gradients; a single one goes `FEW` steps at once."""
+    network, sizes = copy.deepcopy(network), []
+    network.linear.register_forward_hook(lambda _, given, __: sizes.append(len(given[0])))
+    volumes = np.concatenate([volumes, volumes])
+    for size, most in ((6, 6), (1, saliency.FEW)):
+        monkeypatch.setattr(networks, "in_batches", partial(IN_BATCHES, size=size))
+        sizes.clear()
+        explained("integrated_gradients", network, volumes, steps=8, target=1)
+        assert max(sizes) == most
 
 
 def test_smooth_grad_is_the_mean_gradient_of_noisy_copies(volumes, weight):
@@ -269,6 +338,13 @@ def test_occlusion_by_hand(volumes):
         np.testing.assert_allclose(one, total / count, atol=1e-2)
 
 
+@pytest.mark.parametrize(("window", "stride"), [(23, 4), (8, 9), (8, 0), (0, 0)])
+def test_occlusion_of_cubes_that_do_not_fit(network, volumes, window, stride):
+    message = rf"window <= 22, .* found a stride of {stride} and a window of {window}\."
+    with pytest.raises(ValueError, match=message):
+        explained("occlusion", network, volumes, window=window, stride=stride)
+
+
 def test_smoothed_map_by_map():
     maps = np.random.default_rng(1).standard_normal((2, 9, 10, 11)).astype(np.float32)
     for one, expected in zip(saliency.smoothed(maps, 1.5), maps):
@@ -315,9 +391,8 @@ def test_every_method_alike(name, network, volumes):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_batch_as_a_gpu_has_it_is_one_after_the_other(name, network, volumes, monkeypatch):
-    whole = networks.in_batches
     alone = explained(name, network, volumes, target=np.array([1, 0, 1]))
-    monkeypatch.setattr(networks, "in_batches", partial(whole, size=2))
+    monkeypatch.setattr(networks, "in_batches", partial(IN_BATCHES, size=2))
     together = explained(name, network, volumes, target=np.array([1, 0, 1]))
     np.testing.assert_allclose(together, alone, atol=1e-4 * np.abs(alone).max())
 
@@ -332,9 +407,7 @@ def test_networks_of_slabs_are_explained_too(volumes):
     torch.manual_seed(0)
     network = MriNet2d(3, axis=0, channels=2, shape=SHAPE).eval()
     found = saliency.gradient(network, volumes, target=1, progress=False)
-    volume = torch.tensor(volumes[0], requires_grad=True)
-    logits = network(volume[None, None]).mean(1)[0]
-    slope = torch.autograd.grad(logits[1] - logits[0], volume)[0].numpy()
+    slope = plain_gradient(network, volumes[0].copy(), 1)
     np.testing.assert_allclose(found[0], slope * volumes[0], atol=1e-6)
 
 

@@ -512,6 +512,41 @@ def test_memory_is_that_of_the_voxels_and_volumes_fitted(source, target):
     assert peak < 16e6
 
 
+@pytest.mark.soak
+def test_a_series_of_hcps_size_takes_less_than_3_gb(source, target):
+    """145 × 174 × 145 voxels, 917,000 of them brain, 288 volumes of three shells, grad_dev."""
+    pytest.importorskip("resource")
+    shape, bvals = (145, 174, 145), np.tile([5.0, 1000, 2000, 3000], 72)
+    grid = np.indices(shape, np.float32) - np.reshape(shape, (3, 1, 1, 1)) / 2
+    inside = (grid**2).sum(0) < 60.3**2
+    noise = np.where(inside, np.random.default_rng(0).integers(200, 900, shape), 0)
+    header = nib.Nifti1Header()
+    header.set_data_shape((*shape, len(bvals)))
+    header.set_data_dtype(np.float32)
+    header.set_sform(AFFINE, 1)
+    header["vox_offset"], header["magic"] = 352, b"n+1"
+    folder = source / FOLDER
+    bvecs = directions(len(bvals))
+    files = {"bvals": text(bvals), "bvecs": text(bvecs.T), "mask": image(inside, np.uint8)}
+    save(folder, series(dev=image(np.zeros((*shape, 9)), np.float32), data=b"", **files))
+    with gzip.open(folder / "data.nii.gz", "wb", 1) as stream:
+        stream.write(header.binaryblock + bytes(4))
+        for number in range(len(bvals)):
+            volume = noise * np.float32(np.exp(-bvals[number] * 5e-4) + 1e-3 * (number % 7))
+            stream.write(volume.astype(np.float32).tobytes(order="F"))
+    code = (
+        "import resource, sys; from brainsex import diffusion; "
+        "print(diffusion.fit(*sys.argv[1:], workers=1).status.tolist()); "
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)"
+    )
+    run = [sys.executable, "-c", code, source, target]
+    done = subprocess.run(run, capture_output=True, text=True, check=True, cwd=ROOT)
+    status, peak = done.stdout.splitlines()[-2:]
+    assert status == "['fitted']"
+    print(f"{inside.sum()} voxels, {len(bvals)} volumes: {peak} GB")
+    assert float(peak) < 3  # of kilobytes on Linux
+
+
 @pytest.mark.parametrize(("made", "found"), [(True, "none in it"), (False, "no such folder")])
 def test_no_source_says_what_was_expected(source, target, made, found):
     if made:

@@ -49,7 +49,7 @@ def judge(
             for measure, part in measures.faithfulness(*given, **options).items():
                 whole = found[name].setdefault(measure, np.empty((len(rows), *part.shape[1:])))
                 whole[here] = part
-            part = measures.faithfulness(*given, reference=other, **options)
+            part = measures.faithfulness(*given, reference=other, insertion=False, **options)
             replaced[name][here] = part["deletion_area"]
     return found, replaced
 

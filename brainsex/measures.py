@@ -96,6 +96,7 @@ def faithfulness(
     target: int | np.ndarray,
     fractions: Sequence[float] = FRACTIONS,
     reference: np.ndarray | None = None,
+    insertion: bool = True,
     progress: bool = True,
 ) -> dict[str, np.ndarray]:
     """Deletion and insertion: the target's probability as a map's first voxels go, or come back.
@@ -110,6 +111,7 @@ def faithfulness(
     target : class whose probability is followed, for all or (N,).
     fractions : shares of the brain's voxels, increasing.
     reference : as in `perturbation.optimise_masks`; by default the blur of 5 voxels.
+    insertion : whether that is measured, too, which takes as long again.
 
     Returns
     -------
@@ -143,7 +145,7 @@ def faithfulness(
         other = replacement(reference, rows, volume)
         order = torch.from_numpy(_order(maps[rows[0]], brain)).to(device)
         curves = []
-        for start, end in ((volume, other), (other, volume)):
+        for start, end in ((volume, other), (other, volume))[: 1 + insertion]:
             seen = start.repeat(len(counts), 1, 1, 1, 1)
             for step, count in zip(seen, counts):
                 step.view(-1)[order[:count]] = end.reshape(-1)[order[:count]]
@@ -154,14 +156,11 @@ def faithfulness(
 
     name = "deletion and insertion" if progress else None
     curves = list(networks.in_batches(both, len(volumes), device, name=name, size=1))
-    curves = np.array(curves).reshape(-1, 2, len(steps))
+    curves = np.array(curves).reshape(-1, 1 + insertion, len(steps))
     areas = np.trapezoid(curves, steps, axis=2) / (steps[-1] - steps[0])
-    return {
-        "deletion": curves[:, 0],
-        "insertion": curves[:, 1],
-        "deletion_area": areas[:, 0],
-        "insertion_area": areas[:, 1],
-    }
+    names = ("deletion", "insertion")[: 1 + insertion]
+    found = {name: curves[:, number] for number, name in enumerate(names)}
+    return found | {f"{name}_area": areas[:, number] for number, name in enumerate(names)}
 
 
 def interval(values: np.ndarray, strata: np.ndarray | None = None) -> tuple[float, float, float]:

@@ -133,6 +133,16 @@ def test_what_is_deleted_is_blurred_by_default():
     np.testing.assert_allclose(found["insertion"][0], expected[::-1], rtol=1e-5)
 
 
+def test_deletion_alone_is_the_same_deletion():
+    rng = np.random.default_rng(2)
+    volumes, maps = rng.random((2, 2, 3, 4, 5)).astype(np.float32)
+    given = Sum(rng.random(SHAPE).astype(np.float32), 3.0), volumes, maps, np.ones(SHAPE, bool)
+    both = measures.faithfulness(*given, target=1, progress=False)
+    alone = measures.faithfulness(*given, target=1, insertion=False, progress=False)
+    assert set(alone) == {"deletion", "deletion_area"}
+    np.testing.assert_array_equal(alone["deletion"], both["deletion"])
+
+
 def test_faithfulness_leaves_network_and_volumes_alone_and_ignores_company():
     torch.manual_seed(0)
     network = MriNet3d(2, (22, 23, 24)).train()

@@ -93,8 +93,9 @@ def each_subject(
 ) -> pd.DataFrame:
     """Call `work` for each of `subjects` without a volume in `target`; return as `extract` does.
 
-    `work` writes ``target/<ID>.nii.gz`` or raises `Rejected`; what it raises as OSError is taken
-    for a full disk. `expected` says what `source` should hold, `done` is the status of a success.
+    `work` writes ``target/<ID>.nii.gz`` or raises why it rejects the subject, but what it raises as
+    OSError is taken for a full disk. `expected` says what `source` should hold, `done` is the
+    status of a success.
     """
     subjects = set(subjects)
     present = map(identifier, target.glob("*.nii*"))
@@ -115,6 +116,8 @@ def each_subject(
                 return "rejected", str(reason)
             except OSError as error:
                 failures.append(error)
+            except Exception as error:  # whatever one subject's files do, the others are done
+                return "rejected", f"{subject}: {type(error).__name__}: {error}"
         return done, ""
 
     todo = sorted(subjects if overwrite else subjects - outcome.keys())

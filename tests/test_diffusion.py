@@ -395,6 +395,10 @@ BAD = {
     "no NIfTI": ({"data": gzip.compress(b"<html>" * 100)}, "a whole gzipped NIfTI-1 file"),
     "empty": ({"data": b""}, "a whole gzipped NIfTI-1 file"),
     "far voxels": ({"data": header(offset=(108, "f", 1e9))}, "bytes before its voxels"),
+    "voxels within the header": (
+        {"data": header(magic=(344, "4s", b"ni1"), offset=(108, "f", 347))},
+        "-1 bytes before its voxels",
+    ),
     "colours": (
         {"data": header(kind=(70, "h", 128), bits=(72, "h", 24))},
         "expected real numbers, found",
@@ -433,15 +437,41 @@ def test_a_bad_series_is_rejected_with_its_reason_and_the_rest_is_done(
     assert listed.values.tolist() == [["900001", table["reason"][0]]]
 
 
-def test_a_header_that_declares_a_huge_volume_takes_no_memory(source, target):
+def test_members_of_any_name_and_faults_of_any_kind_reject_one_subject(source, target, monkeypatch):
+    save(source, {"900001.zip": package(series(), "a\n"), "900002.zip": package(series())})
+    assert set(diffusion.fit(source, target, workers=1)["status"]) == {"fitted"}
+
+    def exhausted(paths, *_):
+        if "900001" in paths[0].name:
+            raise MemoryError("no 9 GB")
+        return locate(paths, *_)
+
+    locate = diffusion.series.locate
+    monkeypatch.setattr(diffusion.series, "locate", exhausted)
+    table = diffusion.fit(source, target, workers=1, overwrite=True)
+    assert table["status"].tolist() == ["rejected", "fitted"]
+    assert table["reason"][0] == "900001: MemoryError: no 9 GB"
+
+
+def test_what_a_series_may_keep_in_memory_is_bounded(source, target, monkeypatch):
+    save(source / FOLDER, series())
+    monkeypatch.setattr(diffusion.series, "MAX_KEPT", 144 * 13 * 4 - 1)  # voxels, volumes, float32
+    reason = diffusion.fit(source, target, workers=1)["reason"][0]
+    assert "data.nii.gz: expected at most 7487 bytes, found 7488 in the 13 volumes" in reason
+    monkeypatch.setattr(diffusion.series, "MAX_KEPT", 144 * 13 * 4)
+    fitted(source, target)
+
+
+@pytest.mark.parametrize("shape", [(32767, 32767, 32767), (512, 512, 129)])
+def test_a_header_that_declares_a_huge_volume_takes_no_memory(source, target, shape):
     content = bytearray(gzip.decompress(series()["nodif_brain_mask.nii.gz"]))
-    struct.pack_into("<3h", content, 42, 32767, 32767, 32767)
+    struct.pack_into("<3h", content, 42, *shape)
     save(source / FOLDER, series(mask=gzip.compress(content)))
     tracemalloc.start()
     reason = diffusion.fit(source, target, workers=1)["reason"][0]
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert "bytes, at most" in reason
+    assert "at most" in reason
     assert peak < 20e6
 
 

@@ -25,6 +25,8 @@ MAX_KEPT = 2 << 30
 """Bytes that the voxels and volumes kept of a file may take; HCP's take 0.3 GB."""
 MAX_DEVIATION = 0.3
 """Largest element of L taken (HCP's are below 0.1): so I + L always has an inverse."""
+SEVEN_TESLA = re.compile(r"Diffusion_?7T|_7T_[^/]*\.zip")
+"""In the place of a series that HCP has beside a subject's at 3 T: no second session."""
 File = tuple[str, Callable[[], BinaryIO]]  # how messages name it, and how it is opened
 
 
@@ -37,13 +39,21 @@ def locate(paths: list[Path], root: Path, scratch: Path, stack: ExitStack) -> di
     folders: dict[str, dict[str, File]] = {}
     for path in paths:
         label = path.relative_to(root).as_posix()
+        if SEVEN_TESLA.search(label):
+            continue
         if path.suffix.lower() == ".zip":
             for archive, info, where in find(path, label, (*NEEDED, DEVIATIONS), stack, scratch):
                 check(info, where, MAX_INNER)
                 folder, name = re.split(r"[/\\](?=[^/\\]*$)", where)
-                folders.setdefault(folder, {})[name.lower()] = where, partial(archive.open, info)
+                if not SEVEN_TESLA.search(folder):
+                    file = where, partial(archive.open, info)
+                    folders.setdefault(folder, {})[name.lower()] = file
         else:
             near = {name: path.with_name(name) for name in (*NEEDED, DEVIATIONS)}
+            absent = [file for file in near.values() if file.is_symlink() and not file.exists()]
+            if absent:
+                named = ", ".join(file.relative_to(root).as_posix() for file in absent)
+                raise Rejected(f"{named}: expected a file, found a link: not fetched: datalad get")
             folders[path.parent.relative_to(root).as_posix()] = {
                 name: (near[name].relative_to(root).as_posix(), partial(open, near[name], "rb"))
                 for name in near

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,10 +21,11 @@ MODALITIES = {"fa": "FA", "t1": "T1w (brain's median 0.5)"}
 def identifier(path: str | Path) -> str:
     """The subject's ID in a volume's name, ``<ID>.nii.gz``, ``<ID>_FA.nii.gz`` or without gz.
 
-    BIDS's ``sub-`` is no part of it, here and in tables.
+    TBSS appends ``_FA`` to names that end so already. BIDS's ``sub-`` is no part of it, here and in
+    tables.
     """
-    name = Path(path).name.removesuffix(".gz").removesuffix(".nii").removesuffix("_FA")
-    return name.removeprefix("sub-")
+    name = Path(path).name.removesuffix(".gz").removesuffix(".nii")
+    return re.sub("(_FA)+$", "", name).removeprefix("sub-")
 
 
 def seeded(seed: int, subject: str) -> int:

@@ -23,6 +23,9 @@ from brainsex import (
 )
 from brainsex import masks as held_out
 
+CHOICE = ("kind", "session", "match")
+"""Options of `convert` that `sources.choose` takes."""
+
 
 def synthesize(arguments) -> None:
     synthetic.write_cohort(**vars(arguments))
@@ -40,7 +43,12 @@ def fa(arguments) -> None:
 
 def survey(arguments) -> pd.DataFrame:
     found = sources.find(arguments.cohort)
-    people = tables.read(arguments.table or tables.find(arguments.cohort))
+    try:
+        table = arguments.table or tables.find(arguments.cohort)
+    except FileNotFoundError as error:
+        print(f"no table of people: {error}")
+        table = None
+    people = None if table is None else tables.read(table)
     print(sources.summary(found, people).to_string())
     return found
 
@@ -48,11 +56,13 @@ def survey(arguments) -> pd.DataFrame:
 def convert(arguments) -> None:
     folder, out = arguments.cohort, arguments.out or arguments.cohort
     table = arguments.table or tables.find(folder)
-    found, choice = arguments.fa, {"kind": arguments.kind, "session": arguments.session}
+    found, choice = arguments.fa, {name: getattr(arguments, name) for name in CHOICE}
     if found is None:
         found = sources.choose(survey(arguments), out / "all_FA", **choice)
     elif any(choice.values()):
-        raise ValueError("--kind and --session choose from COHORT; --fa names another folder.")
+        raise ValueError(
+            "--kind, --session and --match choose from COHORT; --fa names another folder."
+        )
     options = {name: getattr(arguments, name) for name in ("regrid", "normalised", "leave_out_qc")}
     volumes.convert(found, table, out, **options)
     if (folder / "SYNTHETIC").is_file():
@@ -160,6 +170,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--table", type=Path, help="of people; the one in COHORT by default")
     sub.add_argument("--kind", choices=sources.VOLUMES, help="of volumes, where there are several")
     sub.add_argument("--session", help="BIDS's, where subjects came twice")
+    sub.add_argument("--match", metavar="GLOB", help="of file names, where there are several")
     sub.add_argument("--regrid", action="store_true", help="resample volumes on other grids")
     sub.add_argument("--normalised", action="store_true", help="bring all brains to one size")
     sub.add_argument("--leave-out-qc", action="store_true", help="subjects with a QC_Issue")

@@ -18,7 +18,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pandas as pd
-from joblib import Parallel, delayed
+from joblib import Parallel, cpu_count, delayed
 from tqdm.auto import tqdm
 
 from brainsex import identifier, replacing, write
@@ -29,8 +29,10 @@ MAX_INNER = 8 << 30  # bytes of the largest compressed inner archive inflated to
 CHUNK = 1 << 20
 UNREADABLE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, OverflowError)
 UNREADABLE += (RuntimeError, ValueError)
-SUBJECT = re.compile("(?:sub-)?([0-9A-Za-z]+)")
-"""A subject's ID, at the start of the name of its archive or folder; BIDS's ``sub-`` is no part."""
+SUBJECT = re.compile("(?:sub-)?(?P<subject>[0-9A-Za-z]+)")
+"""A subject's ID, at the start of the name of its archive; BIDS's ``sub-`` is no part."""
+NO_SUBJECT = re.compile("T1w|Diffusion.*|dwi|ses-.*", re.IGNORECASE)
+"""Folders between a subject's and its files."""
 Member = tuple[zipfile.ZipFile, zipfile.ZipInfo, str]  # the string names it in messages
 
 
@@ -72,7 +74,7 @@ def extract(
     """
     source, target = Path(source), Path(target)
     patterns = (member,) if isinstance(member, str) else tuple(member)
-    archives = by_subject(files(source, ".zip"), lambda path: path.name)
+    archives = by_subject(files(source, ".zip"))
 
     def work(subject: str) -> None:
         _extract_one(subject, archives[subject], source, target, patterns)
@@ -93,12 +95,13 @@ def each_subject(
 ) -> pd.DataFrame:
     """Call `work` for each of `subjects` without a volume in `target`; return as `extract` does.
 
-    `work` writes ``target/<ID>.nii.gz`` or raises `Rejected`; what it raises as OSError is taken
-    for a full disk. `expected` says what `source` should hold, `done` is the status of a success.
+    `work` writes ``target/<ID>.nii.gz`` or raises why it rejects the subject, but what it raises as
+    OSError is taken for a full disk. `expected` says what `source` should hold, `done` is the
+    status of a success.
     """
     subjects = set(subjects)
-    present = map(identifier, target.glob("*.nii*"))
-    outcome = {subject: ("present", "") for subject in present if subject.isalnum()}
+    names = map(identifier, (*target.glob("*.nii"), *target.glob("*.nii.gz")))
+    outcome = {name: ("present", "") for name in names if name in subjects or name.isalnum()}
     if not source.exists() or not (subjects or outcome):
         found = "none in it" if source.exists() else "no such folder"
         raise FileNotFoundError(
@@ -115,10 +118,12 @@ def each_subject(
                 return "rejected", str(reason)
             except OSError as error:
                 failures.append(error)
+            except Exception as error:  # whatever one subject's files do, the others are done
+                return "rejected", f"{subject}: {type(error).__name__}: {error}"
         return done, ""
 
     todo = sorted(subjects if overwrite else subjects - outcome.keys())
-    workers = os.cpu_count() if workers is None else workers
+    workers = cpu_count() if workers is None else workers  # those that this process may use
     run = Parallel(workers, require="sharedmem", return_as="generator")  # threads
     results = run(delayed(attempt)(subject) for subject in todo)
     outcome |= zip(todo, list(tqdm(results, done, total=len(todo), unit="subject")))
@@ -135,7 +140,10 @@ def each_subject(
 
 
 def files(source: Path, *endings: str) -> Iterator[Path]:
-    """Files at any depth, behind links too: a download folder is often one, to a large disk."""
+    """Files at any depth, behind links too: a download folder is often one, to a large disk.
+
+    Hidden folders are left out: DataLad keeps its contents in ``.git/annex``.
+    """
     above: dict[str, tuple[str, ...]] = {}  # by folder, its own and its parents' real places
     for folder, folders, names in os.walk(source, followlinks=True):
         real, parents = os.path.realpath(folder), above.get(os.path.dirname(folder), ())
@@ -143,15 +151,33 @@ def files(source: Path, *endings: str) -> Iterator[Path]:
             folders.clear()
             continue
         above[folder] = (*parents, real)
+        folders[:] = (name for name in folders if not name.startswith("."))
         yield from (Path(folder, name) for name in names if name.lower().endswith(endings))
 
 
-def by_subject(paths: Iterable[Path], name: Callable[[Path], str]) -> dict[str, list[Path]]:
-    """Paths by the subject that `name` starts with; what two links lead to counts once."""
+def owner(path: str | Path) -> str:
+    """The ID of the subject that an archive or a file in a subject's tree belongs to, "" if none.
+
+    Of an archive, how its name starts; of a tree, the whole name of the folder above ``T1w`` and
+    ``ses-…``, or above the series.
+    """
+    path = Path(os.path.abspath(path))
+    if path.suffix.lower() == ".zip":
+        hit = SUBJECT.match(path.name)
+        return hit["subject"] if hit else ""
+    folders = path.parent.parts[:0:-1]  # upwards, but for the root
+    if "T1w" in folders:
+        folders = folders[folders.index("T1w") :]
+    name = next((name for name in folders if not NO_SUBJECT.fullmatch(name)), "")
+    return name.removeprefix("sub-")
+
+
+def by_subject(paths: Iterable[Path]) -> dict[str, list[Path]]:
+    """Paths by their `owner`; what two links lead to counts once."""
     found: dict[str, dict[str, Path]] = {}
     for path in sorted(paths):
-        if subject := SUBJECT.match(name(path)):
-            found.setdefault(subject[1], {}).setdefault(os.path.realpath(path), path)
+        if subject := owner(path):
+            found.setdefault(subject, {}).setdefault(os.path.realpath(path), path)
     return {subject: list(real.values()) for subject, real in found.items()}
 
 
@@ -163,7 +189,9 @@ def _extract_one(subject: str, paths: list[Path], source: Path, target: Path, pa
         found = [hit for hit in members if hit[1].filename.lower().endswith((".nii", ".nii.gz"))]
         if len(found) != 1:
             hits = ", ".join(label for _, _, label in found[:4]) or "none"
-            hint = "" if found else "; HCP ships no FA map: fit one, DATA_ACCESS.md says how"
+            hint = ""
+            if not found and any("fa.nii" in pattern.lower() for pattern in patterns):
+                hint = "; HCP ships no FA map: fit one, DATA_ACCESS.md says how"
             raise Rejected(
                 f"{', '.join(labels)}: expected one file named like {' or '.join(patterns)}, "
                 f"found {hits}{hint}"

@@ -32,9 +32,10 @@ def table(cohort: Cohort) -> pd.DataFrame:
     A row a subject, in the cohort's order: Subject; brain_volume_ml, native where `convert` wrote
     it; mean, of the voxels above `BRAIN_FA`; correlation, with the mean of all other subjects;
     orientation, ``RAS`` unless mirroring along some axes makes the volume more alike the others, as
-    it does for none of them, and then the way its axes seem to run; qc_issue, where the table has
-    it; flags, empty or what stands out: a robust z (by the median absolute deviation) beyond
-    `LIMIT`, of the correlation only below it.
+    it does for none of them, and then the way its axes seem to run (who differs from most: where
+    about half of a cohort is mirrored nothing can tell, and all are ``RAS``); qc_issue, where the
+    table has it; flags, empty or what stands out: a robust z (by the median absolute deviation)
+    beyond `LIMIT`, of the correlation only below it.
 
     Raises
     ------

@@ -9,7 +9,6 @@ the same weights and residuals, and D is recovered from it afterwards, exactly.
 import gzip
 import json
 import math
-import os
 import re
 from contextlib import ExitStack
 from importlib.metadata import version
@@ -30,8 +29,6 @@ except ImportError as error:
         "fitting FA needs DIPY, which is not installed: pip install -r requirements-diffusion.txt"
     ) from error
 
-NO_SUBJECT = re.compile("T1w|Diffusion.*|dwi|ses-.*", re.IGNORECASE)
-"""Folders between a subject's and its series."""
 SLAB = 2000
 """Voxels fitted at a time: DIPY then takes some 60 MB, whatever the size of the brain."""
 
@@ -86,13 +83,15 @@ def fit(
     source, target = Path(source), Path(target)
     for path in [] if overwrite else sorted(target.glob("*.json")):
         before = json.loads(path.read_text())
+        before = before if isinstance(before, dict) else {}  # another's file
         if (found := (before.get("bmax", bmax), before.get("b0", b0))) != (bmax, b0):
             raise ValueError(
                 f"{path}: expected bmax and b0 {(bmax, b0)} as asked for now, found {found}. A "
                 "cohort has one recipe: choose another target, or overwrite."
             )
     paths = [source] if source.is_file() else files(source, ".zip", series.DATA)
-    inputs = by_subject(paths, _subject_name)
+    wanted = re.compile(rf".*\.zip|{re.escape(series.DATA)}", re.IGNORECASE)
+    inputs = by_subject(path for path in paths if wanted.fullmatch(path.name))
     root, neglected = source if source.is_dir() else source.parent, []
 
     def work(subject: str) -> None:
@@ -147,14 +146,6 @@ def fractional_anisotropy(
     return fa
 
 
-def _subject_name(path: Path) -> str:
-    """The name that starts with the ID: an archive's own, or a folder's above the series."""
-    if path.name.lower() != series.DATA:
-        return path.name if path.suffix.lower() == ".zip" else ""
-    folders = reversed(Path(os.path.abspath(path)).parent.parts)
-    return next((name for name in folders if not NO_SUBJECT.fullmatch(name)), "")
-
-
 def _fit_one(
     subject: str, paths: list[Path], root: Path, target: Path, bmax: float, b0: float
 ) -> bool:
@@ -196,9 +187,10 @@ def _fit_one(
     header.set_slope_inter(1, 0)
     header["cal_min"], header["cal_max"] = 0, 1  # what viewers show as black and white
     image = nib.Nifti1Image(volume.reshape(grid.get_data_shape(), order="F"), None, header)
-    with replacing(target / f"{subject}.nii.gz") as map_:
+    places = [target / f"{subject}{end}" for end in (".nii.gz", ".json", ".nii")]
+    with replacing(places[0]) as map_, replacing(places[1]) as beside:
         map_.write_bytes(gzip.compress(image.to_bytes(), 6, mtime=0))
-        with replacing(target / f"{subject}.json") as beside:
-            beside.write_text(json.dumps(record, indent=1) + "\n")
-    (target / f"{subject}.nii").unlink(missing_ok=True)  # one volume a subject
+        beside.write_text(json.dumps(record, indent=1) + "\n")
+        for old in (places[0], places[2]):  # so that no old map is ever beside the new recipe
+            old.unlink(missing_ok=True)
     return deviations is not None

@@ -296,7 +296,9 @@ def load(path: str | Path, shape: tuple[int, int, int] = SHAPE) -> MriNet3d | Mr
     """The network of a state dict, in evaluation mode; its form is read off the weights.
 
     One saved from the published architecture loads too: its parts have these names and shapes, and
-    whether its head was a log-softmax or logits makes no difference to the probabilities.
+    whether its head was a log-softmax or logits makes no difference to the probabilities. Class 1
+    is taken for man: nothing in a state dict says so. One that lies in a checkpoint as
+    ``state_dict`` or ``model_state_dict`` is taken out of it.
 
     Raises
     ------
@@ -313,6 +315,7 @@ def load(path: str | Path, shape: tuple[int, int, int] = SHAPE) -> MriNet3d | Mr
         )
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        state = state.get("state_dict", state.get("model_state_dict", state))
         consume_prefix_in_state_dict_if_present(state, "module.")  # of DataParallel
         if "convolution.weight" in state:
             channels, depth = state["convolution.weight"].shape[:2]

@@ -19,9 +19,9 @@ def predict(
 
     Parameters
     ----------
-    checkpoint : ``fold-K.pt``, or a state dict saved from the published architecture. What
-        ``run.json`` beside it says of the cohort holds for the volumes: its grid, T1 or FA,
-        normalised or not. Without one: FA on the study's shape, on any field of view.
+    checkpoint : ``fold-K.pt``, or a state dict saved from the published architecture, with man as
+        class 1. What ``run.json`` beside it says of the cohort holds for the volumes: its grid, T1
+        or FA, normalised or not. Without one: FA on the study's shape, on any field of view.
     paths : NIfTI volumes, at native resolution, in any orientation.
     orientation : which way the axes ran in the arrays that the network was trained on. Ours are
         RAS; HCP's files read without their affine are LAS, the mirror image.

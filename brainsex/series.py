@@ -12,15 +12,21 @@ from typing import BinaryIO
 import nibabel as nib
 import numpy as np
 
-from brainsex.archives import MAX_INNER, Rejected, check, find, reading
+from brainsex.archives import CHUNK, MAX_INNER, Rejected, check, find, reading
 from brainsex.nifti import MAX_BYTES, NOT_NIFTI
 
 DATA, MASK, DEVIATIONS = "data.nii.gz", "nodif_brain_mask.nii.gz", "grad_dev.nii.gz"
 NEEDED = (DATA, "bvals", "bvecs", MASK)
 MAX_TEXT = 1 << 20
 """Bytes of the largest bvals or bvecs, and of what a NIfTI file may hold before its voxels."""
+MAX_VOXELS = 1 << 25
+"""Voxels of the largest grid taken; HCP's has 3.7 million."""
+MAX_KEPT = 2 << 30
+"""Bytes that the voxels and volumes kept of a file may take; HCP's take 0.3 GB."""
 MAX_DEVIATION = 0.3
 """Largest element of L taken (HCP's are below 0.1): so I + L always has an inverse."""
+SEVEN_TESLA = re.compile(r"Diffusion_?7T|_7T_[^/]*\.zip")
+"""In the place of a series that HCP has beside a subject's at 3 T: no second session."""
 File = tuple[str, Callable[[], BinaryIO]]  # how messages name it, and how it is opened
 
 
@@ -33,13 +39,21 @@ def locate(paths: list[Path], root: Path, scratch: Path, stack: ExitStack) -> di
     folders: dict[str, dict[str, File]] = {}
     for path in paths:
         label = path.relative_to(root).as_posix()
+        if SEVEN_TESLA.search(label):
+            continue
         if path.suffix.lower() == ".zip":
             for archive, info, where in find(path, label, (*NEEDED, DEVIATIONS), stack, scratch):
                 check(info, where, MAX_INNER)
-                folder, name = re.fullmatch(r"(.*)[/\\](.*)", where).groups()
-                folders.setdefault(folder, {})[name.lower()] = where, partial(archive.open, info)
+                folder, name = re.split(r"[/\\](?=[^/\\]*$)", where)
+                if not SEVEN_TESLA.search(folder):
+                    file = where, partial(archive.open, info)
+                    folders.setdefault(folder, {})[name.lower()] = file
         else:
             near = {name: path.with_name(name) for name in (*NEEDED, DEVIATIONS)}
+            absent = [file for file in near.values() if file.is_symlink() and not file.exists()]
+            if absent:
+                named = ", ".join(file.relative_to(root).as_posix() for file in absent)
+                raise Rejected(f"{named}: expected a file, found a link: not fetched: datalad get")
             folders[path.parent.relative_to(root).as_posix()] = {
                 name: (near[name].relative_to(root).as_posix(), partial(open, near[name], "rb"))
                 for name in near
@@ -115,7 +129,8 @@ def select(bvals: np.ndarray, bvecs: np.ndarray, bmax: float, b0: float, label: 
 def read_mask(file: File) -> tuple[nib.Nifti1Header, np.ndarray]:
     """A mask's header, and the indices of its voxels above 0, X fastest."""
     header, values = read(file)
-    voxels = np.flatnonzero(scaled(header, values[0]) > 0)
+    slabs = (values[0, start : start + CHUNK] for start in range(0, values.size, CHUNK))
+    voxels = np.flatnonzero(np.concatenate([scaled(header, slab) > 0 for slab in slabs]))
     if not len(voxels):
         raise Rejected(f"{file[0]}: no voxel above 0: an empty mask")
     return header, voxels
@@ -124,8 +139,8 @@ def read_mask(file: File) -> tuple[nib.Nifti1Header, np.ndarray]:
 def read_deviations(file: File, grid: nib.Nifti1Header, voxels: np.ndarray) -> np.ndarray:
     """L at `voxels` (N, 3, 3) float32; HCP stores its elements by columns."""
     header, values = read(file, grid, voxels, range(9), 9)
-    deviations = scaled(header, values).astype(np.float32)
-    if (largest := np.nanmax(np.abs(deviations))) > MAX_DEVIATION:
+    deviations = np.stack([scaled(header, row).astype(np.float32) for row in values])
+    if (largest := max(np.nanmax(deviations), -np.nanmin(deviations))) > MAX_DEVIATION:
         raise Rejected(
             f"{file[0]}: expected fractions up to {MAX_DEVIATION}, found {largest:.3g}: per cent?"
         )
@@ -180,9 +195,16 @@ def read(
                 )
         if not 0 < (size := math.prod(shape[:3]) * dtype.itemsize) <= MAX_BYTES:
             raise ValueError(f"a volume of {size} bytes, at most {MAX_BYTES} are taken")
-        voxels = np.arange(math.prod(shape[:3])) if voxels is None else voxels
+        if (count := math.prod(shape[:3])) > MAX_VOXELS:
+            raise Rejected(f"{label}: expected at most {MAX_VOXELS} voxels, found {count}: crop it")
         rows = {int(number): row for row, number in enumerate(keep)}
-        values = np.empty((len(rows), len(voxels)), dtype)
+        count, voxels = (count, slice(None)) if voxels is None else (len(voxels), voxels)
+        if (kept := len(rows) * count * dtype.itemsize) > MAX_KEPT:
+            raise Rejected(
+                f"{label}: expected at most {MAX_KEPT} bytes, found {kept} in the {len(rows)} "
+                f"volumes and {count} voxels of the mask: crop the mask or lower bmax"
+            )
+        values = np.empty((len(rows), count), dtype)
         for number in range(volumes):
             if len(content := stream.read(size)) < size:
                 raise ValueError(f"it ends in volume {number + 1} of {volumes}")
@@ -203,7 +225,7 @@ def _header(stream: BinaryIO) -> nib.Nifti1Header:
     if header.get_data_dtype().kind not in "iuf":
         raise ValueError(f"expected real numbers, found {header.get_data_dtype()}")
     before = header.get_data_offset() - header.sizeof_hdr
-    if before > MAX_TEXT:
-        raise ValueError(f"{before} bytes before its voxels, at most {MAX_TEXT} are taken")
+    if not 0 <= before <= MAX_TEXT:
+        raise ValueError(f"{before} bytes before its voxels, 0 to {MAX_TEXT} are taken")
     stream.read(before)
     return header

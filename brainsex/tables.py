@@ -25,8 +25,8 @@ BESIDE = {
 }
 """What is read of the tables that may lie beside the behavioural one; FreeSurfer's are mm³."""
 
-BIDS = {"participant_id": "Subject", "sex": "Gender", "age": "Age"}
-"""HCP's names of the columns of a ``participants.tsv``."""
+BIDS = {"participant_id": "Subject", "sex": "Gender", "gender": "Gender", "age": "Age"}
+"""HCP's names of the columns of a ``participants.tsv``, in any case."""
 SEXES = {"f": "F", "female": "F", "m": "M", "male": "M"}
 
 
@@ -109,9 +109,11 @@ def match(
             rejected[subject] = "a volume, but no row in the table"
         elif len(files[subject]) > 1:
             names = ", ".join("/".join(path.parts[-3:]) for path in files[subject])
-            rejected[subject] = f"{len(files[subject])} volumes: {names}: keep one"
+            rejected[subject] = (
+                f"{len(files[subject])} volumes: {names}: keep one (--session, --match)"
+            )
         elif not files[subject][0].is_file():
-            rejected[subject] = "no file behind its name: a folder, or a broken link"
+            rejected[subject] = "no file behind its name: a folder, or a broken link (datalad get)"
         elif (gender := rows.at[subject, "Gender"]) not in LABELS:
             rejected[subject] = f"Gender is {gender!r}, expected M or F"
         elif leave_out_qc and not pd.isna(issue := rows.at[subject, "qc_issue"]):
@@ -197,7 +199,10 @@ def _columns(table: Path, needed: dict[str, str], wanted: dict[str, str]) -> pd.
     """The columns needed, and those wanted where there are any, under our names, by Subject."""
     columns = {"Subject": "Subject"} | needed | wanted
     rows = raw(table)
-    rows = rows.rename(columns={old: new for old, new in BIDS.items() if new not in rows})
+    for old, new in BIDS.items():
+        same = [name for name in rows if name.lower() == old]
+        if same and new not in rows:
+            rows = rows.rename(columns={same[0]: new})
     if missing := [name for name in ("Subject", *needed) if name not in rows]:
         raise ValueError(f"{table}: expected a column {' and '.join(missing)}, found none.")
     rows = rows[[name for name in columns if name in rows]].rename(columns=columns)

@@ -156,6 +156,12 @@ def prepare(
     FileNotFoundError, ValueError
         As `load` and `clean`; a T1-weighted volume with its skull.
     """
+    volume, affine, record = _measured(path, modality)
+    return normalise(volume) if normalised else volume, affine, record
+
+
+def _measured(path: str | Path, modality: str) -> tuple[np.ndarray, np.ndarray, dict]:
+    """As `prepare`, not normalised."""
     volume, affine = load(path)
     volume, counts = clean(volume, modality)
     size = round(brain_volume(volume, affine), 3)
@@ -164,7 +170,6 @@ def prepare(
             f"expected the brain alone, at most {MAX_BRAIN} ml, found {size:.0f} ml: take the "
             "skull off first (HCP's is T1w_acpc_dc_restore_brain.nii.gz)."
         )
-    volume = normalise(volume) if normalised else volume
     return volume, affine, {"brain_volume_ml": size, **counts}
 
 
@@ -172,7 +177,7 @@ def _reduced(
     first: dict | None, path: Path, shape, regrid: bool, modality: str, normalised: bool
 ) -> dict:
     """A subject's volume on the small grid, what it measured and what was cleaned before."""
-    volume, affine, record = prepare(path, modality, normalised)
+    volume, affine, record = _measured(path, modality)
     if first is not None:
         grid, to_mm = tuple(first["native_shape"]), np.array(first["native_affine"])
         if volume.shape != grid or not np.allclose(affine, to_mm, atol=1e-3):
@@ -182,6 +187,7 @@ def _reduced(
                     f"{grid}, {np.round(to_mm, 3).tolist()}; regrid=True resamples it."
                 )
             volume, affine = _onto(volume, affine, grid, to_mm), to_mm
+    volume = normalise(volume) if normalised else volume  # within the cohort's grid, not its own
     small, small_affine = resample(volume, affine, shape)
     record |= {"native_shape": volume.shape, "native_affine": affine, "affine": small_affine}
     return {"volume": small, **record}

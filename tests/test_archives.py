@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from joblib import Parallel
 
 from brainsex import archives
 from brainsex.archives import extract
@@ -113,6 +114,26 @@ def test_the_same_archive_twice_is_two_files(source, target):
         save(source / folder, _900001=direct)
     reason = extract(source, target)["reason"][0]
     assert reason.endswith(f"found a/900001.zip/{FA}, b/900001.zip/{FA}")
+
+
+def test_only_who_asks_for_fa_is_told_that_hcp_ships_none(source, target):
+    save(source, _900001=zipped([("readme.txt", b"")]))
+    assert "HCP ships no FA map" in extract(source, target)["reason"][0]
+    reason = extract(source, target, "T1w_acpc_dc_restore_brain.nii.gz")["reason"][0]
+    assert reason.endswith("found none")
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no affinity on this system")
+def test_workers_are_the_cores_that_this_process_may_use(source, target, monkeypatch):
+    def parallel(workers, **options):
+        asked.append(workers)
+        return Parallel(workers, **options)
+
+    asked = []
+    monkeypatch.setattr(os, "cpu_count", lambda: 1000)
+    monkeypatch.setattr(archives, "Parallel", parallel)
+    extract(save(source, _900001=nested(volume(1))), target)
+    assert asked[0] <= len(os.sched_getaffinity(0))
 
 
 def test_what_is_no_volume_never_matches(source, target):

@@ -69,6 +69,16 @@ def test_table_flags_each_fault_and_no_one_else():
         assert found.at[row, "brain_volume_ml"] == pytest.approx(brain.sum() * 27 / 1000)
 
 
+@pytest.mark.parametrize(("mirrored", "named"), [(13, 13), (15, 0), (17, 13)])
+def test_of_a_cohort_mirrored_in_part_the_fewer_are_named_and_of_halves_none(mirrored, named):
+    found = checks.table(toy(faults=dict.fromkeys(range(mirrored), "LAS")))
+    said = found["flags"].str.contains("seems mirrored: LAS")
+    assert said.sum() == named
+    if named:  # and not one of the more
+        assert said[:mirrored].all() == (mirrored < 15)
+    assert (found["orientation"] != "RAS").equals(said)
+
+
 def test_the_native_brain_volume_counts_where_it_is_known():
     native = np.full(30, 1400.0) + np.arange(30)
     native[7] = 700

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import re
 import struct
 import subprocess
@@ -395,6 +396,10 @@ BAD = {
     "no NIfTI": ({"data": gzip.compress(b"<html>" * 100)}, "a whole gzipped NIfTI-1 file"),
     "empty": ({"data": b""}, "a whole gzipped NIfTI-1 file"),
     "far voxels": ({"data": header(offset=(108, "f", 1e9))}, "bytes before its voxels"),
+    "voxels within the header": (
+        {"data": header(magic=(344, "4s", b"ni1"), offset=(108, "f", 347))},
+        "-1 bytes before its voxels",
+    ),
     "colours": (
         {"data": header(kind=(70, "h", 128), bits=(72, "h", 24))},
         "expected real numbers, found",
@@ -433,15 +438,41 @@ def test_a_bad_series_is_rejected_with_its_reason_and_the_rest_is_done(
     assert listed.values.tolist() == [["900001", table["reason"][0]]]
 
 
-def test_a_header_that_declares_a_huge_volume_takes_no_memory(source, target):
+def test_members_of_any_name_and_faults_of_any_kind_reject_one_subject(source, target, monkeypatch):
+    save(source, {"900001.zip": package(series(), "a\n"), "900002.zip": package(series())})
+    assert set(diffusion.fit(source, target, workers=1)["status"]) == {"fitted"}
+
+    def exhausted(paths, *_):
+        if "900001" in paths[0].name:
+            raise MemoryError("no 9 GB")
+        return locate(paths, *_)
+
+    locate = diffusion.series.locate
+    monkeypatch.setattr(diffusion.series, "locate", exhausted)
+    table = diffusion.fit(source, target, workers=1, overwrite=True)
+    assert table["status"].tolist() == ["rejected", "fitted"]
+    assert table["reason"][0] == "900001: MemoryError: no 9 GB"
+
+
+def test_what_a_series_may_keep_in_memory_is_bounded(source, target, monkeypatch):
+    save(source / FOLDER, series())
+    monkeypatch.setattr(diffusion.series, "MAX_KEPT", 144 * 13 * 4 - 1)  # voxels, volumes, float32
+    reason = diffusion.fit(source, target, workers=1)["reason"][0]
+    assert "data.nii.gz: expected at most 7487 bytes, found 7488 in the 13 volumes" in reason
+    monkeypatch.setattr(diffusion.series, "MAX_KEPT", 144 * 13 * 4)
+    fitted(source, target)
+
+
+@pytest.mark.parametrize("shape", [(32767, 32767, 32767), (512, 512, 129)])
+def test_a_header_that_declares_a_huge_volume_takes_no_memory(source, target, shape):
     content = bytearray(gzip.decompress(series()["nodif_brain_mask.nii.gz"]))
-    struct.pack_into("<3h", content, 42, 32767, 32767, 32767)
+    struct.pack_into("<3h", content, 42, *shape)
     save(source / FOLDER, series(mask=gzip.compress(content)))
     tracemalloc.start()
     reason = diffusion.fit(source, target, workers=1)["reason"][0]
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert "bytes, at most" in reason
+    assert "at most" in reason
     assert peak < 20e6
 
 
@@ -463,6 +494,67 @@ def test_a_subject_with_two_sessions_is_rejected_and_the_rest_is_done(source, ta
     assert "900002_3T_Diffusion_preproc.zip/" in table["reason"][1]
     assert "again/900002_Diffusion3TRecommended.zip/" in table["reason"][1]
     assert "found 900003.zip/a/T1w/Diffusion, 900003.zip/b/T1w" in table["reason"][2]
+
+
+def test_subjects_of_trees_have_the_whole_name_and_go_on(source, target):
+    places = ["con-01", "con-02", "HCA6002236_V1_MR", "sub-01/ses-1"]
+    for place in places:
+        save(source / place / "T1w/Diffusion", series())
+    save(source / ".git/annex/objects/x", series())
+    for status in ("fitted", "present"):
+        table = diffusion.fit(source, target, workers=1)
+        assert table["Subject"].tolist() == ["01", "HCA6002236_V1_MR", "con-01", "con-02"]
+        assert set(table["status"]) == {status}
+
+
+def test_a_series_at_7_t_is_no_second_session(source, target):
+    save(source / FOLDER, series())
+    save(source / (FOLDER + "_7T"), series(seed=2))
+    save(source, {"900002_3T_Diffusion_preproc.zip": package(series())})
+    save(source / "study_7T/900003/T1w/Diffusion", series())
+    both = [
+        (f"T1w/{name}/{file}", content)
+        for name in ("Diffusion", "Diffusion_7T")
+        for file, content in series().items()
+    ]
+    save(source, {"900004.zip": zipped(both)})
+    at_7t = package(series(seed=2), FOLDER + "_7T")
+    save(source, {"900002_7T_Diffusion_preproc.zip": at_7t})
+    assert set(diffusion.fit(source, target, workers=1)["status"]) == {"fitted"}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege on Windows")
+@pytest.mark.parametrize("name", ["data.nii.gz", "grad_dev.nii.gz"])
+def test_what_datalad_has_not_fetched_is_said(source, target, name):
+    save(source / FOLDER, series())
+    (source / FOLDER / name).unlink(missing_ok=True)
+    (source / FOLDER / name).symlink_to(".git/annex/objects/none")
+    reason = diffusion.fit(source, target, workers=1)["reason"][0]
+    assert reason == f"{FOLDER}/{name}: expected a file, found a link: not fetched: datalad get"
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_a_kill_never_leaves_an_old_map_beside_a_new_recipe(source, target, monkeypatch, at):
+    save(source / FOLDER, series())
+    fitted(source, target)
+    (target / "dataset_description.json").write_text("[]")  # another's
+
+    replace, calls = os.replace, []
+
+    def killed(*paths):
+        calls.append(paths)
+        if len(calls) == at:
+            raise KeyboardInterrupt
+        replace(*paths)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("brainsex.os.replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            diffusion.fit(source, target, bmax=3000, workers=1, overwrite=True)
+    recipe = json.loads((target / "900001.json").read_text())
+    assert recipe["bmax"] == (1500, 3000)[at - 1]
+    assert at == 1 or not (target / "900001.nii.gz").exists()
+    fitted(source, target, bmax=recipe["bmax"])
 
 
 def test_a_damaged_archive_is_rejected_and_the_rest_is_done(source, target):

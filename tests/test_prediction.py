@@ -84,6 +84,16 @@ def test_a_published_checkpoint_on_a_real_volume_read_as_the_study_did(published
     assert found["probability_of_man"][0] == pytest.approx(probability(network, array), abs=1e-5)
 
 
+@pytest.mark.parametrize("key", ["state_dict", "model_state_dict"])
+def test_a_state_dict_within_a_checkpoint(tmp_path, published, key):
+    network, file = published
+    torch.save({"epoch": 3, key: nn.DataParallel(network).state_dict()}, file)
+    assert networks.load(file).hidden1[0].weight.equal(network.hidden1[0].weight)
+    torch.save({key: 3}, file)
+    with pytest.raises(ValueError, match="no state dict of MriNet3d"):
+        networks.load(file)
+
+
 def test_a_checkpoint_of_dataparallel(tmp_path, published):
     network, file = published
     torch.save(nn.DataParallel(network).state_dict(), file)

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from skimage.transform import resize
 
-from brainsex import cohort, tables
+from brainsex import archives, cohort, tables
 from brainsex.__main__ import main
 from brainsex.sources import choose, find, subject, summary
 from tests.test_volumes import LAS, fa, save
@@ -68,9 +68,36 @@ def tbss(folder):
         put(folder / f"FA/{name}_FA.nii.gz", n)
         put(folder / f"FA/{name}_FA_to_target.nii.gz", 9)
         put(folder / f"FA/{name}_FA_mask.nii.gz", 9)
-        put(folder / f"origdata/{name}.nii.gz", 9)
     put(folder / "stats/mean_FA.nii.gz", 9)
     put(folder / "stats/all_FA_skeletonised.nii.gz", 9)
+    hcp_table(folder, ["con-01", "con-02"])
+    return ["con-01", "con-02"]
+
+
+def tbss_with_originals(folder):
+    """As tbss_1_preproc leaves it: what it moved, and beside it what it eroded."""
+    for n, name in ((1, "con-01"), (2, "con-02_FA")):
+        put(folder / f"FA/{name}_FA.nii.gz", 9)
+        put(folder / f"origdata/{name}.nii.gz", n)
+    hcp_table(folder, ["con-01", "con-02"])
+    return ["con-01", "con-02"]
+
+
+def tbss_target(folder):
+    for n, name in ((1, "con-01"), (2, "con-02_FA")):
+        put(folder / f"FA/{name}_FA_to_target.nii.gz", n)
+    put(folder / "FA/target_to_MNI152.nii.gz", 9)
+    hcp_table(folder, ["con-01", "con-02"])
+    return ["con-01", "con-02"]
+
+
+def tbss_4d_without_a_list(folder):
+    """As tbss_4_prestats leaves it."""
+    put(folder / "stats/all_FA.nii.gz", data=np.stack([fa(1), fa(2)], axis=-1))
+    (folder / "stats/thresh.txt").write_text("0.2\n")
+    for name in ("con-02_FA_FA", "con-01_FA"):
+        (folder / "FA").mkdir(exist_ok=True)
+        (folder / f"FA/{name}.nii.gz").touch()
     hcp_table(folder, ["con-01", "con-02"])
     return ["con-01", "con-02"]
 
@@ -86,16 +113,26 @@ def tbss_4d(folder):
 
 @pytest.mark.parametrize(
     ("layout", "kind"),
-    [(own, "fa"), (tree, "hcp-fa"), (bids, "bids-fa"), (tbss, "tbss-fa"), (tbss_4d, "tbss-4d")],
+    [
+        (own, "fa"),
+        (tree, "hcp-fa"),
+        (bids, "bids-fa"),
+        (tbss, "tbss-fa"),
+        (tbss_with_originals, "tbss-origdata"),
+        (tbss_target, "tbss-target"),
+        (tbss_4d, "tbss-4d"),
+        (tbss_4d_without_a_list, "tbss-4d"),
+    ],
 )
 def test_convert_takes_a_folder_as_people_have_it(tmp_path, capsys, layout, kind):
     (tmp_path / "c").mkdir()
     names = layout(tmp_path / "c")
     before = sorted(path for path in (tmp_path / "c").rglob("*"))
-    main(["convert", str(tmp_path / "c"), "--out", str(tmp_path / "out")])
+    main(["convert", str(tmp_path / "c"), "--out", str(tmp_path / "out"), "--kind", kind])
     assert before == sorted(path for path in (tmp_path / "c").rglob("*"))
     said = capsys.readouterr().out
     assert kind in said
+    assert ("IDs from the sorted names of ../FA" in said) == (layout is tbss_4d_without_a_list)
     assert said.index(kind) < said.index("2 subjects; 0 volumes rejected, 0 rows without")
     data = cohort.load(tmp_path / "out")
     assert data.subjects.tolist() == names
@@ -112,6 +149,11 @@ def test_packages_old_and_new_are_told_apart_and_led_to_the_next_command(tmp_pat
         "900003_3T_Structural_preproc.zip",
         "deeper/900004.zip",
         "sub-01.zip",
+        "900006_FA.zip",
+        "900007_dti_maps.zip",
+        "900008_7T_Diffusion_preproc.zip",
+        "900008_3T_rfMRI_REST_fix.zip",
+        "backup of 2019.zip",
     ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
@@ -124,7 +166,7 @@ def test_packages_old_and_new_are_told_apart_and_led_to_the_next_command(tmp_pat
         "package-2017": ["900001"],
         "package-2025": ["900002"],
         "package-t1": ["900002", "900003"],
-        "archive": ["900004", "01"],
+        "archive": ["900006", "900007", "900004", "01"],
         "hcp-series": ["900005"],
     }
     table = summary(found, tables.read(tables.find(tmp_path)))
@@ -133,6 +175,67 @@ def test_packages_old_and_new_are_told_apart_and_led_to_the_next_command(tmp_pat
     assert table.loc["package-t1", ["subjects", "no row", "rows without"]].tolist() == [2, 1, 2]
     with pytest.raises(ValueError, match=r"kind none\. `python -m brainsex extract COHORT .*fa`"):
         choose(found, tmp_path)
+
+
+def test_survey_without_a_table_of_people_says_so(tmp_path, capsys):
+    own(tmp_path)
+    (tmp_path / "unrestricted_behavioral.csv").unlink()
+    main(["survey", str(tmp_path)])
+    said = capsys.readouterr().out
+    assert "no table of people" in said
+    assert "absent" in said
+    assert "no row" not in said
+    with pytest.raises(SystemExit, match="expected unrestricted_behavioral"):
+        main(["convert", str(tmp_path)])
+
+
+def test_columns_of_participants_in_any_case(tmp_path):
+    table = "Participant_ID\tGENDER\tage\nsub-01\tFemale\t40\n"
+    (tmp_path / "participants.tsv").write_text(table)
+    people = tables.read(tables.find(tmp_path))
+    assert people.to_dict("index") == {"01": {"Gender": "F", "age": "40"}}
+
+
+FORMS = [
+    "FA",
+    "space-ACPC_model-tensor_param-fa_dwimap",
+    "param-FA_dwimap",
+    "param-fa_desc-wls_dwimap",
+    "space-T1w_mdp-fa_dwimap",
+    "mdp-FA_dwimap",
+    "model-DTI_desc-FA_dwi",
+    "model-DTI_map-FA",
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_names_of_fa_in_bids_derivatives(tmp_path, form):
+    for name in (form, "param-md_dwimap", "desc-FA_mask", "model-DTI_desc-FA_mask", "map-FAx"):
+        put(tmp_path / f"sub-01/dwi/sub-01_{name}.nii.gz")
+    found = find(tmp_path)
+    assert found["kind"].tolist() == ["bids-fa"]
+    assert found["path"][0].name == f"sub-01_{form}.nii.gz"
+
+
+def test_of_several_models_or_spaces_match_keeps_one(tmp_path):
+    for space, seed in (("T1w", 1), ("MNI", 2)):
+        put(tmp_path / f"sub-01/dwi/sub-01_space-{space}_FA.nii.gz", seed)
+    put(tmp_path / "sub-02/dwi/sub-02_space-T1w_FA.nii.gz", 3)
+    participants(tmp_path, [("sub-01", "31", "F"), ("sub-02", "31", "M")])
+    main(["convert", str(tmp_path)])
+    assert "keep one (--session, --match)" in (tmp_path / "rejected.csv").read_text()
+    main(["convert", str(tmp_path), "--match", "*_space-T1w_*"])
+    data = cohort.load(tmp_path)
+    assert data.subjects.tolist() == ["01", "02"]
+    np.testing.assert_allclose(data.volumes[0], resize(fa(1)[::-1], (58, 70, 58)), atol=1e-6)
+    with pytest.raises(SystemExit, match=r"name \*_x, found those of kind bids-fa"):
+        main(["convert", str(tmp_path), "--match", "*_x"])
+
+
+def test_a_7t_map_in_a_tree_is_no_second_volume(tmp_path):
+    tree(tmp_path)
+    put(tmp_path / "HCP_1200/900001/T1w/Diffusion_7T/dti_FA.nii.gz", 9)
+    assert find(tmp_path)["Subject"].value_counts().to_dict() == {"900001": 2, "900002": 2}
 
 
 @pytest.mark.skipif(os.name == "nt", reason="links need a privilege on Windows")
@@ -169,7 +272,7 @@ def test_two_sessions_are_rejected_or_one_is_chosen(tmp_path, capsys):
     assert data.subjects.tolist() == ["01", "02"]
     assert data.sex.tolist() == [1, 0]
     assert data.table["age"].tolist() == [40, 41]
-    with pytest.raises(SystemExit, match="session c, found those of kind bids-fa"):
+    with pytest.raises(SystemExit, match="session c, name any, found those of kind bids-fa"):
         main(["convert", str(tmp_path), "--session", "c"])
 
 
@@ -180,7 +283,7 @@ def test_one_kind_at_a_time_by_default_the_first_of_the_table(tmp_path, capsys):
     (tmp_path / "stats/all_FA.txt").write_text("con-01\ncon-02\n")
     (tmp_path / "stats/design.txt").write_text("1 0\n0 1\n")
     main(["convert", str(tmp_path), "--out", str(tmp_path / "a")])
-    assert "kind tbss-fa (there are: tbss-fa, tbss-4d)" in capsys.readouterr().out
+    assert "kind tbss-fa (there are: tbss-fa, tbss-target, tbss-4d)" in capsys.readouterr().out
     main(["convert", str(tmp_path), "--out", str(tmp_path / "b"), "--kind", "tbss-4d"])
     for out, seed in (("a", 1), ("b", 5)):
         volume = cohort.load(tmp_path / out).volumes[0]
@@ -199,12 +302,15 @@ def test_an_id_twice_in_the_list_of_a_4d_file_is_a_rejected_line(tmp_path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        ("more IDs", r"expected 3 volumes \(IDs\), found \(23, 28, 25, 2\)"),
-        ("3D", r"expected 2 volumes \(IDs\), found \(23, 28, 25\)"),
+        ("more IDs", r"expected 3 volumes \(IDs of ids\.txt\), found \(23, 28, 25, 2\)"),
+        ("3D", r"expected 2 volumes \(IDs of ids\.txt\), found \(23, 28, 25\)"),
         ("truncated", r"all_FA\.nii\.gz: cannot be split"),
         ("checksum", r"all_FA\.nii\.gz: cannot be split: CRC"),
         ("no list", r"expected all_FA\.txt .*found none"),
         ("two lists", r"found b\.txt, ids\.txt"),
+        ("more in FA", r"expected 3 volumes \(IDs of the sorted names of \.\./FA/"),
+        ("colours", r"cannot be split: expected real numbers, found"),
+        ("checksum far on", r"all_FA\.nii\.gz: cannot be split: CRC"),
     ],
 )
 def test_a_4d_file_that_does_not_fit_its_list(tmp_path, damage, message):
@@ -220,13 +326,37 @@ def test_a_4d_file_that_does_not_fit_its_list(tmp_path, damage, message):
         content = bytearray(gzip.compress(gzip.decompress(path.read_bytes()), 0))
         content[-2000] ^= 1
         path.write_bytes(content)
+    elif damage == "checksum far on":
+        content = bytearray(gzip.compress(gzip.decompress(path.read_bytes()) + bytes(3 << 20)))
+        content[-8] ^= 1
+        path.write_bytes(content)
+    elif damage == "colours":
+        put(path, data=np.zeros((2, 2, 2, 2), [(name, np.uint8) for name in "RGB"]))
     elif damage == "no list":
         names.unlink()
+    elif damage == "more in FA":
+        names.unlink()
+        for n in range(3):
+            put(tmp_path / f"FA/{n}_FA.nii.gz")
+        (tmp_path / "FA").joinpath("mask.txt").touch()
     else:
         (tmp_path / "stats/b.txt").touch()
+    main(["survey", str(tmp_path)])
     with pytest.raises(SystemExit, match=message):
-        main(["convert", str(tmp_path)])
+        main(["convert", str(tmp_path), "--kind", "tbss-4d"])
     assert not (tmp_path / "tensors.npy").exists()
+
+
+def test_a_4d_file_without_a_list_stands_in_nothings_way(tmp_path, capsys):
+    own(tmp_path)
+    put(tmp_path / "stats/all_FA.nii.gz", data=np.stack([fa(5), fa(6)], axis=-1))
+    (tmp_path / "stats/a.txt").write_bytes(b"\xff")
+    (tmp_path / "stats/b.txt").touch()
+    main(["convert", str(tmp_path)])
+    assert cohort.load(tmp_path).subjects.tolist() == ["900001", "900002"]
+    line = capsys.readouterr().out.split("tbss-4d")[1].splitlines()[0]
+    assert line.split()[:3] == ["fa", "0", "0"]
+    assert "no list of IDs: DATA_ACCESS.md, section 7" in line
 
 
 def test_a_4d_file_is_split_once_with_its_scaling_and_affine_and_anew_when_it_changed(tmp_path):
@@ -284,10 +414,17 @@ def test_what_two_links_lead_to_counts_once_a_subject(tmp_path):
         ("fa/000012_FA.nii.gz", "000012"),
         ("sub-7.nii", "7"),
         (".cache/sub-8/dwi/x_FA.nii.gz", "8"),
+        ("con-01_FA_FA.nii.gz", "con-01"),
+        ("con-01/T1w/Diffusion/data.nii.gz", "con-01"),
+        ("HCA6002236_V1_MR/T1w/Diffusion/data.nii.gz", "HCA6002236_V1_MR"),
+        ("sub-01/ses-1/T1w/Diffusion/data.nii.gz", "01"),
+        ("900001_3T_Diffusion_preproc.zip", "900001"),
     ],
 )
 def test_subject_of_a_path(tmp_path, path, expected):
     assert subject(tmp_path / path) == expected
+    if path.endswith(("data.nii.gz", ".zip")):  # the same for `fa`
+        assert archives.owner(tmp_path / path) == expected
 
 
 REAL = os.environ.get("BRAINSEX_REAL_FA")

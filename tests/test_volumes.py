@@ -658,6 +658,20 @@ def test_convert_normalised_keeps_the_native_brain_volume(tmp_path):
     assert ratio[True] == pytest.approx(1, abs=0.05)
 
 
+def test_a_normalised_brain_is_the_same_whatever_field_of_view_it_came_on(tmp_path):
+    folder = make(tmp_path / "c", 0)
+    brain = np.float32((1 - ellipsoid(SHAPE, (11, 14, 12), (7, 9, 8))).clip(0))
+    wide, before = LAS.copy(), (9, 4, 6)
+    wide[:3, 3] -= LAS[:3, :3] @ before
+    save(folder / "fa/000001.nii.gz", brain)
+    save(folder / "fa/000002.nii.gz", np.pad(brain, [(n, n + 2) for n in before]), wide)
+    (folder / "unrestricted_behavioral.csv").write_text("Subject,Gender\n000001,F\n000002,M\n")
+    run(folder, shape=SHAPE, regrid=True, normalised=True)
+    first, second = np.load(folder / "tensors.npy")
+    assert first.max() > 0.8
+    np.testing.assert_allclose(second, first, atol=1e-5)
+
+
 def test_convert_leaves_out_who_has_a_qc_issue_when_asked(tmp_path):
     folder = make(tmp_path / "c", 3)
     with pytest.raises(ValueError, match="expected a column QC_Issue"):

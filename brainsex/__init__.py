@@ -13,7 +13,6 @@ SHAPE = (58, 70, 58)
 LABELS = {"F": 0, "M": 1}
 """Label coding of HCP's Gender column, used everywhere: women 0, men 1."""
 
-
 MODALITIES = {"fa": "FA", "t1": "T1w (brain's median 0.5)"}
 """What a cohort's volumes are, and how figures label their values, which are in [0, 1]."""
 

@@ -14,12 +14,12 @@ from brainsex import (
     cohort,
     networks,
     prediction,
-    replacing,
     sources,
     synthetic,
     tables,
     training,
     volumes,
+    write,
 )
 from brainsex import masks as held_out
 
@@ -73,8 +73,7 @@ def check(arguments) -> None:
     data, out = cohort.load(arguments.cohort), arguments.out
     found = checks.table(data)
     checks.montage(data, found, out / "montage.html")
-    with replacing(out / "checks.csv") as path:
-        found.to_csv(path, index=False)
+    write(out / "checks.csv", found.to_csv(index=False))
     flagged = found.loc[found["flags"] != "", ["Subject", "flags"]]
     print(f"{len(flagged)} of {len(found)} flagged; all are in {out / 'montage.html'}")
     for subject, flags in flagged.itertuples(index=False):
@@ -156,7 +155,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("target", type=Path)
     sub.add_argument("--bmax", type=float, default=1500, help="largest shell, s/mm²")
     sub.add_argument("--b0", type=float, default=50, help="no diffusion weighting up to it, s/mm²")
-    sub.add_argument("--workers", type=int, help="subjects at once; 0.7 GB each")
+    sub.add_argument("--workers", type=int, help="subjects at once; 0.9 GB each")
     sub.add_argument("--overwrite", action="store_true")
 
     sub = command(survey, "how many subjects of what kind a folder holds, and what is missing")

@@ -13,7 +13,6 @@ from torch import nn
 from brainsex import (
     controls,
     masks,
-    networks,
     nifti,
     perturbation,
     saliency,
@@ -133,7 +132,7 @@ def explain(
     folds = masks.held_out(networks_folder, cohort.subjects)
     sources = sys.modules[__name__], saliency, perturbation, controls
     for fold in table["fold"].unique():
-        network = networks.load(Path(networks_folder) / f"fold-{fold}.pt", cohort.volumes.shape[1:])
+        network = masks.load(networks_folder, fold, cohort)
         random = by_chance(network, fold, seed)
         here = np.flatnonzero(table["fold"] == fold)
         means = masks.training_means(cohort, folds, fold)

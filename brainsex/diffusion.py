@@ -30,7 +30,7 @@ except ImportError as error:
     ) from error
 
 SLAB = 2000
-"""Voxels fitted at a time: DIPY then takes some 60 MB, whatever the size of the brain."""
+"""Voxels fitted at a time: what DIPY takes does not grow with the brain."""
 
 
 def fit(
@@ -57,8 +57,8 @@ def fit(
     target : folder for the maps, made if absent.
     bmax : s/mm², the largest shell fitted; a volume's shell is its b rounded to hundreds.
     b0 : s/mm², up to which a volume counts as not weighted by diffusion.
-    workers : subjects at the same time, as many as there are cores by default; some 0.7 GB each
-        for HCP's series.
+    workers : subjects at the same time, as many as there are cores by default; some 0.9 GB each
+        for HCP's series (`make soak` measures it).
     overwrite : fit anew what is in `target` (what is then rejected keeps its old map).
 
     Returns

@@ -66,7 +66,9 @@ def group_mask(
         reference = matching(reference, volumes, "a reference")
     device = networks.device()
     for row in range(len(volumes)):
-        tensor(volumes, [row], device)  # refuses what is not finite, before anything is computed
+        tensor(
+            volumes, [row], torch.device("cpu")
+        )  # refuses what is not finite, before anything is computed
     logits = networks.evaluate(copy.deepcopy(network).to(device), volumes, torch.float32)
     target = perturbation.targets(target, volumes)
     chosen = logits.argmax(1) if target is None else torch.tensor(target, dtype=torch.long)

@@ -67,7 +67,7 @@ def _masks(
     cohort: Cohort, networks_folder, folds: np.ndarray, fold: int, iterations: int, seed: int
 ) -> dict[str, tuple[Callable, tuple]]:
     """How each group mask of a fold is made, and what it depends on."""
-    network = networks.load(Path(networks_folder) / f"fold-{fold}.pt", cohort.volumes.shape[1:])
+    network = masks.load(networks_folder, fold, cohort)
     test = np.flatnonzero(folds == fold)
     sex, volumes = cohort.sex[test], Rows(cohort.volumes, test)
     other = masks.training_means(cohort, folds, fold)[1 - sex]

@@ -8,7 +8,7 @@ import pandas as pd
 from torch import nn
 from tqdm.auto import tqdm
 
-from brainsex import LABELS, masks, measures, networks, saliency, training
+from brainsex import LABELS, masks, measures, saliency, training
 from brainsex.cohort import Cohort
 from brainsex.comparison import single
 
@@ -35,11 +35,11 @@ def judge(
     Method -> as `measures.faithfulness`, with the blur; method -> areas (n,) of deletion by the
     training subjects' mean of the other sex.
     """
-    rows, shape = np.asarray(rows), cohort.volumes.shape[1:]
+    rows = np.asarray(rows)
     folds = masks.held_out(networks_folder, cohort.subjects)
     found, replaced = {name: {} for name in maps}, {name: np.empty(len(rows)) for name in maps}
     for fold in tqdm(table["fold"].unique(), "deletion and insertion", unit="fold"):
-        network = networks.load(Path(networks_folder) / f"fold-{fold}.pt", shape)
+        network = masks.load(networks_folder, fold, cohort)
         here = (table["fold"] == fold).to_numpy()
         volumes, target = np.array(cohort.volumes[rows[here]]), table["target"][here].to_numpy()
         other = masks.training_means(cohort, folds, fold)[1 - target]
@@ -65,7 +65,7 @@ def blurred_brains(
     folds = masks.held_out(networks_folder, cohort.subjects[rows])
     found = []
     for fold in np.unique(folds):
-        network = networks.load(Path(networks_folder) / f"fold-{fold}.pt", cohort.volumes.shape[1:])
+        network = masks.load(networks_folder, fold, cohort)
         for label, sex in LABELS.items():
             here = rows[(folds == fold) & (cohort.sex[rows] == sex)]
             if len(here):

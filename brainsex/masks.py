@@ -10,9 +10,11 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pandas as pd
+from torch import nn
 from tqdm.auto import tqdm
 
 from brainsex import networks, nifti, perturbation, replacing
+from brainsex import write as write_text
 from brainsex.cohort import Cohort
 
 CHUNK = 64
@@ -36,6 +38,11 @@ def held_out(networks_folder: str | Path, subjects: Sequence[str]) -> np.ndarray
     if unknown := sorted(set(subjects) - set(folds.index)):
         raise ValueError(f"{networks_folder}: folds.csv does not know {', '.join(unknown[:10])}.")
     return folds[subjects].to_numpy()
+
+
+def load(networks_folder: str | Path, fold: int, cohort: Cohort) -> nn.Module:
+    """A fold's network for the cohort's volumes; raises as `networks.load`."""
+    return networks.load(Path(networks_folder) / f"fold-{fold}.pt", cohort.volumes.shape[1:])
 
 
 def training_means(cohort: Cohort, folds: np.ndarray, fold: int) -> np.ndarray:
@@ -101,7 +108,7 @@ def explain(
     done = pd.read_csv(record, dtype={"Subject": str}) if record.is_file() else pd.DataFrame()
     with tqdm(total=len(rows), desc="masks", unit="subject") as bar:
         for fold in np.unique(folds):
-            network = networks.load(networks_folder / f"fold-{fold}.pt", cohort.volumes.shape[1:])
+            network = load(networks_folder, fold, cohort)
             now = key(networks_folder, fold, perturbation, sorted(settings.items()))
             same = done[done["key"] == now]["Subject"] if len(done) else []
             same = [
@@ -122,8 +129,7 @@ def explain(
                         write(path, one, cohort.affine, now)
                 more = found.history.assign(Subject=names, sex=cohort.sex[some], fold=fold, key=now)
                 done = pd.concat([done, more]).drop_duplicates("Subject", keep="last")
-                with replacing(record) as partial:
-                    done.to_csv(partial, index=False)
+                write_text(record, done.to_csv(index=False))
                 bar.update(len(some))
     columns = ["sex", "fold", "target", "before", "after", "volume"]
     return done.set_index("Subject").loc[subjects, columns].reset_index()

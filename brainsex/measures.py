@@ -259,10 +259,16 @@ def similarity(
     first, second, brain = first[box], second[box], brain[box]
     most = round(share * np.count_nonzero(brain))
 
-    def overlap(other: np.ndarray) -> float:
+    def above(saliency: np.ndarray) -> int:
         # ties at the bottom are no agreement: both take as many as the emptier map has above it
-        voxels = min(most, *((m[brain] > m[brain].min()).sum() for m in (first, other)))
-        return dice(top(first, brain, voxels), top(other, brain, voxels))
+        return int((saliency[brain] > saliency[brain].min()).sum())
+
+    order, most = _order(first, brain), min(most, above(first))
+
+    def overlap(other: np.ndarray) -> float:
+        voxels, chosen = min(most, above(other)), np.zeros(brain.size, bool)
+        chosen[order[:voxels]] = True
+        return dice(chosen.reshape(brain.shape), top(other, brain, voxels))
 
     flat = np.ptp(first[brain]) == 0 or np.ptp(second[brain]) == 0
     ranks = [stats.rankdata(one[brain]) for one in (first, second)]

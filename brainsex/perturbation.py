@@ -19,7 +19,7 @@ Saliency is 1 where the evidence was removed, 0 where the volume was kept: Fong 
 
 A mask is 0 or 1 nearly everywhere, and does not say which of its voxels the network needs most. Its
 persistence does: the mean of the masks on the way, in which what is removed first and kept to the
-end is highest. It costs nothing, and ranks the voxels better in every measure.
+end is highest. It costs nothing, and deletes and localises single subjects better (notebook 07).
 
 The blur is itself evidence: most networks take a blurred brain for one sex, whoever's it was. Any
 image may stand for b. With the other sex's mean the mask says what would have to change for the

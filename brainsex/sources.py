@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from brainsex import identifier, replacing
+from brainsex import identifier, replacing, write
 from brainsex.archives import CHUNK, SUBJECT, files, owner
 from brainsex.nifti import MAX_BYTES, NOT_NIFTI
 
@@ -251,6 +251,5 @@ def _split(chosen: pd.DataFrame, target: Path) -> pd.DataFrame:
                     pass
         except (*NOT_NIFTI, EOFError, zlib.error, gzip.BadGzipFile, ValueError) as error:
             raise ValueError(f"{path}: cannot be split: {error}.") from error
-        with replacing(record) as partial:
-            partial.write_text(key)
+        write(record, key)
     return chosen.assign(path=places)

@@ -80,7 +80,7 @@ def family_wise(
     ----------
     volumes, sex, brain, sigma, confound : as in `t_map`.
     affine : (4, 4), voxel indices to mm.
-    workers : processes at once, 2.5 GB each at the study's size. They do not change the result.
+    workers : processes at once, each with copies of the values. They do not change the result.
 
     Returns
     -------

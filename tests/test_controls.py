@@ -58,18 +58,6 @@ def test_random_region_has_the_volume_asked_for_within_the_brain():
     assert neighbours > 0.5, "blobs, not dust: dust would have a tenth"
 
 
-@pytest.fixture(scope="module")
-def planted():
-    """Sixty volumes of 22 a side: men are brighter in one box, and nowhere else."""
-    rng = np.random.default_rng(3)
-    sex = np.arange(60) % 2
-    volumes = rng.uniform(0.2, 0.4, (60, 22, 22, 22)).astype(np.float32)
-    box = np.zeros((22, 22, 22), bool)
-    box[6:14, 8:16, 7:15] = True
-    volumes[:, box] += 0.3 * sex[:, None]
-    return volumes, sex, box, np.arange(60) >= 36
-
-
 def test_without_the_planted_region_nothing_is_learnt_and_with_it_alone_everything(planted):
     volumes, sex, box, held_out = planted
 

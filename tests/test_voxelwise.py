@@ -10,18 +10,6 @@ AFFINE = np.diag([3.0, 3, 3, 1])
 SIGNIFICANT = -np.log10(0.05)
 
 
-@pytest.fixture(scope="module")
-def planted():
-    """Sixty volumes of 22 a side: men are brighter in one box, and nowhere else."""
-    rng = np.random.default_rng(3)
-    sex = np.arange(60) % 2
-    volumes = rng.uniform(0.2, 0.4, (60, 22, 22, 22)).astype(np.float32)
-    box = np.zeros((22, 22, 22), bool)
-    box[6:14, 8:16, 7:15] = True
-    volumes[:, box] += 0.3 * sex[:, None]
-    return volumes, sex, box, np.arange(60) >= 36
-
-
 def test_t_map_is_scipys_welch_and_positive_where_men_are_higher(planted):
     volumes, sex, box, _ = planted
     brain = np.ones(box.shape, bool)

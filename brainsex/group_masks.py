@@ -15,8 +15,6 @@ the mask of all. Men and women belong into one set, each with its own target: wh
 apart lies at the same places in both.
 """
 
-import copy
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -69,13 +67,12 @@ def group_mask(
         tensor(
             volumes, [row], torch.device("cpu")
         )  # refuses what is not finite, before anything is computed
-    logits = networks.evaluate(copy.deepcopy(network).to(device), volumes, torch.float32)
+    plain = networks.frozen(network, device)
+    logits = networks.evaluate(plain, volumes, torch.float32)
     target = perturbation.targets(target, volumes)
     chosen = logits.argmax(1) if target is None else torch.tensor(target, dtype=torch.long)
     lowest, scale = perturbation.goal(perturbation.of_target(logits, chosen))
-    fast = networks.folded(network).to(
-        device, networks.precision(device), memory_format=torch.channels_last_3d
-    )
+    fast = plain.to(networks.precision(device))
     rng = np.random.default_rng(seed)
     turns = iterations * batch_size
     order = [rng.permutation(len(volumes)) for _ in range(-(-turns // len(volumes)))]

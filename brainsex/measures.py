@@ -5,7 +5,6 @@ voxels count. Where voxels are counted off, ties are broken at random, the same 
 that a map with many zeros gains nothing from the order of voxels.
 """
 
-import copy
 from collections.abc import Sequence
 
 import numpy as np
@@ -137,7 +136,7 @@ def faithfulness(
     target = targets(target, volumes)
     counts = np.rint(steps * np.count_nonzero(brain)).astype(int)
     device = networks.device()
-    plain = networks.place(copy.deepcopy(network).eval().requires_grad_(False), device)
+    plain = networks.frozen(network, device)
 
     @torch.no_grad()
     def both(rows: np.ndarray) -> np.ndarray:
@@ -149,8 +148,7 @@ def faithfulness(
             seen = start.repeat(len(counts), 1, 1, 1, 1)
             for step, count in zip(seen, counts):
                 step.view(-1)[order[:count]] = end.reshape(-1)[order[:count]]
-            parts = seen.to(memory_format=torch.channels_last_3d).split(3)  # few stay in the cache
-            logits = torch.cat([networks.by_subject(plain(part)) for part in parts])
+            logits = networks.by_subject(networks.passes(plain, seen))
             curves.append(logits.softmax(1)[:, int(target[rows[0]])].cpu().numpy())
         return np.array(curves)
 

@@ -19,11 +19,8 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 
 from brainsex import networks, seeded
+from brainsex.networks import FEW
 from brainsex.perturbation import blurred, matching, targets, tensor
-
-FEW = 4
-"""Passes of a volume at once: PyTorch takes its slow convolution for a single one in float32."""
-
 
 ALLOWED = re.compile(
     r"torch::autograd::AccumulateGrad|(Convolution|NativeBatchNorm|(Adaptive)?(Max|Avg)Pool\dD"
@@ -41,7 +38,6 @@ class LogOdds(nn.Module):
         self.network = network
 
     def forward(self, volumes: Tensor) -> Tensor:
-        volumes = volumes.to(memory_format=torch.channels_last_3d)  # for `FEW` a third of the time
         logits = networks.by_subject(self.network(volumes))
         return logits - logits.flip(1)
 
@@ -53,13 +49,14 @@ def _maps(
     volumes: np.ndarray,
     target: int | np.ndarray | None,
     progress: bool,
+    fold: bool = True,
 ) -> np.ndarray:
     """Maps (N, X, Y, Z) of volumes (N, X, Y, Z), batch by batch, each on its own copy.
 
     `explain` takes the score, volumes (n, 1, X, Y, Z), their targets (n,) and their rows.
     """
     device = networks.device()
-    plain = networks.place(copy.deepcopy(network).eval().requires_grad_(False), device)
+    plain = networks.frozen(network, device, fold)
     if volumes.ndim != 4:
         raise ValueError(f"expected volumes (N, X, Y, Z), found {volumes.shape}.")
     target = targets(target, volumes)
@@ -120,7 +117,7 @@ def grad_cam(
             coarse = torch.tensordot(coarse, weights, ([2 + axis], [0])).movedim(-1, 2 + axis)
         return coarse
 
-    return _maps(explain, "Grad-CAM", network, volumes, target, progress)
+    return _maps(explain, "Grad-CAM", network, volumes, target, progress, fold=False)
 
 
 def _centres(network: nn.Module, layer: str, axis: int) -> tuple[float, float]:

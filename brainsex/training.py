@@ -107,7 +107,8 @@ def _epoch(network, optimiser, volumes, labels: Tensor, batch_size: int, dtype) 
     loss_sum = correct = 0.0
     for rows in torch.randperm(len(labels)).tensor_split(-(-len(labels) // batch_size)):
         target, batch = labels[rows], networks.batch(volumes, rows.numpy(), labels.device)
-        logits = networks.logits(network, batch, dtype)
+        with networks.autocast(labels.device, dtype):
+            logits = network(batch).float()
         loss = _loss(logits, target)
         optimiser.zero_grad()
         loss.backward()

@@ -1,5 +1,8 @@
 """The networks are the study's, and the inference form is the same function."""
 
+import copy
+import weakref
+
 import joblib
 import numpy as np
 import pytest
@@ -408,3 +411,80 @@ def test_networks_are_placed_channels_last():
     flat, solid = (networks.place(made, CPU) for made in (flat_network(), network()))
     assert flat.hidden2[0].weight.is_contiguous(memory_format=torch.channels_last)
     assert solid.hidden2[0].weight.is_contiguous(memory_format=torch.channels_last_3d)
+
+
+# ------------------------------------------------------------------------- memory and speed, exactly
+
+
+def test_a_hidden_layer_trains_to_the_bits_of_its_parts():
+    layer = MriNet3d(4, (22, 24, 26)).hidden2
+    parts = nn.Sequential(*copy.deepcopy(layer))
+    images, found = torch.randn(3, 4, 9, 8, 7), []
+    for made in (layer, parts):
+        given = images.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = made(given)
+        assert out.dtype == torch.bfloat16
+        out.float().square().sum().backward()
+        found.append((out, given.grad, *(one.grad for one in made.parameters()), *made.buffers()))
+    assert all(map(torch.equal, *found))
+
+
+def test_what_pooling_read_is_gone_after_a_hidden_layer():
+    layer, gone = MriNet3d(4, (22, 24, 26)).hidden2, []
+    layer[1].register_forward_hook(lambda *call: gone.append(weakref.ref(call[-1])))
+    out = layer(torch.randn(1, 4, 9, 8, 7, requires_grad=True))
+    assert gone[0]() is None
+    out.sum().backward()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("kernel", [(3, 3, 3), (2, 3, 1)])
+def test_the_first_convolution_s_gradient(count, kernel):
+    first = networks._First(1, 5, kernel).double()
+    plain = nn.Conv3d(1, 5, kernel).double()
+    plain.load_state_dict(first.state_dict())
+    volumes = torch.randn(count, 1, 6, 8, 7, dtype=torch.float64)
+    weights = torch.randn_like(plain(volumes))
+    gradients = []
+    for made in (first, plain):
+        given = volumes.clone().requires_grad_()
+        (made(given) * weights).sum().backward()
+        gradients.append(given.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
+
+
+def test_the_first_convolution_in_bfloat16_gives_gradients_in_the_volumes_precision():
+    first = networks._First(1, 4, 3).bfloat16()
+    given = torch.rand(2, 1, 6, 8, 7, requires_grad=True)
+    first(given).float().sum().backward()
+    rows = first.weight.detach().double().sum(0, keepdim=True).sum((2, 3, 4))
+    assert given.grad.dtype == torch.float32
+    torch.testing.assert_close(
+        given.grad[:, :, 2:-2, 2:-2, 2:-2].double(),
+        rows.reshape(1, 1, 1, 1, 1).expand(2, 1, 2, 4, 3),
+        rtol=0.02,
+        atol=0.02,
+    )
+
+
+def test_folding_twice_is_folding_once_and_draws_nothing():
+    made = MriNet3d(2, (22, 24, 26))
+    state = torch.get_rng_state()
+    once = folded(made)
+    assert torch.equal(torch.get_rng_state(), state)
+    for one, other in zip(once.parameters(), folded(once).parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_passes_are_of_a_fixed_size_and_in_order():
+    sizes = []
+
+    class Noted(nn.Module):
+        def forward(self, volumes):
+            sizes.append(len(volumes))
+            return volumes.flatten(1).sum(1, keepdim=True)
+
+    volumes = torch.arange(5.0).reshape(5, 1, 1, 1, 1)
+    assert networks.passes(Noted(), volumes).flatten().tolist() == [0, 1, 2, 3, 4]
+    assert sizes == [networks.FEW] * 3

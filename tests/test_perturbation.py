@@ -631,3 +631,13 @@ def test_group_mask_same_seed_same_bits_and_no_option_ignored(network, volumes):
 def test_group_mask_bad_input(network, volumes, change, options, message):
     with pytest.raises(ValueError, match=message):
         group_of(network, change(volumes), **options)
+
+
+def test_masks_are_enlarged_trilinearly():
+    coarse = torch.rand(2, 1, 4, 7, 5, requires_grad=True)
+    sizes, weights = (8, 13, 10), torch.rand(2, 1, 8, 13, 10)
+    expected = torch.nn.functional.interpolate(coarse, size=sizes, mode="trilinear")
+    found = perturbation.enlarged(coarse, sizes)
+    torch.testing.assert_close(found, expected)
+    slopes = [torch.autograd.grad((one * weights).sum(), coarse)[0] for one in (found, expected)]
+    torch.testing.assert_close(*slopes)

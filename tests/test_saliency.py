@@ -183,7 +183,7 @@ class Idle(nn.Module):
 def replaced(network, function, names=("hidden1", "hidden2", "hidden3")):
     network = copy.deepcopy(network)
     for name in names:
-        getattr(network, name)[2] = Apply(function)
+        getattr(network, name)[3] = Apply(function)
     return network
 
 

@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
 import pandas as pd
@@ -14,6 +15,7 @@ from brainsex import (
     cohort,
     networks,
     prediction,
+    ranks,
     sources,
     synthetic,
     tables,
@@ -108,6 +110,10 @@ def masks(arguments) -> None:
     data = cohort.load(arguments.cohort)
     table = held_out.explain(data, arguments.networks, arguments.out, seed=arguments.seed)
     print(table[["before", "after", "volume"]].describe().loc[["mean", "min", "max"]].to_string())
+
+
+SHARED = (train, masks)
+"""Commands whose work the processes of torchrun share."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -213,7 +219,13 @@ def main(arguments: list[str] | None = None) -> None:
     function = parsed.function
     del parsed.function
     try:
-        function(parsed)
+        if ranks.launched() and function not in SHARED:
+            raise ValueError(
+                f"{function.__name__} is work for one process: torchrun shares train and masks."
+            )
+        with ranks.joined() if ranks.launched() else nullcontext():
+            with redirect_stdout(sys.stdout if ranks.first() else None):
+                function(parsed)
     except (ValueError, OSError, FloatingPointError, ImportError) as error:
         sys.exit(f"error: {error}")
 

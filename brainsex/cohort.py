@@ -1,6 +1,7 @@
 """The one loader: volumes, sex, subjects, groups and affine of a converted cohort."""
 
 import json
+import mmap
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -45,7 +46,24 @@ class Rows:
         return len(self.rows)
 
     def __getitem__(self, index) -> np.ndarray:
-        return self.volumes[self.rows[index]]
+        rows = self.rows[index]
+        _announce(self.volumes, rows)
+        return self.volumes[rows]
+
+
+def _announce(volumes: np.ndarray, rows: np.ndarray) -> None:
+    """Have the kernel read these rows of a mapped file, and no more.
+
+    Around each page that is missed it would read some MB: several times a cohort that does not fit
+    into memory (`python -m tests.benchmarks`).
+    """
+    mapped = volumes.base
+    if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_WILLNEED"):
+        offset = volumes.ctypes.data - np.frombuffer(mapped, np.uint8).ctypes.data
+        for row in np.atleast_1d(rows):
+            start = offset + int(row) * volumes.strides[0]
+            page = start // mmap.PAGESIZE * mmap.PAGESIZE
+            mapped.madvise(mmap.MADV_WILLNEED, page, start + volumes.strides[0] - page)
 
 
 def load(folder: str | Path, *, affine: np.ndarray | None = None) -> Cohort:

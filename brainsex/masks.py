@@ -13,7 +13,7 @@ import pandas as pd
 from torch import nn
 from tqdm.auto import tqdm
 
-from brainsex import networks, nifti, perturbation, replacing
+from brainsex import networks, nifti, perturbation, ranks, replacing
 from brainsex import write as write_text
 from brainsex.cohort import Cohort
 
@@ -83,7 +83,7 @@ def explain(
     networks_folder : ``fold-K.pt`` and ``folds.csv``, as `training.cross_validate` leaves them.
     out : gets ``<ID>.nii.gz``, the masks in the cohort's space, ``persistence/<ID>.nii.gz`` and
         ``masks.csv``. What is there of the same networks and settings is kept: an interrupted run
-        goes on.
+        goes on. Processes of `ranks` share the subjects, and keep a table each until all are done.
     rows : which subjects, by their place in the cohort; all by default.
     settings : numbers, of `perturbation.optimise_masks`.
 
@@ -104,35 +104,56 @@ def explain(
     rows = np.arange(len(cohort)) if rows is None else np.asarray(rows)
     subjects = cohort.subjects[rows]
     folds = held_out(networks_folder, subjects)
-    record = out / "masks.csv"
-    done = pd.read_csv(record, dtype={"Subject": str}) if record.is_file() else pd.DataFrame()
-    with tqdm(total=len(rows), desc="masks", unit="subject") as bar:
-        for fold in np.unique(folds):
+    tables = [path for path in (out / "masks.csv", *_parts(out)) if path.is_file()]
+    text = {"Subject": str, "key": str}
+    done = pd.concat([pd.DataFrame(), *(pd.read_csv(path, dtype=text) for path in tables)])
+    record = out / ("masks.csv" if ranks.first() else f".masks-{ranks.number()}.csv")
+    mine, found = ranks.mine(np.arange(len(rows))), []
+    with tqdm(total=len(mine), desc="masks", unit="subject", disable=not ranks.first()) as bar:
+        for fold in np.unique(folds[mine]):
             network = load(networks_folder, fold, cohort)
             now = key(networks_folder, fold, perturbation, sorted(settings.items()))
-            same = done[done["key"] == now]["Subject"] if len(done) else []
-            same = [
-                name
-                for name in same
-                if all(_read(path, now) is not None for path in _paths(out, name))
-            ]
-            here = rows[(folds == fold) & ~np.isin(subjects, same)]
-            bar.update((folds == fold).sum() - len(here))
+            here = mine[folds[mine] == fold]
+            if len(done):
+                same = done[(done["key"] == now) & done["Subject"].isin(subjects[here])]
+                whole = [
+                    all(_read(path, now) is not None for path in _paths(out, name))
+                    for name in same["Subject"]
+                ]
+                found.append(same.loc[whole].drop_duplicates("Subject"))
+                here = here[~np.isin(subjects[here], found[-1]["Subject"])]
+            bar.update((folds[mine] == fold).sum() - len(here))
             for start in range(0, len(here), CHUNK):
-                some = here[start : start + CHUNK]
+                some = rows[here[start : start + CHUNK]]
                 names = cohort.subjects[some]
-                found = perturbation.optimise_masks(
+                made = perturbation.optimise_masks(
                     network, cohort.volumes[some], subjects=names, progress=False, **settings
                 )
-                for name, *maps in zip(names, found.masks, found.persistence):
+                for name, *maps in zip(names, made.masks, made.persistence):
                     for path, one in zip(_paths(out, name), maps):
                         write(path, one, cohort.affine, now)
-                more = found.history.assign(Subject=names, sex=cohort.sex[some], fold=fold, key=now)
-                done = pd.concat([done, more]).drop_duplicates("Subject", keep="last")
-                write_text(record, done.to_csv(index=False))
+                columns = {"Subject": names, "sex": cohort.sex[some], "fold": fold, "key": now}
+                found.append(made.history.assign(**columns))
+                write_text(record, _latest(done, found).to_csv(index=False))
                 bar.update(len(some))
+    found = [table for tables in ranks.gather(found) for table in tables]
+    done = _latest(done, found)
+    if ranks.first():
+        write_text(out / "masks.csv", done.to_csv(index=False))
+        for part in _parts(out):
+            part.unlink()
     columns = ["sex", "fold", "target", "before", "after", "volume"]
     return done.set_index("Subject").loc[subjects, columns].reset_index()
+
+
+def _parts(out: Path) -> list[Path]:
+    """Tables of the processes that an unfinished run had beside the first."""
+    return sorted(out.glob(".masks-*.csv"))
+
+
+def _latest(done: pd.DataFrame, found: list[pd.DataFrame]) -> pd.DataFrame:
+    """A row a subject, what was found before what was there; the same whatever came first."""
+    return pd.concat([done, *found]).drop_duplicates("Subject", keep="last").sort_values("Subject")
 
 
 def _paths(out: Path, subject: str) -> tuple[Path, Path]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from brainsex import evaluation, networks, replacing, write
+from brainsex import evaluation, networks, ranks, replacing, write
 from brainsex.cohort import Cohort, Rows
 from brainsex.confounds import Residuals
 
@@ -175,6 +175,9 @@ def cross_validate(
         are deleted.
     workers : folds at once on a CPU, by default as many as cores; 4.8 GB each at the study's sizes.
 
+    The processes of `ranks` share the folds, and all return all of them. On a CPU the bits depend
+    on a fold's threads, which are what they would be in one process, unless `workers` is 1.
+
     Returns
     -------
     One row a subject of the folds run, in the cohort's order: Subject, fold, sex, probability (of
@@ -190,19 +193,26 @@ def cross_validate(
     cores = joblib.cpu_count()
     jobs = min(len(chosen), workers or cores) if networks.device().type == "cpu" else 1
     threads = torch.get_num_threads() if jobs == 1 else max(1, cores // jobs)
+    mine = ranks.mine(chosen)
+    at_once = max(1, min(len(mine), jobs // ranks.beside()))
     with nullcontext(out) if out is not None else tempfile.TemporaryDirectory() as folder:
         run = Path(folder), cohort, assignment, make_network, confounds
-        _prepare(*run, {"folds": folds, "seed": seed, **settings})
-        done = joblib.Parallel(jobs, return_as="generator")(
+        if ranks.first():
+            _prepare(*run, {"folds": folds, "seed": seed, **settings})
+        ranks.gather()  # nobody trains before the folder is prepared
+        done = joblib.Parallel(at_once, return_as="generator")(
             joblib.delayed(_fold)(*run, fold, 1000 * seed + fold, threads, settings)
-            for fold in chosen
+            for fold in mine
         )
-        records = list(tqdm(done, "cross-validate", total=len(chosen), unit="fold"))
+        bar = {"total": len(mine), "unit": "fold", "disable": not ranks.first()}
+        records = list(tqdm(done, "cross-validate", **bar))
+        found = ranks.gather(dict(zip(mine, records)))
+    records = {fold: one[fold] for fold in chosen for one in found if fold in one}
     predictions = pd.DataFrame({"Subject": cohort.subjects, "fold": assignment, "sex": cohort.sex})
-    for fold, record in zip(chosen, records):
+    for fold, record in records.items():
         predictions.loc[assignment == fold, "probability"] = record["probability"]
     predictions = predictions[np.isin(assignment, chosen)].reset_index(drop=True)
-    predictions.attrs["history"] = [row for record in records for row in record["history"]]
+    predictions.attrs["history"] = [row for one in records.values() for row in one["history"]]
     return predictions
 
 

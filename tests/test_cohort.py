@@ -1,6 +1,7 @@
 """The one loader, and HCP's tables behind it: what belongs together loads, nothing else does."""
 
 import json
+import mmap
 
 import numpy as np
 import pandas as pd
@@ -281,3 +282,31 @@ def test_a_subset_is_those_subjects_read_when_asked_for(tmp_path):
     np.testing.assert_array_equal(some.volumes[np.arange(3)], volumes[[4, 0, 2]])
     np.testing.assert_array_equal(np.stack(list(some.volumes)), volumes[[4, 0, 2]])
     assert data.subjects.tolist() == list("abcde")
+
+
+class Advised(mmap.mmap):
+    """A mapped file that notes what the kernel is told to read."""
+
+    def madvise(self, option, start, length):
+        assert option == mmap.MADV_WILLNEED
+        self.told.append((start, start + length))
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_WILLNEED"), reason="the system takes no advice")
+def test_the_kernel_is_told_which_volumes_are_read_next(tmp_path):
+    """Every byte of them, and less than two pages more."""
+    values = np.arange(8 * 3000, dtype=np.float32).reshape(8, 10, 15, 20)
+    np.save(tmp_path / "v.npy", values)
+    with (tmp_path / "v.npy").open("rb") as file:
+        mapped = Advised(file.fileno(), 0, access=mmap.ACCESS_READ)
+    mapped.told = []
+    volumes = np.ndarray(values.shape, np.float32, mapped, 128)  # after the header
+    rows = cohort.Rows(volumes, np.array([7, 1, 4]))
+    np.testing.assert_array_equal(rows[np.array([2, 0])], values[[4, 7]])
+    np.testing.assert_array_equal(rows[1], values[1])
+    assert len(mapped.told) == 3
+    for row, (start, stop) in zip((4, 7, 1), mapped.told):
+        begin, end = 128 + 12000 * row, 128 + 12000 * (row + 1)
+        assert start <= begin < start + mmap.PAGESIZE
+        assert end <= stop < end + mmap.PAGESIZE
+        assert start % mmap.PAGESIZE == 0

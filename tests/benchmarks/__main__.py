@@ -30,6 +30,7 @@ from brainsex import (
 from brainsex.nifti import BRAIN_FA
 from tests.benchmarks.measure import Table, machine, operations, peaks, seconds
 from tests.benchmarks.published import ITERATIONS, deleted, published_mask
+from tests.benchmarks.reading import reading
 
 BUILD = Path("build")
 TRAINED = 160  # subjects of 200; the masks are of the others
@@ -249,6 +250,7 @@ def main() -> None:
     data, truth = prepare()
     convert(table)
     fit(table)
+    reading(BUILD / "benchmark-reading" / "tensors.npy", table)
     train(data, peak, table)
     train_slabs(data, peak, table)
     masks(data, truth, arguments.subjects, peak, table)

@@ -5,6 +5,7 @@ import hashlib
 import inspect
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import nibabel as nib
@@ -13,9 +14,9 @@ import pandas as pd
 from torch import nn
 from tqdm.auto import tqdm
 
-from brainsex import networks, nifti, perturbation, replacing
+from brainsex import networks, nifti, perturbation, replacing, runs
 from brainsex import write as write_text
-from brainsex.cohort import Cohort
+from brainsex.cohort import Cohort, fingerprint
 
 CHUNK = 64
 """Subjects whose maps are computed and saved at a time: what a killed run may lose."""
@@ -105,8 +106,11 @@ def explain(
     subjects = cohort.subjects[rows]
     folds = held_out(networks_folder, subjects)
     record = out / "masks.csv"
-    done = pd.read_csv(record, dtype={"Subject": str}) if record.is_file() else pd.DataFrame()
-    with tqdm(total=len(rows), desc="masks", unit="subject") as bar:
+    bar = tqdm(total=len(rows), desc="masks", unit="subject")
+    with bar, runs.alone(out, "persistence"):
+        digest = fingerprint(cohort.subjects, cohort.sex, cohort.volumes)
+        runs.record(out, "masks", networks=networks_folder, cohort=digest, **settings)
+        done = pd.read_csv(record, dtype={"Subject": str}) if record.is_file() else pd.DataFrame()
         for fold in np.unique(folds):
             network = load(networks_folder, fold, cohort)
             now = key(networks_folder, fold, perturbation, sorted(settings.items()))
@@ -176,11 +180,12 @@ def kept(
     """
     found = [_read(path, key) for path in paths]
     missing = [place for place, one in enumerate(found) if one is None]
-    for start in range(0, len(missing), CHUNK):
-        some = np.array(missing[start : start + CHUNK])
-        for place, one in zip(some, compute(some)):
-            write(paths[place], one, affine, key)
-            found[place] = one
+    with runs.alone(paths[0].parent) if missing else nullcontext():
+        for start in range(0, len(missing), CHUNK):
+            some = np.array(missing[start : start + CHUNK])
+            for place, one in zip(some, compute(some)):
+                write(paths[place], one, affine, key)
+                found[place] = one
     return np.stack(found)
 
 

@@ -11,11 +11,8 @@ MEASURES = (kills, interrupts)  # each has figures() -> list[tuple[str, str]], r
 
 def main() -> None:
     rows = [row for module in MEASURES for row in module.figures()]
-    table = [
-        "| what | measured |",
-        "| --- | --- |",
-        *(f"| {what} | {said} |" for what, said in rows),
-    ]
+    rows = [("what", "measured"), ("---", "---"), *rows]
+    table = [f"| {what} | {said} |" for what, said in rows]
     before, rest = README.read_text(encoding="utf-8").split(MARKERS[0])
     _, after = rest.split(MARKERS[1])
     text = "\n".join([MARKERS[0], *table, MARKERS[1]])

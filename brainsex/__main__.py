@@ -29,7 +29,7 @@ CHOICE = ("kind", "session", "match")
 """Options of `convert` that `sources.choose` takes."""
 
 FINISHED = {
-    "extract": "*.nii*",
+    "extract": "[!.]*.nii*",
     "fa": "*.nii.gz",
     "convert": ".convert-*/*.npz",
     "train": "fold-*.json",

@@ -71,7 +71,7 @@ def record(folder: str | Path, command: str, **facts) -> None:
     """
     every, facts = read(folder), _plain(facts)
     made = every[command]["made_with"] if same(folder, command, **facts) else []
-    made += [] if environment() in made else [environment()]
+    made = made if environment() in made else [*made, environment()]
     if every.get(command) != (entry := facts | {"made_with": made}):
         write(Path(folder) / RECORD, json.dumps(every | {command: entry}, indent=1) + "\n")
 
@@ -116,7 +116,7 @@ def environment() -> dict:
         ask = ["git", "--no-optional-locks", "-C", ROOT, "describe", "--always", "--dirty"]
         ask += ["--abbrev=40", "--exclude=*"]
         with suppress(OSError, subprocess.CalledProcessError):  # no git, or it trusts no such owner
-            said = subprocess.run(ask, capture_output=True, text=True, check=True)
+            said = subprocess.run(ask, capture_output=True, encoding="utf-8", check=True)
             found["git"] = said.stdout.strip()
     return found
 

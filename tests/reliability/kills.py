@@ -26,7 +26,7 @@ from brainsex import masks, volumes
 from brainsex.__main__ import main
 from tests.test_diffusion import save, series
 
-KILLS = {"extract": 25, "convert": 25, "train": 25, "train, 2 workers": 8, "masks": 20, "fa": 25}
+KILLS = {"extract": 25, "convert": 25, "train": 25, "train, 2 workers": 5, "masks": 20, "fa": 25}
 """How many at least in `make soak`."""
 CV = "--channels 2 --folds 2 --batch-size 6 --lr 0.003 --milestones 3".split()
 
@@ -104,8 +104,8 @@ def ended(pid: int) -> int:
 
 
 def gone(group: int) -> None:
-    """Wait until no process of a group is left: what outlives its parent by 3 s fails."""
-    for _ in range(300):
+    """Wait until no process of a group is left: what outlives its parent by 20 s fails."""
+    for _ in range(2000):
         try:
             os.killpg(group, 0)
         except ProcessLookupError:

@@ -22,7 +22,7 @@ import pandas as pd
 import torch
 import torch._dynamo  # which Adam would import in each attempt
 
-from brainsex import masks, volumes
+from brainsex import masks, runs, volumes
 from brainsex.__main__ import main
 from tests.test_diffusion import save, series
 
@@ -200,6 +200,7 @@ def kill(command: str, arguments: list[str], folder: Path, least: int, draw) -> 
 def survived(kills: dict[str, int], seed: int = 0) -> dict[str, dict]:
     """Figures of each command after so many kills of it."""
     draw, found = random.Random(seed), {}
+    runs.environment()  # once: a commit on the way would be on record
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder, "made.json")
         work = forked(lambda: made.write_text(json.dumps(make(Path(folder, "made"), copies=3))))
@@ -209,6 +210,7 @@ def survived(kills: dict[str, int], seed: int = 0) -> dict[str, dict]:
             place = Path(folder, command.replace(", ", "-").replace(" ", "-"))
             place.mkdir()
             found[command] = kill(command, arguments[command], place, least, draw)
+            print(command, found[command], file=sys.stderr, flush=True)
     return found
 
 

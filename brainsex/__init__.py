@@ -1,8 +1,10 @@
 """What a network sees in men's and women's brains: from FA archives to perturbation masks."""
 
 import hashlib
+import json
 import os
 import re
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,14 +43,19 @@ the kernel clear new pages: read when a process starts, so set for child process
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a partial path beside `path`; rename it to `path` on success, delete it on failure.
 
-    A file under its final name is therefore always whole, whatever kills the process.
+    A file under its final name is therefore always whole, whatever kills the process. The partial
+    name is this call's own: no other process, left over from a killed run, writes there.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         yield partial
         os.replace(partial, path)
+    except OSError as error:
+        if error.errno and not error.filename:  # a write to a full disk, which names no file
+            error.filename = str(path)
+        raise
     finally:
         partial.unlink(missing_ok=True)
 
@@ -57,3 +64,11 @@ def write(path: Path, text: str) -> None:
     """Write a text whole, or not at all."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def read_json(path: Path):
+    """What a JSON file of ours holds; a ValueError that names it where it is not a whole one."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON, found none ({error}). Delete it.") from error

@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from brainsex import (
     networks,
     prediction,
     ranks,
+    runs,
     sources,
     synthetic,
     tables,
@@ -27,6 +29,16 @@ from brainsex import masks as held_out
 
 CHOICE = ("kind", "session", "match")
 """Options of `convert` that `sources.choose` takes."""
+
+FINISHED = {
+    "extract": "[!.]*.nii*",
+    "fa": "*.nii.gz",
+    "convert": ".convert-*/*.npz",
+    "train": "fold-*.json",
+    "masks": "*.nii.gz",
+    "synthesize": "archives/*.zip",
+}
+"""Where a command's finished subjects or folds lie in the folder that it writes."""
 
 
 def synthesize(arguments) -> None:
@@ -73,9 +85,12 @@ def convert(arguments) -> None:
 
 def check(arguments) -> None:
     data, out = cohort.load(arguments.cohort), arguments.out
-    found = checks.table(data)
-    checks.montage(data, found, out / "montage.html")
-    write(out / "checks.csv", found.to_csv(index=False))
+    with runs.alone(out):
+        digest = cohort.fingerprint(data.subjects, data.sex, data.volumes)
+        found = checks.table(data)
+        checks.montage(data, found, out / "montage.html")
+        write(out / "checks.csv", found.to_csv(index=False))
+        runs.record(out, "check", cohort=digest)
     flagged = found.loc[found["flags"] != "", ["Subject", "flags"]]
     print(f"{len(flagged)} of {len(found)} flagged; all are in {out / 'montage.html'}")
     for subject, flags in flagged.itertuples(index=False):
@@ -120,17 +135,20 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m brainsex", description=__doc__)
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(function, about: str) -> argparse.ArgumentParser:
+    def command(function, about: str, example: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(
             function.__name__,
             help=about,
             description=about,
+            epilog=f"Example: {top.prog} {function.__name__} {example}",
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
         sub.set_defaults(function=function)
         return sub
 
-    sub = command(synthesize, "write a synthetic cohort, as HCP's would lie on disk")
+    sub = command(
+        synthesize, "write a synthetic cohort, as HCP's would lie on disk", "data/synthetic"
+    )
     sub.add_argument("folder", type=Path)
     sub.add_argument("--subjects", type=int, default=200)
     sub.add_argument("--spacing", type=float, default=2.5, help="mm; 1.25 is HCP's grid")
@@ -147,14 +165,16 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--workers", type=int)
 
-    sub = command(extract, "take each subject's FA map out of its archives")
+    about = "take each subject's FA map out of its archives"
+    sub = command(extract, about, "data/hcp data/hcp/fa")
     sub.add_argument("source", type=Path)
     sub.add_argument("target", type=Path)
     sub.add_argument("--member", nargs="+", default=archives.FA_MEMBERS, help="patterns of names")
     sub.add_argument("--workers", type=int)
     sub.add_argument("--overwrite", action="store_true")
 
-    sub = command(fa, "fit each subject's FA map to its diffusion series, by DIPY")
+    about = "fit each subject's FA map to its diffusion series, by DIPY"
+    sub = command(fa, about, "data/hcp data/hcp/fa --workers 4")
     sub.add_argument(
         "source", type=Path, help="folder of packages or <ID>/T1w/Diffusion, at any depth"
     )
@@ -164,11 +184,13 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--workers", type=int, help="subjects at once; 0.9 GB each")
     sub.add_argument("--overwrite", action="store_true")
 
-    sub = command(survey, "how many subjects of what kind a folder holds, and what is missing")
+    about = "how many subjects of what kind a folder holds, and what is missing"
+    sub = command(survey, about, "data/hcp")
     sub.add_argument("cohort", type=Path, help="a layout that DATA_ACCESS.md lists")
     sub.add_argument("--table", type=Path, help="of people; the one in COHORT by default")
 
-    sub = command(convert, "turn a folder's volumes and its table of people into tensors.npy")
+    about = "turn a folder's volumes and its table of people into tensors.npy"
+    sub = command(convert, about, "data/hcp --normalised --out data/hcp-one-size")
     sub.add_argument("cohort", type=Path, help="a layout that DATA_ACCESS.md lists")
     sub.add_argument("--out", type=Path, help="where tensors.npy goes; COHORT by default")
     sub.add_argument("--fa", type=Path, help="folder of <ID>.nii.gz, instead of what is in COHORT")
@@ -180,11 +202,13 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--normalised", action="store_true", help="bring all brains to one size")
     sub.add_argument("--leave-out-qc", action="store_true", help="subjects with a QC_Issue")
 
-    sub = command(check, "outliers and a page of all subjects: checks.csv, montage.html in OUT")
+    about = "outliers and a page of all subjects: checks.csv, montage.html in OUT"
+    sub = command(check, about, "data/hcp results/hcp/check")
     sub.add_argument("cohort", type=Path, help="as convert wrote it")
     sub.add_argument("out", type=Path)
 
-    sub = command(train, "cross-validate the 3D CNN; fold-K.pt and folds.csv go to OUT")
+    about = "cross-validate the 3D CNN; fold-K.pt and folds.csv go to OUT"
+    sub = command(train, about, "data/hcp results/hcp/cnn3d --epochs 20 --workers 2")
     sub.add_argument("cohort", type=Path)
     sub.add_argument("out", type=Path)
     sub.add_argument("--channels", type=int, default=32)
@@ -196,7 +220,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--workers", type=int, help="folds at once; 4.8 GB each at these sizes")
 
-    sub = command(predict, "the probability of man for new volumes, as CSV")
+    about = "the probability of man for new volumes, as CSV"
+    sub = command(predict, about, "results/hcp/cnn3d/fold-0.pt some_FA.nii.gz")
     sub.add_argument("network", type=Path, help="fold-K.pt, or a published state dict")
     sub.add_argument(
         "--orientation",
@@ -205,7 +230,8 @@ def parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("volumes", type=Path, nargs="+", help="<ID>.nii.gz")
 
-    sub = command(masks, "perturbation masks of held-out subjects, as NIfTI")
+    about = "perturbation masks of held-out subjects, as NIfTI"
+    sub = command(masks, about, "data/hcp results/hcp/cnn3d results/hcp/masks")
     sub.add_argument("cohort", type=Path)
     sub.add_argument("networks", type=Path, help="folder that train wrote")
     sub.add_argument("out", type=Path)
@@ -216,7 +242,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> None:
     parsed = parser().parse_args(arguments)
     os.environ.update(KEEP_MEMORY | os.environ)
-    function = parsed.function
+    function, given = parsed.function, dict(vars(parsed))
     del parsed.function
     try:
         if ranks.launched() and function not in SHARED:
@@ -226,8 +252,23 @@ def main(arguments: list[str] | None = None) -> None:
         with ranks.joined() if ranks.launched() else nullcontext():
             with redirect_stdout(sys.stdout if ranks.first() else None):
                 function(parsed)
-    except (ValueError, OSError, FloatingPointError, ImportError) as error:
-        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        names = (given.get(name) for name in ("target", "out", "folder", "cohort"))
+        print(stopped(function.__name__, next(filter(None, names), None)), file=sys.stderr)
+        sys.exit(130)  # as of any program that Ctrl-C ends
+    except (ValueError, OSError, FloatingPointError, ImportError, BrokenProcessPool) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+
+
+def stopped(command: str, folder: Path | None) -> str:
+    """What an interrupted command left finished, and how to go on."""
+    if command not in FINISHED:
+        return "stopped: nothing is left half-written. Run the same command again."
+    count, what = (
+        len(list(folder.glob(FINISHED[command]))),
+        "folds" if command == "train" else "subjects",
+    )
+    return f"stopped: {folder} holds {count} finished {what}. The same command goes on from there."
 
 
 if __name__ == "__main__":

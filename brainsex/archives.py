@@ -21,7 +21,7 @@ import pandas as pd
 from joblib import Parallel, cpu_count, delayed
 from tqdm.auto import tqdm
 
-from brainsex import identifier, replacing, write
+from brainsex import identifier, replacing, runs, write
 
 FA_MEMBERS = ("*_FA.nii.gz", "FA.nii.gz", "*_FA.nii", "FA.nii")
 MAX_MEMBER = 2 << 30  # bytes of the largest volume taken out
@@ -80,7 +80,10 @@ def extract(
         _extract_one(subject, archives[subject], source, target, patterns)
 
     expected = "a folder with archives named <ID>_….zip or <ID>.zip"
-    return each_subject(work, archives, source, target, expected, "extracted", workers, overwrite)
+    facts = {"source": source, "member": patterns}
+    return each_subject(
+        work, archives, source, target, expected, "extracted", workers, overwrite, facts
+    )
 
 
 def each_subject(
@@ -92,22 +95,25 @@ def each_subject(
     done: str,
     workers: int | None,
     overwrite: bool,
+    facts: dict,
 ) -> pd.DataFrame:
     """Call `work` for each of `subjects` without a volume in `target`; return as `extract` does.
 
     `work` writes ``target/<ID>.nii.gz`` or raises why it rejects the subject, but what it raises as
     OSError is taken for a full disk. `expected` says what `source` should hold, `done` is the
-    status of a success.
+    status of a success, `facts` are for the record.
     """
     subjects = set(subjects)
-    names = map(identifier, (*target.glob("*.nii"), *target.glob("*.nii.gz")))
-    outcome = {name: ("present", "") for name in names if name in subjects or name.isalnum()}
-    if not source.exists() or not (subjects or outcome):
+
+    def present() -> dict[str, tuple[str, str]]:
+        names = map(identifier, (*target.glob("*.nii"), *target.glob("*.nii.gz")))
+        return {name: ("present", "") for name in names if name in subjects or name.isalnum()}
+
+    if not source.exists() or not (subjects or present()):
         found = "none in it" if source.exists() else "no such folder"
         raise FileNotFoundError(
             f"{source}: expected {expected}, found {found}. DATA_ACCESS.md says how to get them."
         )
-    target.mkdir(parents=True, exist_ok=True)
     failures: list[OSError] = []
 
     def attempt(subject: str) -> tuple[str, str]:
@@ -122,19 +128,20 @@ def each_subject(
                 return "rejected", f"{subject}: {type(error).__name__}: {error}"
         return done, ""
 
-    todo = sorted(subjects if overwrite else subjects - outcome.keys())
     workers = cpu_count() if workers is None else workers  # those that this process may use
     run = Parallel(workers, require="sharedmem", return_as="generator")  # threads
-    results = run(delayed(attempt)(subject) for subject in todo)
-    outcome |= zip(todo, list(tqdm(results, done, total=len(todo), unit="subject")))
-    if failures:
-        advice = "Nothing half-written stays: make room, run again, and it goes on from here"
-        message = f"cannot write ({failures[0].strerror}). {advice}"
-        raise OSError(failures[0].errno, message, str(target)) from failures[0]
-    rows = [(subject, *outcome[subject]) for subject in sorted(outcome)]
-    table = pd.DataFrame(rows, columns=["Subject", "status", "reason"])
-    rejected = table.loc[table["status"] == "rejected", ["Subject", "reason"]]
-    write(target / "rejected.csv", rejected.to_csv(index=False))
+    with runs.alone(target):
+        runs.record(target, {"extracted": "extract", "fitted": "fa"}[done], **facts)
+        outcome = present()
+        todo = sorted(subjects if overwrite else subjects - outcome.keys())
+        results = run(delayed(attempt)(subject) for subject in todo)
+        outcome |= zip(todo, list(tqdm(results, done, total=len(todo), unit="subject")))
+        if failures:
+            raise failures[0]
+        rows = [(subject, *outcome[subject]) for subject in sorted(outcome)]
+        table = pd.DataFrame(rows, columns=["Subject", "status", "reason"])
+        rejected = table.loc[table["status"] == "rejected", ["Subject", "reason"]]
+        write(target / "rejected.csv", rejected.to_csv(index=False))
     print(f"{len(table)} subjects, {len(rejected)} of them rejected (rejected.csv says why)")
     return table
 

@@ -1,6 +1,6 @@
 """The one loader: volumes, sex, subjects, groups and affine of a converted cohort."""
 
-import json
+import hashlib
 import mmap
 import os
 from dataclasses import dataclass, replace
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from brainsex import tables
+from brainsex import read_json, tables
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def load(folder: str | Path, *, affine: np.ndarray | None = None) -> Cohort:
         table = pd.DataFrame({"Subject": names, "label": sex})
     grid = {}
     if (folder / "grid.json").is_file():
-        grid = json.loads((folder / "grid.json").read_text())
+        grid = read_json(folder / "grid.json")
         if tuple(grid["shape"]) != volumes.shape[1:]:
             raise ValueError(f"{folder}: grid.json and tensors.npy disagree. Convert again.")
         affine = grid["affine"]
@@ -107,6 +107,20 @@ def load(folder: str | Path, *, affine: np.ndarray | None = None) -> Cohort:
     subjects, groups = table["Subject"].to_numpy(str), tables.filled(groups)
     made = {"modality": grid.get("modality", "fa"), "normalised": grid.get("normalised", False)}
     return Cohort(*name_of(folder), volumes, sex, subjects, groups, affine, table, **made)
+
+
+def fingerprint(subjects: np.ndarray, sex: np.ndarray, volumes: np.ndarray) -> str:
+    """A digest of who is in a cohort and of each voxel; a ValueError where one is not finite.
+
+    Whatever is averaged or learnt from a cohort is on record with it: so no NaN gets that far.
+    """
+    digest = hashlib.sha256(repr((*map(str, subjects), *map(int, sex))).encode())
+    for subject, volume in zip(subjects, volumes):
+        if not np.isfinite(volume).all():
+            raise ValueError(f"{subject}: expected finite voxels, found others. Convert again.")
+        digest.update(repr((volume.shape, volume.dtype.str)).encode())
+        digest.update(np.ascontiguousarray(volume))
+    return digest.hexdigest()
 
 
 def subset(cohort: Cohort, rows: np.ndarray) -> Cohort:

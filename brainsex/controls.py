@@ -2,8 +2,10 @@
 
 import copy
 import json
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
 import joblib
@@ -14,8 +16,8 @@ from scipy.ndimage import distance_transform_edt, gaussian_filter
 from torch import nn
 from tqdm.auto import tqdm
 
-from brainsex import evaluation, networks, training, write
-from brainsex.cohort import Cohort, Rows
+from brainsex import evaluation, networks, read_json, runs, training, write
+from brainsex.cohort import Cohort, Rows, fingerprint
 from brainsex.group_masks import group_mask
 from brainsex.measures import top
 from brainsex.saliency import smoothed
@@ -174,22 +176,23 @@ def removal(
     if out is not None:
         key = _key(cohort, held_out, make_network, seed, settings)
         paths = [Path(out) / f"{joblib.hash((key, gone))}.json" for *_, gone in jobs]
-    right = joblib.Parallel(networks.workers(), return_as="generator")(
-        joblib.delayed(_kept)(
-            *(path, {"region": name, "sees": sees}),
-            *(cohort.volumes, cohort.sex, held_out, gone, make_network),
-            seed=seed,
-            progress=False,
-            **settings,
-        )
-        for path, (name, sees, gone) in zip(paths, jobs)
-    )
     n, rows = int(held_out.sum()), []
-    bar = tqdm(right, "networks trained anew", total=len(jobs), unit="network")
-    for (name, sees, _), count in zip(jobs, bar):
-        low, high = evaluation.wilson(count, n)
-        row = {"region": name, "sees": sees, "n": n, "accuracy": count / n}
-        rows.append({**row, "low": low, "high": high})
+    with nullcontext() if out is None else runs.alone(out):
+        right = joblib.Parallel(networks.workers(), return_as="generator")(
+            joblib.delayed(_kept)(
+                *(os.getpid(), path, {"region": name, "sees": sees}),
+                *(cohort.volumes, cohort.sex, held_out, gone, make_network),
+                seed=seed,
+                progress=False,
+                **settings,
+            )
+            for path, (name, sees, gone) in zip(paths, jobs)
+        )
+        bar = tqdm(right, "networks trained anew", total=len(jobs), unit="network")
+        for (name, sees, _), count in zip(jobs, bar):
+            low, high = evaluation.wilson(count, n)
+            row = {"region": name, "sees": sees, "n": n, "accuracy": count / n}
+            rows.append({**row, "low": low, "high": high})
     return pd.DataFrame(rows)
 
 
@@ -198,13 +201,15 @@ def _key(cohort: Cohort, held_out, make_network, seed: int, settings: dict) -> s
     with torch.random.fork_rng(devices=[]):
         network = str(make_network())
     how = network, networks.precision(networks.device()), seed, sorted(settings.items())
-    return joblib.hash((cohort.volumes, cohort.sex, held_out, repr(how)), coerce_mmap=True)
+    digest = fingerprint(cohort.subjects, cohort.sex, cohort.volumes)
+    return joblib.hash((digest, held_out, repr(how)))
 
 
-def _kept(path: Path | None, record: dict, *data, **settings) -> int:
+def _kept(parent: int, path: Path | None, record: dict, *data, **settings) -> int:
     """What `retrained` counts, read from the path if it is there, else written there."""
+    runs.follow(parent)
     if path is not None and path.is_file():
-        return json.loads(path.read_text())["right"]
+        return read_json(path)["right"]
     right = retrained(*data, **settings)
     if path is not None:
         write(path, json.dumps({**record, "right": right}))

@@ -18,7 +18,7 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 
-from brainsex import replacing, series
+from brainsex import read_json, replacing, series
 from brainsex.archives import by_subject, each_subject, files, reading
 
 try:
@@ -82,7 +82,7 @@ def fit(
     """
     source, target = Path(source), Path(target)
     for path in [] if overwrite else sorted(target.glob("*.json")):
-        before = json.loads(path.read_text())
+        before = read_json(path)
         before = before if isinstance(before, dict) else {}  # another's file
         if (found := (before.get("bmax", bmax), before.get("b0", b0))) != (bmax, b0):
             raise ValueError(
@@ -99,7 +99,10 @@ def fit(
             neglected.append(subject)
 
     expected = f"packages named <ID>_….zip or folders <ID>/T1w/Diffusion with {series.DATA}"
-    table = each_subject(work, inputs, source, target, expected, "fitted", workers, overwrite)
+    facts = {"source": source, "bmax": bmax, "b0": b0}
+    table = each_subject(
+        work, inputs, source, target, expected, "fitted", workers, overwrite, facts
+    )
     if neglected:
         print(f"{len(neglected)} without {series.DEVIATIONS}: gradient non-linearity neglected")
     return table
@@ -190,7 +193,7 @@ def _fit_one(
     places = [target / f"{subject}{end}" for end in (".nii.gz", ".json", ".nii")]
     with replacing(places[0]) as map_, replacing(places[1]) as beside:
         map_.write_bytes(gzip.compress(image.to_bytes(), 6, mtime=0))
-        beside.write_text(json.dumps(record, indent=1) + "\n")
+        beside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         for old in (places[0], places[2]):  # so that no old map is ever beside the new recipe
             old.unlink(missing_ok=True)
     return deviations is not None

@@ -5,6 +5,7 @@ import hashlib
 import inspect
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import nibabel as nib
@@ -13,9 +14,9 @@ import pandas as pd
 from torch import nn
 from tqdm.auto import tqdm
 
-from brainsex import networks, nifti, perturbation, ranks, replacing
+from brainsex import networks, nifti, perturbation, ranks, replacing, runs
 from brainsex import write as write_text
-from brainsex.cohort import Cohort
+from brainsex.cohort import Cohort, fingerprint
 
 CHUNK = 64
 """Subjects whose maps are computed and saved at a time: what a killed run may lose."""
@@ -105,11 +106,16 @@ def explain(
     subjects = cohort.subjects[rows]
     folds = held_out(networks_folder, subjects)
     tables = [path for path in (out / "masks.csv", *_parts(out)) if path.is_file()]
-    text = {"Subject": str, "key": str}
-    done = pd.concat([pd.DataFrame(), *(pd.read_csv(path, dtype=text) for path in tables)])
     record = out / ("masks.csv" if ranks.first() else f".masks-{ranks.number()}.csv")
     mine, found = ranks.mine(np.arange(len(rows))), []
-    with tqdm(total=len(mine), desc="masks", unit="subject", disable=not ranks.first()) as bar:
+    bar = tqdm(total=len(mine), desc="masks", unit="subject", disable=not ranks.first())
+    with bar, runs.alone(out, "persistence"):
+        if ranks.first():
+            digest = fingerprint(cohort.subjects, cohort.sex, cohort.volumes)
+            runs.record(out, "masks", networks=networks_folder, cohort=digest, **settings)
+        ranks.gather()  # nobody writes before the folder is this run's
+        text = {"Subject": str, "key": str}
+        done = pd.concat([pd.DataFrame(), *(pd.read_csv(path, dtype=text) for path in tables)])
         for fold in np.unique(folds[mine]):
             network = load(networks_folder, fold, cohort)
             now = key(networks_folder, fold, perturbation, sorted(settings.items()))
@@ -136,12 +142,12 @@ def explain(
                 found.append(made.history.assign(**columns))
                 write_text(record, _latest(done, found).to_csv(index=False))
                 bar.update(len(some))
-    found = [table for tables in ranks.gather(found) for table in tables]
-    done = _latest(done, found)
-    if ranks.first():
-        write_text(out / "masks.csv", done.to_csv(index=False))
-        for part in _parts(out):
-            part.unlink()
+        found = [table for tables in ranks.gather(found) for table in tables]
+        done = _latest(done, found)
+        if ranks.first():
+            write_text(out / "masks.csv", done.to_csv(index=False))
+            for part in _parts(out):
+                part.unlink()
     columns = ["sex", "fold", "target", "before", "after", "volume"]
     return done.set_index("Subject").loc[subjects, columns].reset_index()
 
@@ -197,11 +203,12 @@ def kept(
     """
     found = [_read(path, key) for path in paths]
     missing = [place for place, one in enumerate(found) if one is None]
-    for start in range(0, len(missing), CHUNK):
-        some = np.array(missing[start : start + CHUNK])
-        for place, one in zip(some, compute(some)):
-            write(paths[place], one, affine, key)
-            found[place] = one
+    with runs.alone(paths[0].parent) if missing else nullcontext():
+        for start in range(0, len(missing), CHUNK):
+            some = np.array(missing[start : start + CHUNK])
+            for place, one in zip(some, compute(some)):
+                write(paths[place], one, affine, key)
+                found[place] = one
     return np.stack(found)
 
 

@@ -1,6 +1,5 @@
 """A trained network on new volumes, one file after the other, whatever one of them is."""
 
-import json
 from pathlib import Path
 
 import nibabel as nib
@@ -9,7 +8,7 @@ import pandas as pd
 from nibabel.orientations import axcodes2ornt, ornt_transform
 from tqdm.auto import tqdm
 
-from brainsex import SHAPE, networks, sources, training, volumes
+from brainsex import SHAPE, networks, runs, sources, training, volumes
 
 
 def predict(
@@ -36,9 +35,9 @@ def predict(
         As `networks.load`; an orientation that is none.
     """
     checkpoint = Path(checkpoint)
-    run = checkpoint.with_name("run.json")
     grid = {"shape": SHAPE, "affine": None, "modality": "fa", "normalised": False}
-    grid |= json.loads(run.read_text()).get("grid", {}) if run.is_file() else {}
+    run = runs.read(checkpoint.parent)
+    grid |= run.get("train", run).get("grid", {})  # at the top, where it is of an older version
     if sorted(orientation.translate(str.maketrans("LPI", "RAS"))) != ["A", "R", "S"]:
         raise ValueError(f"expected an orientation such as RAS or LAS, found {orientation}.")
     turn = ornt_transform(axcodes2ornt("RAS"), axcodes2ornt(orientation))

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from brainsex import identifier, replacing, write
+from brainsex import identifier, replacing, runs, write
 from brainsex.archives import CHUNK, SUBJECT, files, owner
 from brainsex.nifti import MAX_BYTES, NOT_NIFTI
 
@@ -204,7 +204,10 @@ def choose(
             + " ".join(f"`{command}` makes some." for command in sorted(commands))
         )
     print(f"{chosen['Subject'].nunique()} subjects of kind {kind} (there are: {', '.join(there)})")
-    return _split(chosen, Path(scratch)) if kind == "tbss-4d" else chosen
+    if kind != "tbss-4d":
+        return chosen
+    with runs.alone(scratch):
+        return _split(chosen, Path(scratch))
 
 
 def _split(chosen: pd.DataFrame, target: Path) -> pd.DataFrame:
@@ -224,7 +227,7 @@ def _split(chosen: pd.DataFrame, target: Path) -> pd.DataFrame:
     places = [target / f"{number:05d}.nii.gz" for number in chosen["number"]]
     stat, record = path.stat(), target / "split.json"
     key = json.dumps([stat.st_size, stat.st_mtime_ns, len(places)])
-    if not record.is_file() or record.read_text() != key:
+    if not record.is_file() or record.read_text(encoding="utf-8") != key:
         record.unlink(missing_ok=True)
         opened = gzip.open if path.suffix == ".gz" else open
         try:

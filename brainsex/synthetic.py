@@ -15,7 +15,6 @@ import hashlib
 import io
 import json
 import math
-import os
 import zipfile
 from functools import partial
 from pathlib import Path
@@ -23,11 +22,21 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pandas as pd
-from joblib import Parallel, delayed
+from joblib import Parallel, cpu_count, delayed
 from scipy.ndimage import binary_erosion, map_coordinates, zoom
 from tqdm.auto import tqdm
 
-from brainsex import LABELS, SHAPE, morphometry, nifti, population, replacing, write
+from brainsex import (
+    LABELS,
+    SHAPE,
+    morphometry,
+    nifti,
+    population,
+    read_json,
+    replacing,
+    runs,
+    write,
+)
 from brainsex.anatomy import Anatomy, anatomy, region_table
 
 HEAD_SIZE = 0.12  # men's mean head volume less women's, over the mean of both, as in life
@@ -147,34 +156,35 @@ def write_cohort(
     sizes = {"head_size": float(head_size), "effect": float(effect)}
     options = {"subjects": subjects, "spacing": float(spacing), **sizes}
     options = json.dumps(options | {"template": start, "seed": seed})
-    if marker.is_file() and marker.read_text() != options:
+    if marker.is_file() and marker.read_text(encoding="utf-8") != options:
         raise ValueError(
             f"{folder} holds a synthetic cohort of other options than {options}: {marker}. "
             "Delete it or choose another folder."
         )
     people = population.draw(subjects, seed)
-    write(marker, options)  # first, so that nothing written here passes for real
-    with replacing(folder / "truth" / "regions.nii.gz") as path:
-        path.write_bytes(_nifti(base.labels, base.affine))
-    regions = region_table(base).to_csv(index=False, float_format="%.3f")
-    write(folder / "truth" / "regions.csv", regions)
-    sexes = people.behavioural["Gender"].map(LABELS)
+    with runs.alone(folder, "archives", "truth"):
+        write(marker, options)  # first, so that nothing written here passes for real
+        with replacing(folder / "truth" / "regions.nii.gz") as path:
+            path.write_bytes(_nifti(base.labels, base.affine))
+        regions = region_table(base).to_csv(index=False, float_format="%.3f")
+        write(folder / "truth" / "regions.csv", regions)
+        sexes = people.behavioural["Gender"].map(LABELS)
 
-    def write_subject(row: int) -> None:
-        subject = people.behavioural.at[row, "Subject"]
-        path = folder / "archives" / f"{subject}_3T_Diffusion_FA.zip"
-        if not path.is_file():
-            rng = np.random.default_rng([seed, row])
-            draws = population.anatomical_draws(people.kin.loc[row], seed, DRAWS)
-            volume = subject_volume(base, sexes[row], draws, rng=rng, **sizes)
-            _write_archive(path, subject, volume, base.affine)
+        def write_subject(row: int) -> None:
+            subject = people.behavioural.at[row, "Subject"]
+            path = folder / "archives" / f"{subject}_3T_Diffusion_FA.zip"
+            if not path.is_file():
+                rng = np.random.default_rng([seed, row])
+                draws = population.anatomical_draws(people.kin.loc[row], seed, DRAWS)
+                volume = subject_volume(base, sexes[row], draws, rng=rng, **sizes)
+                _write_archive(path, subject, volume, base.affine)
 
-    rows = sexes.index[people.behavioural["3T_dMRI_Compl"] == "true"]
-    done = Parallel(workers or os.cpu_count(), prefer="threads", return_as="generator")(
-        delayed(write_subject)(row) for row in rows
-    )
-    list(tqdm(done, "synthesize", total=len(rows), unit="subject"))
-    _write_tables(folder, people, seed=seed, **sizes)
+        rows = sexes.index[people.behavioural["3T_dMRI_Compl"] == "true"]
+        done = Parallel(workers or cpu_count(), prefer="threads", return_as="generator")(
+            delayed(write_subject)(row) for row in rows
+        )
+        list(tqdm(done, "synthesize", total=len(rows), unit="subject"))
+        _write_tables(folder, people, seed=seed, **sizes)
     return folder
 
 
@@ -194,7 +204,7 @@ def head_size_alone(cohort: str | Path, folder: str | Path) -> Path:
     folder, marker = Path(folder), Path(cohort) / "SYNTHETIC"
     if not marker.is_file():
         raise FileNotFoundError(f"{cohort}: no synthetic cohort.")
-    options = json.loads(marker.read_text()) | {"effect": 0.0}
+    options = read_json(marker) | {"effect": 0.0}
     write(folder / "SYNTHETIC", json.dumps(options))
     people = population.draw(options["subjects"], options["seed"])
     sizes = {name: options[name] for name in ("head_size", "effect", "seed")}

@@ -100,7 +100,7 @@ def match(
     With `leave_out_qc` subjects with a QC_Issue are among those left out.
     """
     if leave_out_qc and "qc_issue" not in rows:
-        raise ValueError("expected a column QC_Issue in the table of people, found none.")
+        raise ValueError(f"expected a column QC_Issue in the table, found {', '.join(rows)}.")
     accepted, rejected = {}, {}
     for subject in sorted({*files, *rows.index}):
         if subject not in files:
@@ -204,7 +204,9 @@ def _columns(table: Path, needed: dict[str, str], wanted: dict[str, str]) -> pd.
         if same and new not in rows:
             rows = rows.rename(columns={same[0]: new})
     if missing := [name for name in ("Subject", *needed) if name not in rows]:
-        raise ValueError(f"{table}: expected a column {' and '.join(missing)}, found none.")
+        wanted = " and ".join(missing)
+        there = [*rows.columns[:20], *(["…"] if len(rows.columns) > 20 else [])]
+        raise ValueError(f"{table}: expected a column {wanted}, found {', '.join(there)}.")
     rows = rows[[name for name in columns if name in rows]].rename(columns=columns)
     rows = rows.dropna(subset="Subject")
     rows["Subject"] = identifiers(table, rows["Subject"].str.strip().str.removeprefix("sub-"))

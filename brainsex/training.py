@@ -4,7 +4,9 @@ An epoch's random draws come from (seed, epoch): an interrupted run goes on to t
 """
 
 import hashlib
+import io
 import json
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -18,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from brainsex import evaluation, networks, ranks, replacing, write
-from brainsex.cohort import Cohort, Rows
+from brainsex import evaluation, networks, ranks, read_json, replacing, runs, write
+from brainsex.cohort import Cohort, Rows, fingerprint
 from brainsex.confounds import Residuals
 
 
@@ -93,12 +95,19 @@ def fit(
             history.append(row)
             if checkpoint is not None:
                 saved = {name: part.state_dict() for name, part in parts.items()}
-                with replacing(Path(checkpoint)) as path:
-                    torch.save({"call": call, "history": history, **saved}, path)
+                _save(Path(checkpoint), {"call": call, "history": history, **saved})
             bar.update()
             bar.set_postfix({name: f"{value:.3f}" for name, value in row.items()})
     network.eval().to("cpu", memory_format=torch.contiguous_format)
     return History(pd.DataFrame(history))
+
+
+def _save(path: Path, content: dict) -> None:
+    """As `torch.save`, which makes a RuntimeError of a full disk, and names no file."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    with replacing(path) as partial:
+        partial.write_bytes(buffer.getvalue())
 
 
 def _epoch(network, optimiser, volumes, labels: Tensor, batch_size: int, dtype) -> dict[str, float]:
@@ -195,13 +204,16 @@ def cross_validate(
     threads = torch.get_num_threads() if jobs == 1 else max(1, cores // jobs)
     mine = ranks.mine(chosen)
     at_once = max(1, min(len(mine), jobs // ranks.beside()))
-    with nullcontext(out) if out is not None else tempfile.TemporaryDirectory() as folder:
+    with (
+        nullcontext(out) if out is not None else tempfile.TemporaryDirectory() as folder,
+        runs.alone(folder),
+    ):
         run = Path(folder), cohort, assignment, make_network, confounds
         if ranks.first():
             _prepare(*run, {"folds": folds, "seed": seed, **settings})
         ranks.gather()  # nobody trains before the folder is prepared
         done = joblib.Parallel(at_once, return_as="generator")(
-            joblib.delayed(_fold)(*run, fold, 1000 * seed + fold, threads, settings)
+            joblib.delayed(_fold)(os.getpid(), *run, fold, 1000 * seed + fold, threads, settings)
             for fold in mine
         )
         bar = {"total": len(mine), "unit": "fold", "disable": not ranks.first()}
@@ -221,31 +233,32 @@ def _prepare(out: Path, cohort, assignment, make_network, confounds, settings: d
     with torch.random.fork_rng():
         network = str(make_network())
     numbers = () if confounds is None else np.ravel(confounds)
-    data = hashlib.sha256(repr((*cohort.subjects, *cohort.sex, *assignment, *numbers)).encode())
-    for volume in cohort.volumes:
-        data.update(np.ascontiguousarray(volume))
-    settings = {name: str(value) for name, value in settings.items()}
+    facts = {name: str(value) for name, value in settings.items()}
+    facts["cohort"] = fingerprint(cohort.subjects, cohort.sex, cohort.volumes)
+    facts["assignment"] = hashlib.sha256(repr((*assignment, *numbers)).encode()).hexdigest()
     grid = {
         "shape": cohort.volumes.shape[1:],
         "affine": None if cohort.affine is None else cohort.affine.tolist(),
         "modality": cohort.modality,
         "normalised": cohort.normalised,
     }
-    run = {"data": data.hexdigest(), "network": network, "grid": grid, **settings}
-    run = json.dumps(run, indent=1)
-    if not (out / "run.json").is_file() or (out / "run.json").read_text() != run:
+    facts |= {"network": network, "grid": grid}
+    if not runs.same(out, "train", **facts):
         for stale in (*out.glob("fold-*.pt"), *out.glob("fold-*.json"), *out.glob(".fold-*")):
             stale.unlink()
-    write(out / "run.json", run)
+    runs.record(out, "train", **facts)
     table = pd.DataFrame({"Subject": cohort.subjects, "fold": assignment})
     write(out / "folds.csv", table.to_csv(index=False))
 
 
-def _fold(out, cohort, assignment, make_network, confounds, fold, seed, threads, settings) -> dict:
+def _fold(
+    parent, out, cohort, assignment, make_network, confounds, fold, seed, threads, settings
+) -> dict:
     """Train and test one fold, unless it is done."""
+    runs.follow(parent)
     result, weights = out / f"fold-{fold}.json", out / f"fold-{fold}.pt"
     if result.is_file() and weights.is_file():
-        return json.loads(result.read_text())
+        return read_json(result)
     torch.set_num_threads(threads)
     parts = [np.flatnonzero(rows) for rows in (assignment != fold, assignment == fold)]
     with torch.random.fork_rng():
@@ -259,8 +272,7 @@ def _fold(out, cohort, assignment, make_network, confounds, fold, seed, threads,
     history = fit(network, *seen, validation=held_out, **options).epochs.assign(fold=fold)
     probability = predict(network, held_out[0])[:, 1].tolist()
     record = {"probability": probability, "history": history.to_dict("records")}
-    with replacing(weights) as path:
-        torch.save(network.state_dict(), path)
+    _save(weights, network.state_dict())
     write(result, json.dumps(record))
     checkpoint.unlink(missing_ok=True)
     return record

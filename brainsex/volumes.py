@@ -13,7 +13,8 @@ import pandas as pd
 from scipy.ndimage import affine_transform, gaussian_filter
 from tqdm.auto import tqdm
 
-from brainsex import LABELS, SHAPE, identifier, replacing, tables, write
+from brainsex import LABELS, SHAPE, identifier, read_json, replacing, runs, tables, write
+from brainsex.cohort import fingerprint
 from brainsex.nifti import brain_volume, clean, load, normalise, resample
 
 __all__ = ["brain_volume", "clean", "convert", "identifier", "load", "prepare", "resample"]
@@ -82,19 +83,22 @@ def convert(
     target, parts = out_dir / "tensors.npy", out_dir / f".convert-{key[:16]}"
     names = ("tensors.npy", "labels.npy", "subjects.csv", "rejected.csv", "grid.json")
     there = all((out_dir / name).is_file() for name in names)
-    if not there or json.loads((out_dir / "grid.json").read_text()).get("key") != key:
-        for stale in set(out_dir.glob(".convert-*")) - {parts}:
-            shutil.rmtree(stale)
-        records = _reduce(accepted, parts, workers or joblib.cpu_count(), *options)
-        rejected |= {s: record["reason"] for s, record in records.items() if "reason" in record}
-        target.unlink(missing_ok=True)  # nothing loads until everything is written
-        reasons = pd.DataFrame(sorted(rejected.items()), columns=["Subject", "reason"])
-        write(out_dir / "rejected.csv", reasons.to_csv(index=False))
-        kept = {s: record for s, record in records.items() if "reason" not in record}
-        if kept:
-            again = any("again" in record for record in records.values())
-            grid = {"key": "" if again else key, "modality": modality, "normalised": normalised}
-            _write(out_dir, grid, known.loc[list(kept)], kept, parts)
+    if not there or read_json(out_dir / "grid.json").get("key") != key:
+        with runs.alone(out_dir):
+            for stale in set(out_dir.glob(".convert-*")) - {parts}:
+                shutil.rmtree(stale)
+            records = _reduce(accepted, parts, workers or joblib.cpu_count(), *options)
+            rejected |= {s: record["reason"] for s, record in records.items() if "reason" in record}
+            target.unlink(missing_ok=True)  # nothing loads until everything is written
+            reasons = pd.DataFrame(sorted(rejected.items()), columns=["Subject", "reason"])
+            write(out_dir / "rejected.csv", reasons.to_csv(index=False))
+            kept = {s: record for s, record in records.items() if "reason" not in record}
+            if kept:
+                again = any("again" in record for record in records.values())
+                grid = {"key": "" if again else key, "modality": modality, "normalised": normalised}
+                facts = {"source": fa_dir, "table": table}
+                facts |= {"regrid": regrid, "leave_out_qc": leave_out_qc}
+                _write(out_dir, grid, facts, known.loc[list(kept)], kept, parts)
     shutil.rmtree(parts, ignore_errors=True)
     if not target.is_file():
         raise ValueError(
@@ -204,24 +208,31 @@ def _onto(volume: np.ndarray, affine: np.ndarray, shape: tuple, to_mm: np.ndarra
     return moved
 
 
-def _write(out_dir: Path, grid: dict, known: pd.DataFrame, records: dict, parts: Path) -> None:
+def _write(
+    out_dir: Path, grid: dict, facts: dict, known: pd.DataFrame, records: dict, parts: Path
+) -> None:
     """The cohort's files from its parts; ``tensors.npy``, without which nothing loads, last."""
+
+    def volume(subject: str) -> np.ndarray:
+        with np.load(parts / f"{subject}.npz") as saved:
+            return saved["volume"]
+
     subjects = known.reset_index()
     subjects.insert(2, "label", subjects["Gender"].map(LABELS))
     for column in ("brain_volume_ml", "non_finite", "negative", "above_one"):
         subjects[column] = [record[column] for record in records.values()]
     first = next(iter(records))
-    with np.load(parts / f"{first}.npz") as saved:
-        shape, dtype = saved["volume"].shape, saved["volume"].dtype
+    shape, dtype = volume(first).shape, volume(first).dtype
     write(out_dir / "subjects.csv", subjects.to_csv(index=False))
     with replacing(out_dir / "labels.npy") as path, path.open("wb") as file:
         np.save(file, subjects["label"].to_numpy(np.int64))
     grid = {"shape": shape, "affine": records[first]["affine"], **grid}
     write(out_dir / "grid.json", json.dumps(grid))
+    digest = fingerprint(subjects["Subject"], subjects["label"], map(volume, records))
+    runs.record(out_dir, "convert", cohort=digest, **facts, **grid)
     with replacing(out_dir / "tensors.npy") as path, path.open("wb") as file:
         header = {"shape": (len(records), *shape), "fortran_order": False}
         header["descr"] = np.lib.format.dtype_to_descr(dtype)
         np.lib.format.write_array_header_1_0(file, header)
         for subject in records:
-            with np.load(parts / f"{subject}.npz") as saved:
-                file.write(saved["volume"].tobytes())
+            file.write(volume(subject).tobytes())

@@ -14,7 +14,7 @@ import nbformat
 import papermill
 import yaml
 
-from brainsex import KEEP_MEMORY, replacing
+from brainsex import KEEP_MEMORY, replacing, runs
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -83,17 +83,29 @@ def main() -> None:
     folders = {name: from_here(path) for name, path in folders.items()}
 
     os.environ.update(KEEP_MEMORY | os.environ)
+    try:
+        with runs.alone(out):
+            runs.record(out, "notebooks", profile=arguments.profile, settings=settings, **folders)
+            run(out, folders, settings, arguments.in_place)
+    except BlockingIOError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print(f"stopped: the same command goes on from what is in {out}", file=sys.stderr)
+        sys.exit(130)
+    print(f"figures in {image.name}/", flush=True)
+
+
+def run(out: Path, folders: dict, settings: dict, in_place: bool) -> None:
+    """All notebooks, in order."""
     start = time.monotonic()
     for source in sorted(HERE.glob("[0-9][0-9]_*.ipynb")):
-        if arguments.in_place:  # with its own parameters, which are the default profile
+        if in_place:  # with its own parameters, which are the default profile
             with replacing(source) as partial:
                 execute(source, partial, {})
                 tidy(partial)
         else:
             execute(source, out / source.name, folders | settings.get(source.stem, {}))
-    print(
-        f"\nall notebooks: {time.monotonic() - start:.0f} s; figures in {image.name}/", flush=True
-    )
+    print(f"\nall notebooks: {time.monotonic() - start:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

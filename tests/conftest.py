@@ -5,6 +5,9 @@ import numpy as np
 import pytest
 import torch
 
+NO_RESULT = {".lock", "run.json", "rejected.csv"}
+"""What a run leaves in its folder beside its results."""
+
 
 @pytest.fixture
 def in_process():

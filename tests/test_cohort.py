@@ -233,8 +233,8 @@ def test_find_knows_the_project_s_name_and_hcp_s(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"Subject,Hand\n1,F\n", "expected a column Gender, found none"),
-        (b"ID|Gender\n1|F\n", "expected a column Subject and Gender, found none"),
+        (b"Subject,Hand\n1,F\n", "expected a column Gender, found Subject, Hand"),
+        (b"ID|Gender\n1|F\n", r"expected a column Subject and Gender, found ID\|Gender"),
         (b"", "not a CSV table"),
         (b'Subject,Gender\n1,F\n2,"M\n', "not a CSV table"),
         (b"Subject,Gender\n\xff\xfe,F\n", "not a CSV table"),

@@ -413,7 +413,7 @@ def test_networks_are_placed_channels_last():
     assert solid.hidden2[0].weight.is_contiguous(memory_format=torch.channels_last_3d)
 
 
-# ------------------------------------------------------------------------- memory and speed, exactly
+# ---------------------------------------------------------------------------- memory and speed
 
 
 def test_a_hidden_layer_trains_to_the_bits_of_its_parts():

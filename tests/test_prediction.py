@@ -139,7 +139,7 @@ def test_the_field_of_view_must_be_the_training_cohort_s(tmp_path, one_cpu_threa
     assert "expected the training cohort's field of view" in rejected["reason"][0]
     _, rejected = predict(networks_ / "fold-0.pt", [folder / "fa/000001.nii.gz"], orientation="LAS")
     assert len(rejected) == 1, "ours are trained in RAS"
-    grid = json.loads((networks_ / "run.json").read_text())["grid"]
+    grid = json.loads((networks_ / "run.json").read_text())["train"]["grid"]
     np.testing.assert_allclose(grid["affine"], data.affine)
 
 

@@ -65,12 +65,16 @@ def alone(cohort):
 
 
 def contents(folder):
-    """All files: state dicts as tensors, whose archives name the file, the rest as bytes."""
+    """All files: state dicts as tensors, whose archives name the file, records without the number
+    of cores, the rest as bytes."""
     found = {}
     for path in filter(Path.is_file, folder.rglob("*")):
         name = str(path.relative_to(folder))
         if path.suffix == ".pt":
             found[name] = {k: v.numpy().tobytes() for k, v in torch.load(path).items()}
+        elif path.name == "run.json":
+            entries = json.loads(path.read_text()).items()
+            found[name] = {name: facts | {"made_with": None} for name, facts in entries}
         else:
             found[name] = path.read_bytes()
     return found

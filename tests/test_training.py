@@ -385,8 +385,8 @@ def test_each_subject_is_tested_once_by_a_network_that_did_not_see_it(tmp_path, 
         (fold, epoch) for fold in range(3) for epoch in (1, 2)
     ]
     files = {f"fold-{fold}.{end}" for fold in range(3) for end in ("pt", "json")}
-    assert {path.name for path in out.iterdir()} == files | {"folds.csv", "run.json"}
-    settings = json.loads((out / "run.json").read_text())
+    assert {path.name for path in out.iterdir()} == files | {"folds.csv", "run.json", ".lock"}
+    settings = json.loads((out / "run.json").read_text())["train"]
     assert (settings["epochs"], settings["seed"], settings["milestones"]) == ("2", "4", "(5, 15)")
 
 
@@ -467,7 +467,7 @@ def test_other_settings_or_data_start_anew(tmp_path, alone, fitted, monkeypatch,
         with pytest.raises(KeyboardInterrupt):
             cross_validate(cohort.load(tmp_path / "c"), network, out=out, **options)
     names = {path.name for path in out.iterdir()}
-    assert names == {"folds.csv", "run.json"}  # no network of other folds
+    assert names == {"folds.csv", "run.json", ".lock"}  # no network of other folds
     cross_validate(cohort.load(tmp_path / "c"), network, out=out, **options)
     assert len(fitted) == 3
 

@@ -1,6 +1,7 @@
 """What a network sees in men's and women's brains: from FA archives to perturbation masks."""
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -46,11 +47,23 @@ def replacing(path: Path) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
+    partial.unlink(missing_ok=True)  # a link there would lead what is written elsewhere
     try:
         yield partial
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def read_record(path: Path) -> dict:
+    """The JSON object that a command left; a ValueError that names the file where there is none."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: expected JSON, cannot read it ({error}). Delete it.") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {record!r:.100}. Delete it.")
+    return record
 
 
 def write(path: Path, text: str) -> None:

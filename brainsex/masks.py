@@ -13,7 +13,7 @@ import pandas as pd
 from torch import nn
 from tqdm.auto import tqdm
 
-from brainsex import networks, nifti, perturbation, replacing
+from brainsex import networks, nifti, perturbation, replacing, tables
 from brainsex import write as write_text
 from brainsex.cohort import Cohort
 
@@ -34,7 +34,7 @@ def held_out(networks_folder: str | Path, subjects: Sequence[str]) -> np.ndarray
     path = Path(networks_folder) / "folds.csv"
     if not path.is_file():
         raise FileNotFoundError(f"{networks_folder}: no folds.csv. Run notebook 04_cnn_3d first.")
-    folds = pd.read_csv(path, dtype={"Subject": str}).set_index("Subject")["fold"]
+    folds = tables.folds(path)
     if unknown := sorted(set(subjects) - set(folds.index)):
         raise ValueError(f"{networks_folder}: folds.csv does not know {', '.join(unknown[:10])}.")
     return folds[subjects].to_numpy()
@@ -105,7 +105,10 @@ def explain(
     subjects = cohort.subjects[rows]
     folds = held_out(networks_folder, subjects)
     record = out / "masks.csv"
-    done = pd.read_csv(record, dtype={"Subject": str}) if record.is_file() else pd.DataFrame()
+    columns = ["sex", "fold", "target", "before", "after", "volume"]
+    done = pd.DataFrame()
+    if record.is_file():
+        done = tables.written(record, "Subject", *columns, "key")
     with tqdm(total=len(rows), desc="masks", unit="subject") as bar:
         for fold in np.unique(folds):
             network = load(networks_folder, fold, cohort)
@@ -131,7 +134,6 @@ def explain(
                 done = pd.concat([done, more]).drop_duplicates("Subject", keep="last")
                 write_text(record, done.to_csv(index=False))
                 bar.update(len(some))
-    columns = ["sex", "fold", "target", "before", "after", "volume"]
     return done.set_index("Subject").loc[subjects, columns].reset_index()
 
 

@@ -1,6 +1,5 @@
 """A trained network on new volumes, one file after the other, whatever one of them is."""
 
-import json
 from pathlib import Path
 
 import nibabel as nib
@@ -9,7 +8,7 @@ import pandas as pd
 from nibabel.orientations import axcodes2ornt, ornt_transform
 from tqdm.auto import tqdm
 
-from brainsex import SHAPE, networks, sources, training, volumes
+from brainsex import SHAPE, cohort, networks, read_record, sources, training, volumes
 
 
 def predict(
@@ -38,7 +37,8 @@ def predict(
     checkpoint = Path(checkpoint)
     run = checkpoint.with_name("run.json")
     grid = {"shape": SHAPE, "affine": None, "modality": "fa", "normalised": False}
-    grid |= json.loads(run.read_text()).get("grid", {}) if run.is_file() else {}
+    if run.is_file() and "grid" in (record := read_record(run)):
+        grid = cohort.checked_grid(record["grid"], run)
     if sorted(orientation.translate(str.maketrans("LPI", "RAS"))) != ["A", "R", "S"]:
         raise ValueError(f"expected an orientation such as RAS or LAS, found {orientation}.")
     turn = ornt_transform(axcodes2ornt("RAS"), axcodes2ornt(orientation))
@@ -48,7 +48,7 @@ def predict(
             volume, affine, _ = volumes.prepare(path, grid["modality"], grid["normalised"])
             image = nib.Nifti1Image(volume, affine).as_reoriented(turn)
             small, affine = volumes.resample(image.dataobj, image.affine, network.shape)
-            if grid["affine"] and not np.allclose(affine, grid["affine"], atol=1e-3):
+            if grid["affine"] is not None and not np.allclose(affine, grid["affine"], atol=1e-3):
                 found, expected = (np.round(each, 3).tolist() for each in (affine, grid["affine"]))
                 raise ValueError(
                     f"{path}: expected the training cohort's field of view, of affine {expected} "

@@ -73,12 +73,7 @@ def fit(
     parts = {"network": network, "optimiser": optimiser, "schedule": schedule}
     history: list[dict] = []
     if checkpoint is not None and Path(checkpoint).is_file():
-        saved = torch.load(checkpoint, map_location=device, weights_only=True)
-        if saved["call"] != call:
-            raise ValueError(f"{checkpoint} is of another call. Delete it, or name another file.")
-        for name, part in parts.items():
-            part.load_state_dict(saved[name])
-        history = saved["history"]
+        history = _resume(Path(checkpoint), call, parts, device)
     bar = tqdm(range(epochs), initial=len(history), desc="fit", unit="epoch", disable=not progress)
     with bar, torch.random.fork_rng():
         for epoch in range(len(history), epochs):
@@ -99,6 +94,21 @@ def fit(
             bar.set_postfix({name: f"{value:.3f}" for name, value in row.items()})
     network.eval().to("cpu", memory_format=torch.contiguous_format)
     return History(pd.DataFrame(history))
+
+
+def _resume(checkpoint: Path, call: str, parts: dict, device: torch.device) -> list[dict]:
+    """Put the parts back as a checkpoint of the same call has them; its history."""
+    try:
+        saved = networks.read(checkpoint, device)
+        if saved["call"] == call:
+            for name, part in parts.items():
+                part.load_state_dict(saved[name])
+            pd.DataFrame(saved["history"])["epoch"]
+            return saved["history"]
+    except networks.UNREADABLE as error:
+        why = " ".join(str(error).split())
+        raise ValueError(f"{checkpoint}: no checkpoint ({why:.1000}). Delete it.") from error
+    raise ValueError(f"{checkpoint} is of another call. Delete it, or name another file.")
 
 
 def _epoch(network, optimiser, volumes, labels: Tensor, batch_size: int, dtype) -> dict[str, float]:
@@ -211,7 +221,9 @@ def _prepare(out: Path, cohort, assignment, make_network, confounds, settings: d
         network = str(make_network())
     numbers = () if confounds is None else np.ravel(confounds)
     data = hashlib.sha256(repr((*cohort.subjects, *cohort.sex, *assignment, *numbers)).encode())
-    for volume in cohort.volumes:
+    for subject, volume in zip(cohort.subjects, cohort.volumes):
+        if not np.isfinite(volume).all():
+            raise ValueError(f"{cohort.name}: tensors.npy is not finite for {subject}.")
         data.update(np.ascontiguousarray(volume))
     settings = {name: str(value) for name, value in settings.items()}
     grid = {

@@ -145,7 +145,7 @@ def spoil(path, kind):
         ("not a number", r"labels\.npy: expected 0 and 1"),
         ("other labels", r"subjects\.csv and labels\.npy disagree"),
         ("fewer rows", r"subjects\.csv and labels\.npy disagree"),
-        ("other table", r"subjects\.csv and labels\.npy disagree"),
+        ("other table", r"subjects\.csv: expected a column label, found none"),
         ("other grid", r"grid\.json and tensors\.npy disagree"),
         ("truncated", r"tensors\.npy: no whole NumPy array"),
         ("empty", r"tensors\.npy: no whole NumPy array"),

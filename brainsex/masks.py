@@ -131,7 +131,8 @@ def explain(
                     for path, one in zip(_paths(out, name), maps):
                         write(path, one, cohort.affine, now)
                 more = found.history.assign(Subject=names, sex=cohort.sex[some], fold=fold, key=now)
-                done = pd.concat([done, more]).drop_duplicates("Subject", keep="last")
+                done = pd.concat([done, more]) if len(done) else more
+                done = done.drop_duplicates("Subject", keep="last")
                 write_text(record, done.to_csv(index=False))
                 bar.update(len(some))
     return done.set_index("Subject").loc[subjects, columns].reset_index()

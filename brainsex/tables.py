@@ -4,6 +4,7 @@ import csv
 import re
 import warnings
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -196,13 +197,16 @@ def raw(table: str | Path) -> pd.DataFrame:
 
 
 def written(path: str | Path, *columns: str) -> pd.DataFrame:
-    """A table that a command wrote, with IDs as strings; a ValueError where a column is missing."""
-    try:
-        rows = pd.read_csv(path, dtype={"Subject": str, "group": str})
-    except (*UNREADABLE, ValueError, OverflowError) as error:
-        raise ValueError(f"{path}: not a CSV table ({error}). Make it again.") from error
+    """A table that a command wrote, its columns numbers where all cells are, but for IDs.
+
+    A ValueError where one of the columns is missing.
+    """
+    rows = raw(path)
     if missing := [name for name in columns if name not in rows]:
         raise ValueError(f"{path}: expected a column {' and '.join(missing)}, found none.")
+    for name in rows.columns.difference(["Subject", "group"]):
+        with suppress(ValueError):
+            rows[name] = pd.to_numeric(rows[name])
     if "Subject" in columns:
         identifiers(path, rows["Subject"])
     return rows

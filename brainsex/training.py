@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from brainsex import evaluation, networks, replacing, write
+from brainsex import evaluation, networks, read_record, replacing, write
 from brainsex.cohort import Cohort, Rows
 from brainsex.confounds import Residuals
 
@@ -234,19 +234,34 @@ def _prepare(out: Path, cohort, assignment, make_network, confounds, settings: d
     }
     run = {"data": data.hexdigest(), "network": network, "grid": grid, **settings}
     run = json.dumps(run, indent=1)
-    if not (out / "run.json").is_file() or (out / "run.json").read_text() != run:
+    path = out / "run.json"
+    if not path.is_file() or path.read_text(encoding="utf-8", errors="replace") != run:
         for stale in (*out.glob("fold-*.pt"), *out.glob("fold-*.json"), *out.glob(".fold-*")):
             stale.unlink()
-    write(out / "run.json", run)
+    write(path, run)
     table = pd.DataFrame({"Subject": cohort.subjects, "fold": assignment})
     write(out / "folds.csv", table.to_csv(index=False))
+
+
+def _finished(result: Path, count: int) -> dict:
+    """The record of a fold that is done, of so many held-out subjects."""
+    record = read_record(result)
+    try:
+        found = np.asarray(record.get("probability"), float)
+    except (ValueError, TypeError, OverflowError):
+        found = np.empty(0)
+    history = record.get("history")
+    rows = isinstance(history, list) and all(isinstance(row, dict) for row in history)
+    if found.shape != (count,) or not np.isfinite(found).all() or not rows:
+        raise ValueError(f"{result}: expected {count} probabilities and a history. Delete it.")
+    return record
 
 
 def _fold(out, cohort, assignment, make_network, confounds, fold, seed, threads, settings) -> dict:
     """Train and test one fold, unless it is done."""
     result, weights = out / f"fold-{fold}.json", out / f"fold-{fold}.pt"
     if result.is_file() and weights.is_file():
-        return json.loads(result.read_text())
+        return _finished(result, int((assignment == fold).sum()))
     torch.set_num_threads(threads)
     parts = [np.flatnonzero(rows) for rows in (assignment != fold, assignment == fold)]
     with torch.random.fork_rng():

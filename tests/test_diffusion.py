@@ -586,7 +586,7 @@ def test_hostile_bytes_stop_nothing(source, target):
         save(source, {f"{900000 + number}.zip": bytes(content)})
         plain = bytearray(PLAIN)
         plain[draw.integers(352)] = draw.integers(256)
-        save(source / f"{910000 + number}", series(data=gzip.compress(plain, 1)))
+        save(source / f"{900100 + number}", series(data=gzip.compress(plain, 1)))
     table = diffusion.fit(source, target, workers=1)
     assert len(table) == 80
     for subject in table.loc[table["status"] == "fitted", "Subject"]:

@@ -57,6 +57,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def read_record(path: Path) -> dict:
     """The JSON object that a command left; a ValueError that names the file where there is none."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file.")
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

@@ -109,6 +109,8 @@ def explain(
     done = pd.DataFrame()
     if record.is_file():
         done = tables.written(record, "Subject", *columns, "key")
+        if len(done) and any(done[name].dtype.kind not in "iuf" for name in columns[3:]):
+            raise ValueError(f"{record}: expected numbers, found others. Delete it.")
     with tqdm(total=len(rows), desc="masks", unit="subject") as bar:
         for fold in np.unique(folds):
             network = load(networks_folder, fold, cohort)

@@ -16,6 +16,7 @@ MAX_COLUMNS = 50_000
 MAX_HEADER = 1 << 22
 """Of the widest table that is read: UK Biobank's have some 30,000 columns."""
 UNFIT = r"[/\\\x00-\x1f\x7f]"
+MAX_WRITTEN = 1 << 24  # bytes
 MAX_NAME = 200
 """What no ID may hold, and its length: it is part of the names of files."""
 NO_VOLUME = "a row, but no volume"  # why `match` leaves out whom only the table knows
@@ -201,6 +202,8 @@ def written(path: str | Path, *columns: str) -> pd.DataFrame:
 
     A ValueError where one of the columns is missing.
     """
+    if Path(path).stat().st_size > MAX_WRITTEN:
+        raise ValueError(f"{path}: more than {MAX_WRITTEN} bytes: no table of ours. Make it again.")
     rows = raw(path)
     if missing := [name for name in columns if name not in rows]:
         raise ValueError(f"{path}: expected a column {' and '.join(missing)}, found none.")

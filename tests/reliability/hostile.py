@@ -401,7 +401,8 @@ def niftis(whole: bytes, *, gz: bool = True) -> Iterator[tuple[str, bytes]]:
 
 def csvs(whole: bytes) -> Iterator[tuple[str, bytes]]:
     lines = whole.decode().splitlines()
-    text, cell = whole.decode(), lines[1].replace("\t", ",").split(",")[0]
+    lines = lines if len(lines) > 1 else [*lines, "000010,no reason"]
+    text, cell = "\n".join(lines) + "\n", lines[1].replace("\t", ",").split(",")[0]
     mark = "\t" if "\t" in lines[0] else ","
     for encoding in ("utf-16", "utf-32", "utf-8-sig", "cp037"):
         yield encoding, text.encode(encoding)
@@ -828,7 +829,7 @@ def kept(root: Path, kind: Kind) -> dict[str, bytes]:
 def judge(root: Path, kind: Kind, record: dict, before: dict, alone: dict) -> Iterator[str]:
     """What is wrong with how a case ended."""
     place = Path(kind.place)
-    names = place.name, place.name.split(".")[0], place.parent.name
+    names = place.name, place.name.split(".")[0], place.parent.name, str(Path(*place.parts[:2]))
     for name, ending in record["endings"].items():
         if "Traceback" in ending or not (ending == "" or ending.startswith("error: ")):
             yield f"{name}: {ending[-1500:]}"

@@ -511,7 +511,7 @@ def npys(whole: bytes) -> Iterator[tuple[str, bytes]]:
         for bad in (np.nan, np.inf, -1e30, 0):
             yield f"all {bad}", array(np.full_like(values, bad))
         flecked = values.copy()
-        flecked[:, 5, 5, 5] = np.nan
+        flecked[..., 5, 5, 5] = np.nan
         yield "a NaN each", array(flecked)
     for label in (2, -1, 9**9):
         yield f"values {label}", array(np.full_like(values, label))
@@ -723,7 +723,9 @@ KINDS = {
     "grid.json of a convert before": Kind("out/converted/grid.json", jsons, ("convert",)),
     "labels.npy of a convert before": Kind("out/converted/labels.npy", npys, ("convert",)),
     "rejected.csv of a convert before": Kind("out/converted/rejected.csv", csvs, ("convert",)),
-    "parts of a convert": Kind("out/parts/000001.npz", npys, ("convert",)),
+    "parts of a convert": Kind(
+        "out/parts/000001.npz", lambda _: npys(array(volume(1))), ("convert",)
+    ),
     "label volumes": Kind("in/atlas/labels.nii.gz", image, ("atlases.load csv",)),
     "label tables, CSV": Kind("in/atlas/labels.csv", csvs, ("atlases.load csv",)),
     "label tables, JSON": Kind("in/atlas/labels.json", jsons, ("atlases.load json",)),

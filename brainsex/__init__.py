@@ -60,15 +60,20 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def read_record(path: Path) -> dict:
+    """The JSON object that a command left; a ValueError that names the file where there is none."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file.")
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: expected JSON, cannot read it ({error}). Delete it.") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {record!r:.100}. Delete it.")
+    return record
+
+
 def write(path: Path, text: str) -> None:
     """Write a text whole, or not at all."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
-
-
-def read_json(path: Path):
-    """What a JSON file of ours holds; a ValueError that names it where it is not a whole one."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: expected JSON, found none ({error}). Delete it.") from error

@@ -26,6 +26,7 @@ from brainsex import identifier, replacing, runs, write
 FA_MEMBERS = ("*_FA.nii.gz", "FA.nii.gz", "*_FA.nii", "FA.nii")
 MAX_MEMBER = 2 << 30  # bytes of the largest volume taken out
 MAX_INNER = 8 << 30  # bytes of the largest compressed inner archive inflated to a temporary file
+MAX_RATIO = 100  # of what a member inflates to, to what is stored; HCP's are near 1, bombs 1000
 CHUNK = 1 << 20
 UNREADABLE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, OverflowError)
 UNREADABLE += (RuntimeError, ValueError)
@@ -159,7 +160,8 @@ def files(source: Path, *endings: str) -> Iterator[Path]:
             continue
         above[folder] = (*parents, real)
         folders[:] = (name for name in folders if not name.startswith("."))
-        yield from (Path(folder, name) for name in names if name.lower().endswith(endings))
+        paths = (Path(folder, name) for name in names if name.lower().endswith(endings))
+        yield from (path for path in paths if path.is_file() or not path.exists())  # no pipes
 
 
 def owner(path: str | Path) -> str:
@@ -241,7 +243,7 @@ def _open_inner(path: Path, member: Member, scratch: Path, stack: ExitStack) -> 
             file.write(chunk)
         file.flush()
         return file
-    check(info, label, info.file_size)  # read in place: of any size
+    check(member, info.file_size)  # read in place: of any size
     with reading(label):
         outer = stack.enter_context(open(path, "rb", buffering=0))
         outer.seek(info.header_offset + 26)  # lengths of name and extra field, in a local header
@@ -272,7 +274,7 @@ class _Window(io.RawIOBase):
 def chunks(member: Member, limit: int) -> Iterator[bytes]:
     """Yield a member's bytes to its end, where zipfile compares their checksum."""
     archive, info, label = member
-    check(info, label, limit)
+    check(member, limit)
     with reading(label), archive.open(info) as stream:
         left = info.file_size
         while chunk := stream.read(CHUNK):
@@ -282,13 +284,20 @@ def chunks(member: Member, limit: int) -> Iterator[bytes]:
             raise EOFError(f"{left} fewer bytes than declared")
 
 
-def check(info: zipfile.ZipInfo, label: str, limit: int) -> None:
+def check(member: Member, limit: int) -> None:
+    archive, info, label = member
     if info.flag_bits & 1:
         raise Rejected(f"{label}: encrypted, which HCP's archives are not: download it again")
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise Rejected(f"{label}: expected deflate, found method {info.compress_type}: repack it")
     if info.file_size > limit:
         raise Rejected(f"{label}: expected at most {limit} bytes, declared are {info.file_size}")
+    stored = min(info.compress_size, archive.start_dir)  # which it says itself, and could be a lie
+    if info.file_size > MAX_RATIO * stored + CHUNK:
+        raise Rejected(
+            f"{label}: expected at most {MAX_RATIO} times what is stored, {stored} bytes, declared "
+            f"are {info.file_size}: no volume"
+        )
 
 
 @contextmanager

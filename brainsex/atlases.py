@@ -13,13 +13,19 @@ import numpy as np
 import pandas as pd
 from nibabel.affines import apply_affine
 
-from brainsex import nifti
+from brainsex import nifti, tables
 
 INSIDE = 0.9
 """Share of a map that has to lie in the atlas's field of view, and of its labels in the brain."""
 SIDES = {"left": r"(?i:\bleft\b)|(^|[ _.-])(L|lh)($|[ _.-])",
          "right": r"(?i:\bright\b)|(^|[ _.-])(R|rh)($|[ _.-])"}  # fmt: skip
 """How a region's name says on which side it lies."""
+
+
+MAX_TABLE = 1 << 24
+"""Bytes of the longest table of labels."""
+NO_TABLE = (ValueError, TypeError, AttributeError, SyntaxError, KeyError, OverflowError)
+NO_TABLE += (RecursionError, LookupError)
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,7 @@ def _names(table: str | Path | pd.DataFrame) -> dict[int, str]:
     """Name of each label."""
     where = "the table" if isinstance(table, pd.DataFrame) else table
     rows = pd.DataFrame(_rows(table), columns=["label", "name"])
-    labels = pd.to_numeric(rows["label"], errors="coerce")
+    labels = pd.to_numeric(rows["label"].astype(str), errors="coerce")
     names = rows["name"].astype(str).str.strip()
     blank = rows["name"].isna() | (names == "")
     wrong = blank | (labels % 1 != 0) | labels.duplicated()  # what is no number is NaN
@@ -102,7 +108,7 @@ def _names(table: str | Path | pd.DataFrame) -> dict[int, str]:
         label, name = rows[wrong].iloc[0]
         raise ValueError(
             f"{where}: expected whole numbers with a name each, found another number, a blank, or "
-            f"a label named twice: {label}, {name}. Mend that row."
+            f"a label named twice: {label!s:.50}, {name!s:.50}. Mend that row."
         )
     return dict(zip(labels.astype(int).tolist(), names))
 
@@ -117,8 +123,10 @@ def _rows(table: str | Path | pd.DataFrame) -> list[tuple]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such table. DATA_ACCESS.md says how to get atlases.")
     try:
+        if (size := path.stat().st_size) > MAX_TABLE:
+            raise ValueError(f"{size} bytes, at most {MAX_TABLE}")
         if path.suffix.lower() in (".csv", ".tsv"):
-            return _columns(pd.read_csv(path, sep=None, engine="python", encoding="utf-8-sig"))
+            return _columns(tables.raw(path))
         if path.suffix.lower() == ".xml":
             root = ElementTree.parse(path).getroot()
             # FSL numbers the volumes of probability maps from 0, and their labels from 1
@@ -138,10 +146,10 @@ def _rows(table: str | Path | pd.DataFrame) -> list[tuple]:
             if line and not line.startswith("#")
         ]
         return [(match[1], match[2]) for match in matches]
-    except (ValueError, TypeError, AttributeError, SyntaxError, KeyError) as error:
+    except NO_TABLE as error:
         raise ValueError(
-            f"{path}: no table of labels and names ({error}). Expected CSV with label and name, "
-            "FSL's XML, JSON, or a label and a name a line."
+            f"{path}: no table of labels and names ({error!s:.300}). Expected CSV with label and "
+            "name, FSL's XML, JSON, or a label and a name a line."
         ) from error
 
 

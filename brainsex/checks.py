@@ -106,8 +106,12 @@ def montage(cohort: Cohort, found: pd.DataFrame, path: str | Path) -> None:
 def _mean(cohort: Cohort) -> np.ndarray:
     """The mean image (X, Y, Z) float64."""
     mean = np.zeros(cohort.volumes.shape[1:])
-    for row in range(len(cohort)):
+    for row, subject in enumerate(cohort.subjects):
         mean += cohort.volumes[row]
+        if not np.isfinite(mean).all():
+            raise ValueError(f"{cohort.name}: tensors.npy is not finite from {subject} on.")
+    if not (mean / len(cohort) > BRAIN_FA).any():
+        raise ValueError(f"{cohort.name}: tensors.npy has no voxel that counts as brain.")
     return mean / len(cohort)
 
 

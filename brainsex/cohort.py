@@ -1,15 +1,21 @@
 """The one loader: volumes, sex, subjects, groups and affine of a converted cohort."""
 
 import hashlib
+import math
 import mmap
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 import pandas as pd
 
-from brainsex import read_json, tables
+from brainsex import MODALITIES, read_record, tables
+from brainsex.nifti import MAX_VOXELS
+
+NO_ARRAY = (ValueError, EOFError, TypeError, OverflowError, RecursionError, MemoryError, TokenError)
+"""What a file that is no array raises: NumPy reads its header as Python's literals."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ def _announce(volumes: np.ndarray, rows: np.ndarray) -> None:
     Around each page that is missed it would read some MB: several times a cohort that does not fit
     into memory (`python -m tests.benchmarks`).
     """
-    mapped = volumes.base
+    mapped = getattr(volumes, "base", None)  # residuals have none
     if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_WILLNEED"):
         offset = volumes.ctypes.data - np.frombuffer(mapped, np.uint8).ctypes.data
         for row in np.atleast_1d(rows):
@@ -83,29 +89,31 @@ def load(folder: str | Path, *, affine: np.ndarray | None = None) -> Cohort:
             f"{folder}: expected tensors (N, X, Y, Z) and labels (N,), found {volumes.shape} "
             f"and {sex.shape}. Convert again."
         )
+    if volumes.dtype.kind != "f" or sex.dtype.kind not in "biuf" or not volumes.size:
+        raise ValueError(
+            f"{folder}: expected tensors of floats and labels of numbers, found {volumes.shape} of "
+            f"{volumes.dtype} and {sex.dtype}. Convert again."
+        )
     if not np.isin(sex, (0, 1)).all():
         raise ValueError(f"{folder / 'labels.npy'}: expected 0 and 1, found {np.unique(sex)}.")
     sex = np.array(sex, np.int64)
     if (folder / "subjects.csv").is_file():
-        table = pd.read_csv(folder / "subjects.csv", dtype={"Subject": str, "group": str})
-        if not np.array_equal(table.get("label"), sex):
+        table = tables.written(folder / "subjects.csv", "Subject", "label")
+        if not np.array_equal(table["label"], sex):
             raise ValueError(f"{folder}: subjects.csv and labels.npy disagree. Convert again.")
     else:
         names = [f"{i:0{len(str(len(sex)))}d}" for i in range(len(sex))]
         table = pd.DataFrame({"Subject": names, "label": sex})
-    grid = {}
-    if (folder / "grid.json").is_file():
-        grid = read_json(folder / "grid.json")
-        if tuple(grid["shape"]) != volumes.shape[1:]:
+    made, path = {}, folder / "grid.json"
+    if path.is_file():
+        made = checked_grid(read_record(path), path)
+        if made.pop("shape") != volumes.shape[1:]:
             raise ValueError(f"{folder}: grid.json and tensors.npy disagree. Convert again.")
-        affine = grid["affine"]
-    if affine is not None:
-        affine = np.asarray(affine, float)
-        if affine.shape != (4, 4):
-            raise ValueError(f"expected an affine (4, 4), found {affine.shape}.")
+        affine = made.pop("affine")
+    elif affine is not None:
+        affine = _affine(affine, "the affine given")
     groups = table.set_index("Subject")["group"] if "group" in table else pd.Series(dtype=str)
     subjects, groups = table["Subject"].to_numpy(str), tables.filled(groups)
-    made = {"modality": grid.get("modality", "fa"), "normalised": grid.get("normalised", False)}
     return Cohort(*name_of(folder), volumes, sex, subjects, groups, affine, table, **made)
 
 
@@ -142,6 +150,43 @@ def name_of(folder: str | Path) -> tuple[str, bool]:
     return name if not synthetic or "synthetic" in name else f"{name} (synthetic)", synthetic
 
 
+def checked_grid(grid: dict, path: Path) -> dict:
+    """Shape, affine, modality and normalised of a cohort, as a record has them, or a ValueError."""
+    if not isinstance(grid, dict):
+        raise ValueError(f"{path}: expected a grid, found {grid!r:.100}.")
+    shape, affine = grid.get("shape"), grid.get("affine")
+    sizes = shape if isinstance(shape, list) and len(shape) == 3 else [0]
+    if any(type(n) is not int or n < 1 for n in sizes) or math.prod(sizes) > MAX_VOXELS:
+        raise ValueError(
+            f"{path}: expected a shape of three whole numbers, {MAX_VOXELS} voxels at most, found "
+            f"{shape!r:.100}."
+        )
+    modality, normalised = grid.get("modality", "fa"), grid.get("normalised", False)
+    if modality not in [*MODALITIES] or type(normalised) is not bool:
+        raise ValueError(
+            f"{path}: expected a modality of {', '.join(MODALITIES)}, and normalised true or false,"
+            f" found {modality!r:.100} and {normalised!r:.100}."
+        )
+    affine = None if affine is None else _affine(affine, path)
+    made = {"modality": modality, "normalised": normalised}
+    return {"shape": tuple(shape), "affine": affine, **made}
+
+
+def _affine(affine, where: Path | str) -> np.ndarray:
+    """An affine (4, 4) that has an inverse."""
+    try:
+        found = np.asarray(affine, float)
+    except (ValueError, TypeError, OverflowError):
+        found = np.empty(0)
+    if found.shape != (4, 4):
+        raise ValueError(f"{where}: expected an affine (4, 4), found {found.shape}.")
+    if not np.isfinite(found).all() or not np.linalg.det(found):
+        raise ValueError(
+            f"{where}: expected an affine that has an inverse, found {found.tolist()}."
+        )
+    return found
+
+
 def _array(path: Path) -> np.ndarray:
     """A NumPy file, memory-mapped read-only; nothing in it is executed."""
     if not path.is_file():
@@ -151,5 +196,5 @@ def _array(path: Path) -> np.ndarray:
         )
     try:
         return np.lib.format.open_memmap(path, mode="r")
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{path}: no whole NumPy array ({error}). Convert again.") from error
+    except NO_ARRAY as error:
+        raise ValueError(f"{path}: no whole NumPy array ({error!s:.99}). Convert again.") from error

@@ -16,7 +16,7 @@ from scipy.ndimage import distance_transform_edt, gaussian_filter
 from torch import nn
 from tqdm.auto import tqdm
 
-from brainsex import evaluation, networks, read_json, runs, training, write
+from brainsex import evaluation, networks, read_record, runs, training, write
 from brainsex.cohort import Cohort, Rows, fingerprint
 from brainsex.group_masks import group_mask
 from brainsex.measures import top
@@ -209,7 +209,7 @@ def _kept(parent: int, path: Path | None, record: dict, *data, **settings) -> in
     """What `retrained` counts, read from the path if it is there, else written there."""
     runs.follow(parent)
     if path is not None and path.is_file():
-        return read_json(path)["right"]
+        return read_record(path)["right"]
     right = retrained(*data, **settings)
     if path is not None:
         write(path, json.dumps({**record, "right": right}))

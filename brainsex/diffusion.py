@@ -18,7 +18,7 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 
-from brainsex import read_json, replacing, series
+from brainsex import read_record, replacing, series
 from brainsex.archives import by_subject, each_subject, files, reading
 
 try:
@@ -81,9 +81,10 @@ def fit(
     (weighted least squares); Bammer et al. (2003), MRM 50:560 (gradient non-linearity).
     """
     source, target = Path(source), Path(target)
-    for path in [] if overwrite else sorted(target.glob("*.json")):
-        before = read_json(path)
-        before = before if isinstance(before, dict) else {}  # another's file
+    for map_ in [] if overwrite else sorted(target.glob("*.nii.gz")):
+        if not (path := map_.with_name(map_.name.removesuffix(".nii.gz") + ".json")).is_file():
+            continue
+        before = read_record(path)
         if (found := (before.get("bmax", bmax), before.get("b0", b0))) != (bmax, b0):
             raise ValueError(
                 f"{path}: expected bmax and b0 {(bmax, b0)} as asked for now, found {found}. A "

@@ -14,7 +14,7 @@ import pandas as pd
 from torch import nn
 from tqdm.auto import tqdm
 
-from brainsex import networks, nifti, perturbation, ranks, replacing, runs
+from brainsex import networks, nifti, perturbation, ranks, replacing, runs, tables
 from brainsex import write as write_text
 from brainsex.cohort import Cohort, fingerprint
 
@@ -35,7 +35,7 @@ def held_out(networks_folder: str | Path, subjects: Sequence[str]) -> np.ndarray
     path = Path(networks_folder) / "folds.csv"
     if not path.is_file():
         raise FileNotFoundError(f"{networks_folder}: no folds.csv. Run notebook 04_cnn_3d first.")
-    folds = pd.read_csv(path, dtype={"Subject": str}).set_index("Subject")["fold"]
+    folds = tables.folds(path)
     if unknown := sorted(set(subjects) - set(folds.index)):
         raise ValueError(f"{networks_folder}: folds.csv does not know {', '.join(unknown[:10])}.")
     return folds[subjects].to_numpy()
@@ -105,8 +105,10 @@ def explain(
     rows = np.arange(len(cohort)) if rows is None else np.asarray(rows)
     subjects = cohort.subjects[rows]
     folds = held_out(networks_folder, subjects)
-    tables = [path for path in (out / "masks.csv", *_parts(out)) if path.is_file()]
     record = out / ("masks.csv" if ranks.first() else f".masks-{ranks.number()}.csv")
+    columns = ["sex", "fold", "target", "before", "after", "volume"]
+    before = [path for path in (out / "masks.csv", *_parts(out)) if path.is_file()]
+    done = pd.concat([pd.DataFrame(), *(_written(path, columns) for path in before)])
     mine, found = ranks.mine(np.arange(len(rows))), []
     bar = tqdm(total=len(mine), desc="masks", unit="subject", disable=not ranks.first())
     with bar, runs.alone(out, "persistence"):
@@ -114,8 +116,6 @@ def explain(
             digest = fingerprint(cohort.subjects, cohort.sex, cohort.volumes)
             runs.record(out, "masks", networks=networks_folder, cohort=digest, **settings)
         ranks.gather()  # nobody writes before the folder is this run's
-        text = {"Subject": str, "key": str}
-        done = pd.concat([pd.DataFrame(), *(pd.read_csv(path, dtype=text) for path in tables)])
         for fold in np.unique(folds[mine]):
             network = load(networks_folder, fold, cohort)
             now = key(networks_folder, fold, perturbation, sorted(settings.items()))
@@ -138,18 +138,25 @@ def explain(
                 for name, *maps in zip(names, made.masks, made.persistence):
                     for path, one in zip(_paths(out, name), maps):
                         write(path, one, cohort.affine, now)
-                columns = {"Subject": names, "sex": cohort.sex[some], "fold": fold, "key": now}
-                found.append(made.history.assign(**columns))
+                more = {"Subject": names, "sex": cohort.sex[some], "fold": fold, "key": now}
+                found.append(made.history.assign(**more))
                 write_text(record, _latest(done, found).to_csv(index=False))
                 bar.update(len(some))
-        found = [table for tables in ranks.gather(found) for table in tables]
+        found = [one for part in ranks.gather(found) for one in part]
         done = _latest(done, found)
         if ranks.first():
             write_text(out / "masks.csv", done.to_csv(index=False))
             for part in _parts(out):
                 part.unlink()
-    columns = ["sex", "fold", "target", "before", "after", "volume"]
     return done.set_index("Subject").loc[subjects, columns].reset_index()
+
+
+def _written(path: Path, columns: Sequence[str]) -> pd.DataFrame:
+    """What a run before left of its table."""
+    found = tables.written(path, "Subject", *columns, "key")
+    if len(found) and any(found[name].dtype.kind not in "iuf" for name in columns[3:]):
+        raise ValueError(f"{path}: expected numbers, found others. Delete it.")
+    return found
 
 
 def _parts(out: Path) -> list[Path]:

@@ -3,8 +3,11 @@
 import copy
 import math
 import pickle
+import struct
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import joblib
@@ -18,6 +21,12 @@ from tqdm.auto import tqdm
 from brainsex import SHAPE
 
 torch.backends.cudnn.allow_tf32 = False  # float32 means it; what trades precision is bfloat16
+
+
+UNREADABLE = (RuntimeError, LookupError, TypeError, AttributeError, ValueError, EOFError)
+UNREADABLE += (AssertionError, ArithmeticError, pickle.UnpicklingError, zipfile.BadZipFile)
+UNREADABLE += (NotImplementedError, struct.error)
+"""What a file that is no state dict raises."""
 
 
 class MaxPool3d(nn.MaxPool3d):
@@ -401,21 +410,38 @@ def load(path: str | Path, shape: tuple[int, int, int] = SHAPE) -> MriNet3d | Mr
             f"{path}: no such network. Run notebook 04_cnn_3d first (03_cnn_2d for slabs)."
         )
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = read(path)
         state = state.get("state_dict", state.get("model_state_dict", state))
         consume_prefix_in_state_dict_if_present(state, "module.")  # of DataParallel
+        if sum(value.numel() for value in state.values()) > path.stat().st_size:
+            raise ValueError("more weights than the file has bytes")
+        if not all(value.isfinite().all() for value in state.values()):
+            raise ValueError("weights that are not finite")
         if "convolution.weight" in state:
             channels, depth = state["convolution.weight"].shape[:2]
             form = {"axis": state["_extra_state"].item(), "residual": "hidden2.4.weight" in state}
-            network = MriNet2d(depth, channels=channels, shape=shape, **form)
+            make = partial(MriNet2d, depth, channels=channels, shape=shape, **form)
         else:
-            network = MriNet3d(len(state["hidden1.0.weight"]), shape)
+            make = partial(MriNet3d, len(state["hidden1.0.weight"]), shape)
+        with torch.device("meta"):
+            make().load_state_dict(state, assign=True)  # takes no memory
+        network = make()
         network.load_state_dict(state)
-    except (
-        *(RuntimeError, LookupError, TypeError, AttributeError, ValueError, EOFError),
-        pickle.UnpicklingError,
-    ) as error:
+    except UNREADABLE as error:
+        why = " ".join(str(error).split())
         raise ValueError(
-            f"{path}: no state dict of MriNet3d or MriNet2d for {shape} ({error})."
+            f"{path}: no state dict of MriNet3d or MriNet2d for {shape} ({why:.1000})."
         ) from error
     return network.eval()
+
+
+def read(path: str | Path, device: torch.device | str = "cpu"):
+    """What `torch.save` wrote, of tensors and plain values: nothing in the file is executed.
+
+    Any of `UNREADABLE` where it is no such file.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:  # torch stores, and would inflate without a limit
+            if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
+                raise ValueError("its parts are compressed")
+    return torch.load(path, map_location=device, weights_only=True)

@@ -8,7 +8,7 @@ import pandas as pd
 from nibabel.orientations import axcodes2ornt, ornt_transform
 from tqdm.auto import tqdm
 
-from brainsex import SHAPE, networks, runs, sources, training, volumes
+from brainsex import SHAPE, cohort, networks, runs, sources, training, volumes
 
 
 def predict(
@@ -37,7 +37,9 @@ def predict(
     checkpoint = Path(checkpoint)
     grid = {"shape": SHAPE, "affine": None, "modality": "fa", "normalised": False}
     run = runs.read(checkpoint.parent)
-    grid |= run.get("train", run).get("grid", {})  # at the top, where it is of an older version
+    run = run.get("train", run)  # at the top, where it is of an older version
+    if isinstance(run, dict) and "grid" in run:
+        grid = cohort.checked_grid(run["grid"], checkpoint.with_name(runs.RECORD))
     if sorted(orientation.translate(str.maketrans("LPI", "RAS"))) != ["A", "R", "S"]:
         raise ValueError(f"expected an orientation such as RAS or LAS, found {orientation}.")
     turn = ornt_transform(axcodes2ornt("RAS"), axcodes2ornt(orientation))
@@ -47,7 +49,7 @@ def predict(
             volume, affine, _ = volumes.prepare(path, grid["modality"], grid["normalised"])
             image = nib.Nifti1Image(volume, affine).as_reoriented(turn)
             small, affine = volumes.resample(image.dataobj, image.affine, network.shape)
-            if grid["affine"] and not np.allclose(affine, grid["affine"], atol=1e-3):
+            if grid["affine"] is not None and not np.allclose(affine, grid["affine"], atol=1e-3):
                 found, expected = (np.round(each, 3).tolist() for each in (affine, grid["affine"]))
                 raise ValueError(
                     f"{path}: expected the training cohort's field of view, of affine {expected} "

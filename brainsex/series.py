@@ -12,15 +12,13 @@ from typing import BinaryIO
 import nibabel as nib
 import numpy as np
 
-from brainsex.archives import CHUNK, MAX_INNER, Rejected, check, find, reading
-from brainsex.nifti import MAX_BYTES, NOT_NIFTI
+from brainsex.archives import CHUNK, MAX_INNER, MAX_RATIO, Rejected, check, find, reading
+from brainsex.nifti import MAX_BYTES, MAX_VOXELS, NOT_NIFTI
 
 DATA, MASK, DEVIATIONS = "data.nii.gz", "nodif_brain_mask.nii.gz", "grad_dev.nii.gz"
 NEEDED = (DATA, "bvals", "bvecs", MASK)
 MAX_TEXT = 1 << 20
 """Bytes of the largest bvals or bvecs, and of what a NIfTI file may hold before its voxels."""
-MAX_VOXELS = 1 << 25
-"""Voxels of the largest grid taken; HCP's has 3.7 million."""
 MAX_KEPT = 2 << 30
 """Bytes that the voxels and volumes kept of a file may take; HCP's take 0.3 GB."""
 MAX_DEVIATION = 0.3
@@ -42,8 +40,9 @@ def locate(paths: list[Path], root: Path, scratch: Path, stack: ExitStack) -> di
         if SEVEN_TESLA.search(label):
             continue
         if path.suffix.lower() == ".zip":
-            for archive, info, where in find(path, label, (*NEEDED, DEVIATIONS), stack, scratch):
-                check(info, where, MAX_INNER)
+            for member in find(path, label, (*NEEDED, DEVIATIONS), stack, scratch):
+                check(member, MAX_INNER)
+                archive, info, where = member
                 folder, name = re.split(r"[/\\](?=[^/\\]*$)", where)
                 if not SEVEN_TESLA.search(folder):
                     file = where, partial(archive.open, info)
@@ -208,6 +207,8 @@ def read(
         for number in range(volumes):
             if len(content := stream.read(size)) < size:
                 raise ValueError(f"it ends in volume {number + 1} of {volumes}")
+            if (number + 1) * size > MAX_RATIO * compressed.tell() + CHUNK:
+                raise ValueError(f"it inflates to more than {MAX_RATIO} times what is stored")
             if number in rows:
                 values[rows[number]] = np.frombuffer(content, dtype)[voxels]
         if stream.read(1):

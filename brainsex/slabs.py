@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from nibabel.affines import apply_affine
 
-from brainsex import evaluation, networks, write
+from brainsex import evaluation, networks, tables, write
 from brainsex.cohort import Cohort, Rows
 
 
@@ -67,10 +67,10 @@ def evaluate(data: Cohort, folder: Path, *, only: Sequence[int] | None = None) -
     folder = Path(folder)
     if not (folder / "folds.csv").is_file():
         raise FileNotFoundError(f"{folder / 'folds.csv'}: no folds. Run notebook 03_cnn_2d first.")
-    folds = pd.read_csv(folder / "folds.csv", dtype={"Subject": str})
-    if folds["Subject"].tolist() != data.subjects.tolist():
+    folds = tables.folds(folder / "folds.csv")
+    if folds.index.tolist() != data.subjects.tolist():
         raise ValueError(f"{folder / 'folds.csv'}: expected the subjects of {data.name}, in order.")
-    folds, rows = folds["fold"].to_numpy(), []
+    folds, rows = folds.to_numpy(), []
     for fold in np.unique(folds) if only is None else only:
         network = networks.load(folder / f"fold-{fold}.pt", data.volumes.shape[1:])
         if not isinstance(network, networks.MriNet2d):

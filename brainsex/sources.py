@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from brainsex import identifier, replacing, runs, write
 from brainsex.archives import CHUNK, SUBJECT, files, owner
-from brainsex.nifti import MAX_BYTES, NOT_NIFTI
+from brainsex.nifti import MAX_VOXELS, NOT_NIFTI
 
 NII, LABEL = r"\.nii(\.gz)?", "[0-9A-Za-z]+"
 HCP = f"(.*/)?(?!ses-)[^/]+/(ses-(?P<session>{LABEL})/)?T1w/"
@@ -56,6 +56,7 @@ SOURCES = {
 """The kinds; of volumes, `choose` takes the first that is there."""
 NO_LIST = "no list of IDs: DATA_ACCESS.md, section 7"
 VOLUMES = [kind for kind, (*_, command) in SOURCES.items() if not command]
+DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile, ValueError, OverflowError)
 MAX_LIST = 1 << 24
 """Bytes of the longest list of IDs."""
 
@@ -122,8 +123,8 @@ def _list(path: Path) -> tuple[list[str], str]:
     ``FA/``, which it merges in the order of their names.
     """
     named, images = path.with_name("all_FA.txt"), path.parent.parent / "FA"
-    texts = (text for text in path.parent.glob("*.txt") if text.name != "thresh.txt")  # of tbss_4
-    found = [named] if named.is_file() else sorted(texts)
+    texts = set(path.parent.glob("*.txt")) - {path.with_name("thresh.txt")}  # of tbss_4
+    found = [named] if named.is_file() else sorted(filter(Path.is_file, texts))
     if len(found) == 1 and found[0].stat().st_size <= MAX_LIST:
         lines = found[0].read_text("utf-8-sig", "replace").split()
         return [identifier(line) for line in lines], found[0].name
@@ -239,8 +240,8 @@ def _split(chosen: pd.DataFrame, target: Path) -> pd.DataFrame:
                     )
                 if image.get_data_dtype().kind not in "iuf":
                     raise ValueError(f"expected real numbers, found {image.get_data_dtype()}")
-                if math.prod(image.shape[:3]) * 4 > MAX_BYTES:
-                    raise ValueError(f"a volume of more than {MAX_BYTES} bytes: {image.shape}")
+                if not 0 < math.prod(image.shape[:3]) <= MAX_VOXELS:
+                    raise ValueError(f"expected 1 to {MAX_VOXELS} voxels, found {image.shape}")
                 header = image.header.copy()
                 header.set_data_shape(image.shape[:3])
                 header.set_data_dtype(np.float32)
@@ -252,7 +253,7 @@ def _split(chosen: pd.DataFrame, target: Path) -> pd.DataFrame:
                         partial.write_bytes(gzip.compress(content, 1, mtime=0))
                 while stream.read(CHUNK):  # at its end gzip compares the checksum
                     pass
-        except (*NOT_NIFTI, EOFError, zlib.error, gzip.BadGzipFile, ValueError) as error:
+        except (*NOT_NIFTI, *DAMAGED) as error:
             raise ValueError(f"{path}: cannot be split: {error}.") from error
         write(record, key)
     return chosen.assign(path=places)

@@ -32,7 +32,7 @@ from brainsex import (
     morphometry,
     nifti,
     population,
-    read_json,
+    read_record,
     replacing,
     runs,
     write,
@@ -204,7 +204,7 @@ def head_size_alone(cohort: str | Path, folder: str | Path) -> Path:
     folder, marker = Path(folder), Path(cohort) / "SYNTHETIC"
     if not marker.is_file():
         raise FileNotFoundError(f"{cohort}: no synthetic cohort.")
-    options = read_json(marker) | {"effect": 0.0}
+    options = read_record(marker) | {"effect": 0.0}
     write(folder / "SYNTHETIC", json.dumps(options))
     people = population.draw(options["subjects"], options["seed"])
     sizes = {name: options[name] for name in ("head_size", "effect", "seed")}

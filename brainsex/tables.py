@@ -4,6 +4,7 @@ import csv
 import re
 import warnings
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,13 @@ import pandas as pd
 
 from brainsex import LABELS
 
+MAX_COLUMNS = 50_000
+MAX_HEADER = 1 << 22
+"""Of the widest table that is read: UK Biobank's have some 30,000 columns."""
+UNFIT = r"[/\\\x00-\x1f\x7f]"
+MAX_WRITTEN = 1 << 24  # bytes
+MAX_NAME = 200
+"""What no ID may hold, and its length: it is part of the names of files."""
 NO_VOLUME = "a row, but no volume"  # why `match` leaves out whom only the table knows
 
 UNREADABLE = (UnicodeDecodeError, csv.Error, pd.errors.ParserError, pd.errors.ParserWarning)
@@ -151,11 +159,16 @@ def raw(table: str | Path) -> pd.DataFrame:
         raise FileNotFoundError(f"{table}: no such table. DATA_ACCESS.md says where to get it.")
     try:
         with table.open(encoding="utf-8-sig") as file:  # any line end reads as \n
-            header = file.readline()
+            header = file.readline(MAX_HEADER)
             separator = max(",;\t", key=header.count)
             names = [name.strip() for name in next(csv.reader([header], delimiter=separator), [])]
             if not names:
                 raise ValueError(f"{table}: not a CSV table (no header).")
+            if len(header) == MAX_HEADER or len(names) > MAX_COLUMNS:
+                raise ValueError(
+                    f"{table}: expected a header of at most {MAX_COLUMNS} columns and {MAX_HEADER} "
+                    f"letters, found {len(names)} columns: keep those of interest."
+                )
             seen = Counter()
             for n, name in enumerate(names):
                 seen[name] += 1
@@ -184,14 +197,46 @@ def raw(table: str | Path) -> pd.DataFrame:
     return rows
 
 
+def written(path: str | Path, *columns: str) -> pd.DataFrame:
+    """A table that a command wrote, its columns numbers where all cells are, but for IDs.
+
+    A ValueError where one of the columns is missing.
+    """
+    if Path(path).stat().st_size > MAX_WRITTEN:
+        raise ValueError(f"{path}: more than {MAX_WRITTEN} bytes: no table of ours. Make it again.")
+    rows = raw(path)
+    if missing := [name for name in columns if name not in rows]:
+        raise ValueError(f"{path}: expected a column {' and '.join(missing)}, found none.")
+    for name in rows.columns.difference(["Subject", "group", "key"]):
+        with suppress(ValueError):
+            rows[name] = pd.to_numeric(rows[name])
+    if "Subject" in columns:
+        identifiers(path, rows["Subject"])
+    return rows
+
+
+def folds(path: str | Path) -> pd.Series:
+    """The fold of each subject, the index, as ``folds.csv`` has them."""
+    found = written(path, "Subject", "fold").set_index("Subject")["fold"]
+    if found.dtype.kind not in "iu" or (found < 0).any():
+        raise ValueError(f"{path}: expected folds 0, 1, …, found {found.iloc[:5].tolist()!r:.100}.")
+    return found
+
+
 def identifiers(table: Path, column: pd.Series) -> np.ndarray:
-    """IDs (N,) str, none of them blank or twice."""
+    """IDs (N,) str, none of them blank or twice, all of them good for the name of a file."""
     names = column.str.strip().replace("", np.nan)
     if names.isna().any():
         raise ValueError(f"{table}: line {names.isna().idxmax() + 2} has no {column.name}.")
     twice = names[names.duplicated()].unique()
     if len(twice):
         raise ValueError(f"{table}: subjects in more than one row: {', '.join(twice[:10])}.")
+    unfit = names[names.str.contains(UNFIT) | (names.str.len() > MAX_NAME)]
+    if len(unfit):
+        raise ValueError(
+            f"{table}: line {unfit.index[0] + 2}: expected {column.name} of at most {MAX_NAME} "
+            f"letters, digits and the like, as files are named by it, found {unfit.iloc[0]!r:.100}."
+        )
     return names.to_numpy(str)
 
 

@@ -118,7 +118,7 @@ def _named(csv: Path, rows: pd.DataFrame, name: str, others: tuple[str, ...]) ->
         there = ", ".join(found) or ", ".join(rows.columns[:10])
         several = "several: " if len(found) > 1 else ""
         raise ValueError(
-            f"{csv}: expected one column {name}, found {several}{there}. "
+            f"{csv}: expected one column {name}, found {several}{there:.200}. "
             "Name it: tabular.load(csv, subject=…, sex=…)."
         )
     return found[0]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from brainsex import evaluation, networks, ranks, read_json, replacing, runs, write
+from brainsex import evaluation, networks, ranks, read_record, replacing, runs, write
 from brainsex.cohort import Cohort, Rows, fingerprint
 from brainsex.confounds import Residuals
 
@@ -75,12 +75,7 @@ def fit(
     parts = {"network": network, "optimiser": optimiser, "schedule": schedule}
     history: list[dict] = []
     if checkpoint is not None and Path(checkpoint).is_file():
-        saved = torch.load(checkpoint, map_location=device, weights_only=True)
-        if saved["call"] != call:
-            raise ValueError(f"{checkpoint} is of another call. Delete it, or name another file.")
-        for name, part in parts.items():
-            part.load_state_dict(saved[name])
-        history = saved["history"]
+        history = _resume(Path(checkpoint), call, parts, device)
     bar = tqdm(range(epochs), initial=len(history), desc="fit", unit="epoch", disable=not progress)
     with bar, torch.random.fork_rng():
         for epoch in range(len(history), epochs):
@@ -108,6 +103,21 @@ def _save(path: Path, content: dict) -> None:
     torch.save(content, buffer)
     with replacing(path) as partial:
         partial.write_bytes(buffer.getvalue())
+
+
+def _resume(checkpoint: Path, call: str, parts: dict, device: torch.device) -> list[dict]:
+    """Put the parts back as a checkpoint of the same call has them; its history."""
+    try:
+        saved = networks.read(checkpoint, device)
+        if saved["call"] == call:
+            for name, part in parts.items():
+                part.load_state_dict(saved[name])
+            pd.DataFrame(saved["history"])["epoch"]
+            return saved["history"]
+    except networks.UNREADABLE as error:
+        why = " ".join(str(error).split())
+        raise ValueError(f"{checkpoint}: no checkpoint ({why:.1000}). Delete it.") from error
+    raise ValueError(f"{checkpoint} is of another call. Delete it, or name another file.")
 
 
 def _epoch(network, optimiser, volumes, labels: Tensor, batch_size: int, dtype) -> dict[str, float]:
@@ -251,6 +261,20 @@ def _prepare(out: Path, cohort, assignment, make_network, confounds, settings: d
     write(out / "folds.csv", table.to_csv(index=False))
 
 
+def _finished(result: Path, count: int) -> dict:
+    """The record of a fold that is done, of so many held-out subjects."""
+    record = read_record(result)
+    try:
+        found = np.asarray(record.get("probability"), float)
+    except (ValueError, TypeError, OverflowError):
+        found = np.empty(0)
+    history = record.get("history")
+    rows = isinstance(history, list) and all(isinstance(row, dict) for row in history)
+    if found.shape != (count,) or not np.isfinite(found).all() or not rows:
+        raise ValueError(f"{result}: expected {count} probabilities and a history. Delete it.")
+    return record
+
+
 def _fold(
     parent, out, cohort, assignment, make_network, confounds, fold, seed, threads, settings
 ) -> dict:
@@ -258,7 +282,7 @@ def _fold(
     runs.follow(parent)
     result, weights = out / f"fold-{fold}.json", out / f"fold-{fold}.pt"
     if result.is_file() and weights.is_file():
-        return read_json(result)
+        return _finished(result, int((assignment == fold).sum()))
     torch.set_num_threads(threads)
     parts = [np.flatnonzero(rows) for rows in (assignment != fold, assignment == fold)]
     with torch.random.fork_rng():

@@ -13,12 +13,14 @@ import pandas as pd
 from scipy.ndimage import affine_transform, gaussian_filter
 from tqdm.auto import tqdm
 
-from brainsex import LABELS, SHAPE, identifier, read_json, replacing, runs, tables, write
-from brainsex.cohort import fingerprint
+from brainsex import LABELS, SHAPE, cohort, identifier, read_record, replacing, runs, tables, write
+from brainsex.archives import UNREADABLE
 from brainsex.nifti import brain_volume, clean, load, normalise, resample
 
 __all__ = ["brain_volume", "clean", "convert", "identifier", "load", "prepare", "resample"]
 
+MEASURES = ("brain_volume_ml", "non_finite", "negative", "above_one")
+RECORD = {"volume", "affine", "native_shape", "native_affine", *MEASURES}
 MAX_BRAIN = 2500
 """ml: a T1-weighted volume with more of it is a head with its skull."""
 
@@ -81,9 +83,7 @@ def convert(
     key = json.dumps([stamps, rejected, known.to_json(), *options])
     key = hashlib.sha256(key.encode()).hexdigest()
     target, parts = out_dir / "tensors.npy", out_dir / f".convert-{key[:16]}"
-    names = ("tensors.npy", "labels.npy", "subjects.csv", "rejected.csv", "grid.json")
-    there = all((out_dir / name).is_file() for name in names)
-    if not there or read_json(out_dir / "grid.json").get("key") != key:
+    if not _done(out_dir, key):
         with runs.alone(out_dir):
             for stale in set(out_dir.glob(".convert-*")) - {parts}:
                 shutil.rmtree(stale)
@@ -105,13 +105,25 @@ def convert(
             f"{fa_dir}: not one of {len(files)} volumes is usable; {out_dir / 'rejected.csv'} "
             f"lists why, the first being {min(files)}: {rejected[min(files)]}"
         )
-    reasons = pd.read_csv(out_dir / "rejected.csv", dtype=str)["reason"]
+    reasons = tables.written(out_dir / "rejected.csv", "reason")["reason"]
     absent = int((reasons == tables.NO_VOLUME).sum())
     print(
-        f"{out_dir.name}: {len(np.load(out_dir / 'labels.npy'))} subjects; {len(reasons) - absent} "
+        f"{out_dir.name}: {len(cohort.load(out_dir))} subjects; {len(reasons) - absent} "
         f"volumes rejected, {absent} rows without a volume (rejected.csv)"
     )
     return target
+
+
+def _done(out_dir: Path, key: str) -> bool:
+    """Whether a run before left a whole cohort of the same files, table and options."""
+    names = ("subjects.csv", "rejected.csv", "grid.json")
+    try:
+        cohort.load(out_dir)
+        tables.written(out_dir / "rejected.csv", "reason")
+        same = read_record(out_dir / "grid.json").get("key") == key
+    except (ValueError, FileNotFoundError):
+        return False
+    return same and all((out_dir / name).is_file() for name in names)
 
 
 def _reduce(accepted: dict[str, Path], parts: Path, workers: int, *options) -> dict[str, dict]:
@@ -131,7 +143,7 @@ def _reduce(accepted: dict[str, Path], parts: Path, workers: int, *options) -> d
 
 def _part(first: dict | None, part: Path, path: Path, *options) -> dict:
     """What `_reduced` found, without the volume, or the reason why it could not: kept in `part`."""
-    if not part.is_file():
+    if (record := _kept(part, options[0])) is None:
         try:
             content = _reduced(first, path, *options)
         except ValueError as error:
@@ -140,8 +152,22 @@ def _part(first: dict | None, part: Path, path: Path, *options) -> dict:
             return {"reason": f"cannot be read now: {error}", "again": True}
         with replacing(part) as partial, partial.open("wb") as file:
             np.savez(file, **content)
-    with np.load(part, allow_pickle=False) as saved:
-        return {name: saved[name].tolist() for name in saved.files if name != "volume"}
+        record = _kept(part, options[0])
+    return record
+
+
+def _kept(part: Path, shape: list[int]) -> dict | None:
+    """A subject's record, but for the volume; None where it is not there, or not whole."""
+    try:
+        with np.load(part, allow_pickle=False) as saved:
+            record = {name: saved[name] for name in saved.files}
+    except UNREADABLE:
+        return None
+    if "reason" not in record and (
+        not RECORD <= record.keys() or record["volume"].shape != tuple(shape)
+    ):
+        return None
+    return {name: value.tolist() for name, value in record.items() if name != "volume"}
 
 
 def prepare(
@@ -219,7 +245,7 @@ def _write(
 
     subjects = known.reset_index()
     subjects.insert(2, "label", subjects["Gender"].map(LABELS))
-    for column in ("brain_volume_ml", "non_finite", "negative", "above_one"):
+    for column in MEASURES:
         subjects[column] = [record[column] for record in records.values()]
     first = next(iter(records))
     shape, dtype = volume(first).shape, volume(first).dtype
@@ -228,7 +254,7 @@ def _write(
         np.save(file, subjects["label"].to_numpy(np.int64))
     grid = {"shape": shape, "affine": records[first]["affine"], **grid}
     write(out_dir / "grid.json", json.dumps(grid))
-    digest = fingerprint(subjects["Subject"], subjects["label"], map(volume, records))
+    digest = cohort.fingerprint(subjects["Subject"], subjects["label"], map(volume, records))
     runs.record(out_dir, "convert", cohort=digest, **facts, **grid)
     with replacing(out_dir / "tensors.npy") as path, path.open("wb") as file:
         header = {"shape": (len(records), *shape), "fortran_order": False}

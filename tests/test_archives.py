@@ -298,6 +298,9 @@ def with_header(content, name, **fields):
 direct = zipped([(FA, volume(1))])
 stored = zipped([(FA, volume(1))], STORED)
 flipped = changed(stored, volume(1)[1000:1050], volume(1)[1000:1049] + b"\xff")
+ZEROS = bytes(3_000_000)
+bomb = zipped([(FA, ZEROS)])
+packed = zipfile.ZipFile(BytesIO(bomb)).getinfo(FA).compress_size
 BAD = {
     "truncated": (direct[:-40], "expected a whole zip archive.*download it again"),
     "no zip": (b"<html>Please log in</html>", "expected a whole zip archive.*not a zip file"),
@@ -327,9 +330,21 @@ BAD = {
     "deflate64": (with_header(direct, FA, method=9), "expected deflate.*method 9"),
     "declares more": (with_header(direct, FA, size=5000), "1000 fewer bytes than declared"),
     "declares less": (with_header(direct, FA, size=3000), "Bad CRC-32"),
+    "inflates a hundredfold": (
+        bomb,
+        "at most 100 times what is stored, [0-9]+ bytes, declared are 3000000",
+    ),
+    "says it is stored large": (
+        changed(
+            bomb,
+            struct.pack("<II", packed, len(ZEROS)),
+            struct.pack("<II", 1_000_000, len(ZEROS)),
+        ),
+        "at most 100 times what is stored",
+    ),
     "declares too much": (with_header(direct, FA, size=1 << 31 | 1), "at most 2147483648 bytes"),
     "inner declares more": (
-        with_header(zipped([("in.zip", direct)]), "in.zip", size=0xFFFF_0000),
+        with_header(zipped([("in.zip", direct)]), "in.zip", size=900_000),
         "fewer bytes than declared",
     ),
 }

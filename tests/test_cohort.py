@@ -146,7 +146,7 @@ def spoil(path, kind):
         ("not a number", r"labels\.npy: expected 0 and 1"),
         ("other labels", r"subjects\.csv and labels\.npy disagree"),
         ("fewer rows", r"subjects\.csv and labels\.npy disagree"),
-        ("other table", r"subjects\.csv and labels\.npy disagree"),
+        ("other table", r"subjects\.csv: expected a column label, found none"),
         ("other grid", r"grid\.json and tensors\.npy disagree"),
         ("truncated", r"tensors\.npy: no whole NumPy array"),
         ("empty", r"tensors\.npy: no whole NumPy array"),
@@ -168,11 +168,11 @@ def test_load_refuses_what_does_not_belong_together(tmp_path, capsys, kind, mess
 def test_read_keeps_leading_zeros_and_hcp_s_columns(tmp_path):
     (tmp_path / "t.csv").write_text(
         "\ufeffSubject,Release,Acquisition,Gender,Age,QC_Issue\n"
-        "012345,S900,Q01,M,26-30,\n 100307 ,S900,Q01,F,36+,A\n,S1200,,F,,\n",
+        "012345,S900,Q01,M,26-30,\n 900007 ,S900,Q01,F,36+,A\n,S1200,,F,,\n",
         encoding="utf-8",
     )
     rows = tables.read(tmp_path / "t.csv")
-    assert rows.index.tolist() == ["012345", "100307"]
+    assert rows.index.tolist() == ["012345", "900007"]
     assert rows.columns.tolist() == ["Gender", "age", "qc_issue"]
     assert rows["Gender"].tolist() == ["M", "F"]
     assert rows["age"].tolist() == ["26-30", "36+"]

@@ -455,6 +455,14 @@ def test_members_of_any_name_and_faults_of_any_kind_reject_one_subject(source, t
     assert table["reason"][0] == "900001: MemoryError: no 9 GB"
 
 
+def test_a_series_that_inflates_a_hundredfold_is_no_series(source, target):
+    shape = (60, 60, 60)
+    files = {"data": image(np.zeros((*shape, 15))), "mask": image(np.ones(shape), np.uint8)}
+    save(source / FOLDER, series(**files))
+    reason = diffusion.fit(source, target, workers=1)["reason"][0]
+    assert "inflates to more than 100 times what is stored" in reason
+
+
 def test_what_a_series_may_keep_in_memory_is_bounded(source, target, monkeypatch):
     save(source / FOLDER, series())
     monkeypatch.setattr(diffusion.series, "MAX_KEPT", 144 * 13 * 4 - 1)  # voxels, volumes, float32
@@ -579,7 +587,7 @@ def test_hostile_bytes_stop_nothing(source, target):
         save(source, {f"{900000 + number}.zip": bytes(content)})
         plain = bytearray(PLAIN)
         plain[draw.integers(352)] = draw.integers(256)
-        save(source / f"{910000 + number}", series(data=gzip.compress(plain, 1)))
+        save(source / f"{900100 + number}", series(data=gzip.compress(plain, 1)))
     table = diffusion.fit(source, target, workers=1)
     assert len(table) == 80
     for subject in table.loc[table["status"] == "fitted", "Subject"]:
@@ -594,7 +602,8 @@ def test_memory_is_that_of_the_voxels_and_volumes_fitted(source, target):
     inside[:10] = True  # a fifth
     bvals = np.where(np.arange(volumes) < 20, 1000, 3000)
     bvals[0] = 0
-    data = np.ones((*shape, volumes), np.int16)  # 36 MB, of which 1 MB counts
+    draw = np.random.default_rng(0)  # 36 MB, of which 1 MB counts
+    data = draw.integers(1, 9, (*shape, volumes), np.int16)
     bvecs = text(directions(volumes).T)
     files = {"data": image(data, np.int16), "mask": image(inside, np.uint8), "bvecs": bvecs}
     save(source / FOLDER, series(bvals=text(bvals), **files))

@@ -315,15 +315,21 @@ def test_locale_time_zone_and_folder_change_no_byte(tmp_path):
         ("two", tmp_path, {"LC_ALL": "C.utf8", "TZ": "Asia/Kathmandu"}),
     ):
         env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNDEFAULTENCODING": "1"} | more
-        for words in (
-            f"extract {tmp_path}/packages {tmp_path}/{name}/fa",
-            f"convert {folder} --fa {folder}/fa --out {tmp_path}/{name}/data",
-        ):
-            run = [sys.executable, "-m", "brainsex", *shlex.split(words)]
-            done = subprocess.run(run, cwd=place, env=env, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr
-            warned = [line for line in done.stderr.splitlines() if "EncodingWarning" in line]
-            assert not [line for line in warned if str(ROOT / "brainsex") in line]
+        extract = ["extract", f"{tmp_path}/packages", f"{tmp_path}/{name}/fa"]
+        convert = [
+            "convert",
+            f"{folder}",
+            "--fa",
+            f"{folder}/fa",
+            "--out",
+            f"{tmp_path}/{name}/data",
+        ]
+        code = f"from brainsex.__main__ import main; main({extract}); main({convert})"
+        run = [sys.executable, "-c", code]
+        done = subprocess.run(run, cwd=place, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        warned = [line for line in done.stderr.splitlines() if "EncodingWarning" in line]
+        assert not [line for line in warned if str(ROOT / "brainsex") in line]
         found.append(tree(tmp_path / name))
     assert found[0] == found[1]
 

@@ -41,7 +41,7 @@ def interrupt(command: str, arguments: list[str], out: Path, delay: float) -> fl
     assert hit, said[-2000:]
     assert hit[1] == str(out)
     there = {path: path.stat().st_ino for path in out.glob(FINISHED[name])}
-    assert int(hit[2]) == len(there)
+    assert 0 <= len(there) - int(hit[2]) <= 50  # threads finish what they are at
     again = subprocess.run(run, stderr=subprocess.PIPE, check=False, **options)
     assert again.returncode == 0, again.stderr[-2000:]
     if name in ("extract", "fa", "train"):  # of the others a file is final where its table has it

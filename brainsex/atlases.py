@@ -105,10 +105,10 @@ def _names(table: str | Path | pd.DataFrame) -> dict[int, str]:
     blank = rows["name"].isna() | (names == "")
     wrong = blank | (labels % 1 != 0) | labels.duplicated()  # what is no number is NaN
     if wrong.any():
-        label, name = rows[wrong].iloc[0]
+        label, name = (" ".join(str(cell).split()) for cell in rows[wrong].iloc[0])
         raise ValueError(
             f"{where}: expected whole numbers with a name each, found another number, a blank, or "
-            f"a label named twice: {label!s:.50}, {name!s:.50}. Mend that row."
+            f"a label named twice: {label:.50}, {name:.50}. Mend that row."
         )
     return dict(zip(labels.astype(int).tolist(), names))
 

@@ -161,7 +161,7 @@ def _kept(part: Path, shape: list[int]) -> dict | None:
     try:
         with np.load(part, allow_pickle=False) as saved:
             record = {name: saved[name] for name in saved.files}
-    except UNREADABLE:
+    except (*UNREADABLE, *cohort.NO_ARRAY):
         return None
     if "reason" not in record and (
         not RECORD <= record.keys() or record["volume"].shape != tuple(shape)

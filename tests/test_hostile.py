@@ -230,7 +230,7 @@ def test_the_patterns_of_secrets_find_some():
 HCP = re.compile(
     rb"(?<![\w.#])[1-9][0-9]{5}(?=_3T|_7T|_FA|_Diff|_Struct|[/,\"' ]|$|\.zip|\.nii)", re.MULTILINE
 )
-"""What HCP's IDs look like (100206 to 996782); synthetic ones begin with 0."""
+"""What HCP's IDs look like (six digits, the first no 0); synthetic ones begin with 0."""
 MADE_UP = re.compile(rb"900[01]\d\d|[178]00000|999999|959964|700001|800001")
 """Of tests and documents: HCP has none that begin with 9000 or 9001; round numbers; Z of 97.5 %."""
 

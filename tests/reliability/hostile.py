@@ -831,7 +831,13 @@ def kept(root: Path, kind: Kind) -> dict[str, bytes]:
 def judge(root: Path, kind: Kind, record: dict, before: dict, alone: dict) -> Iterator[str]:
     """What is wrong with how a case ended."""
     place = Path(kind.place)
-    names = place.name, place.name.split(".")[0], place.parent.name, str(Path(*place.parts[:2]))
+    names = (
+        place.name,
+        place.name.split(".")[0],
+        place.parent.name,
+        str(Path(*place.parts[:2])),
+        "families",
+    )
     for name, ending in record["endings"].items():
         if "Traceback" in ending or not (ending == "" or ending.startswith("error: ")):
             yield f"{name}: {ending[-1500:]}"

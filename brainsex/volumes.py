@@ -158,6 +158,8 @@ def _part(first: dict | None, part: Path, path: Path, *options) -> dict:
 
 def _kept(part: Path, shape: list[int]) -> dict | None:
     """A subject's record, but for the volume; None where it is not there, or not whole."""
+    if not part.is_file():
+        return None
     try:
         with np.load(part, allow_pickle=False) as saved:
             record = {name: saved[name] for name in saved.files}

@@ -15,6 +15,8 @@ from typing import BinaryIO
 import nibabel as nib
 import numpy as np
 from nibabel.affines import from_matvec
+from nibabel.orientations import inv_ornt_aff
+from nibabel.volumeutils import apply_read_scaling
 from scipy.ndimage import affine_transform, gaussian_filter1d, zoom
 
 from brainsex import SHAPE
@@ -63,20 +65,22 @@ def load(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"{path}: {error}.") from error
     try:
         image = nib.Nifti1Image.from_bytes(content)
-        del content
         if image.header["sform_code"] == 0 and image.header["qform_code"] == 0:
             raise ValueError("no affine (sform and qform codes are 0): left and right are unknown")
         affine = image.affine
         singular = not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-6
-        if singular or np.isnan(nib.io_orientation(affine)).any():
+        if singular or np.isnan(turn := nib.io_orientation(affine)).any():
             raise ValueError(f"its affine is singular: {affine.tolist()}")
-        image = nib.as_closest_canonical(image)
-        volume = np.ascontiguousarray(image.dataobj, dtype=np.float32)
+        proxy = image.dataobj
+        voxels = np.ndarray(proxy.shape, proxy.dtype, content, proxy.offset, order="F")
+        volume = nib.apply_orientation(apply_read_scaling(voxels, proxy.slope, proxy.inter), turn)
+        volume = np.ascontiguousarray(volume, dtype=np.float32)
+        affine = affine @ inv_ornt_aff(turn, image.shape)
     except NOT_NIFTI as error:
         raise ValueError(f"{path}: not a NIfTI-1 file ({error}).") from error
     except (ValueError, OSError, np.linalg.LinAlgError) as error:
         raise ValueError(f"{path}: {error}.") from error
-    return volume, image.affine
+    return volume, affine
 
 
 def _content(file: BinaryIO) -> bytes:
@@ -156,7 +160,7 @@ def clean(volume: np.ndarray, modality: str = "fa") -> tuple[np.ndarray, dict[st
 
     Returns
     -------
-    volume : (X, Y, Z) float32 in [0, 1].
+    volume : (X, Y, Z) float32 in [0, 1]; the one given, where nothing had to be changed.
     counts : voxels changed: ``non_finite``, ``negative``, ``above_one``.
 
     Raises
@@ -165,19 +169,25 @@ def clean(volume: np.ndarray, modality: str = "fa") -> tuple[np.ndarray, dict[st
         Nothing is left, or more than 1 % of the non-zero voxels were out of range: that is no FA
         map. (Of T1, any share may be above: bright vessels.)
     """
-    finite = np.isfinite(volume)
-    values = np.where(finite, volume, 0).astype(np.float32, copy=False)
+    counts = dict.fromkeys(("non_finite", "negative", "above_one"), 0)
+    if not np.isfinite((volume.min(), volume.max())).all():
+        finite = np.isfinite(volume)
+        counts["non_finite"] = int(np.count_nonzero(~finite))
+        volume = np.where(finite, volume, 0)
+    values = volume.astype(np.float32, copy=False)
     if modality == "t1" and (floor := np.percentile(values, 99) / 10) > 0:
         values = values / (2 * np.median(values[values > floor]))
-    changed = {"non_finite": ~finite, "negative": values < 0, "above_one": values > 1}
-    counts = {name: int(np.count_nonzero(where)) for name, where in changed.items()}
-    cleaned = values.clip(0, 1)
-    if (brain := np.count_nonzero(cleaned)) == 0:
+    low, high = values.min(), values.max()
+    if low >= 0 and 0 < high <= 1:
+        return values, counts
+    if high <= 0:
         raise ValueError("no voxel above 0: an empty volume.")
-    outside = counts["negative"] + counts["above_one"]
-    if modality == "fa" and outside > MAX_OUT_OF_RANGE * brain:
+    counts["negative"] = int(np.count_nonzero(values < 0))
+    counts["above_one"] = int(np.count_nonzero(values > 1))
+    cleaned, outside = values.clip(0, 1), counts["negative"] + counts["above_one"]
+    if modality == "fa" and outside > MAX_OUT_OF_RANGE * np.count_nonzero(cleaned):
         raise ValueError(
-            f"values from {values.min():.4g} to {values.max():.4g}, expected fractional "
+            f"values from {low:.4g} to {high:.4g}, expected fractional "
             "anisotropy in [0, 1]: another kind of image, or scaled."
         )
     return cleaned, counts

@@ -355,5 +355,5 @@ def test_damaged_json_is_named(tmp_path):
     data = toy(tmp_path / "toy")
     training.cross_validate(data, network, out=tmp_path / "out", **QUICK)
     (tmp_path / "out" / "fold-1.json").write_text("{")
-    with pytest.raises(ValueError, match=r"fold-1\.json: expected JSON, found none"):
+    with pytest.raises(ValueError, match=r"fold-1\.json: expected JSON, cannot read it"):
         training.cross_validate(data, network, out=tmp_path / "out", **QUICK)

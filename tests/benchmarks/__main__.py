@@ -3,7 +3,9 @@
 import argparse
 import gzip
 import json
+import os
 import statistics
+import subprocess
 import sys
 import time
 from contextlib import redirect_stdout
@@ -16,8 +18,10 @@ import torch
 from dipy.core.gradients import gradient_table
 from dipy.reconst.dti import TensorModel
 from sklearn.metrics import average_precision_score
+from torch import nn
 
 from brainsex import (
+    KEEP_MEMORY,
     archives,
     cohort,
     diffusion,
@@ -28,6 +32,7 @@ from brainsex import (
     volumes,
 )
 from brainsex.nifti import BRAIN_FA
+from tests.benchmarks import archive, epoch
 from tests.benchmarks.measure import Table, machine, operations, peaks, seconds
 from tests.benchmarks.published import ITERATIONS, deleted, published_mask
 from tests.benchmarks.reading import reading
@@ -214,6 +219,54 @@ def train(data, peak, table: Table) -> None:
         table.add("train", f"{channels} channels: a subject", "s", ours, plain, share)
 
 
+def train_published(table: Table) -> None:
+    """An epoch with its validation at the study's size, against the published loop."""
+    table.heading(
+        f"Training: an epoch of {epoch.TRAINED} subjects in batches of {epoch.BATCH} with its "
+        f"validation on {epoch.VALIDATED}, 32 channels, against the published loop"
+    )
+    found = {}
+    for way, more in (("ours", KEEP_MEMORY), ("published", {})):
+        call = [sys.executable, "-m", "tests.benchmarks.epoch", way, BUILD / "benchmark-cohort"]
+        said = subprocess.run(call, env=os.environ | more, check=True, stdout=subprocess.PIPE)
+        found[way] = json.loads(said.stdout)
+    for what, unit, name in (("a subject", "s", "seconds"), ("peak memory", "GB", "gb")):
+        table.add("train", f"32 channels: {what}", unit, *(one[name] for one in found.values()))
+
+
+def gpu(data, table: Table) -> None:
+    """What the study takes on a GPU: its masks and its cross-validation, from a part of each."""
+    device = networks.device()
+    if device.type != "cuda":
+        print("\nNo GPU here: the study's masks and cross-validation on one were not measured.")
+        return
+    volumes, sex = np.array(data.volumes), data.sex
+    torch.manual_seed(0)
+    network = networks.MriNet3d(32).eval().to(device)
+    count, subjects, folds, epochs = len(volumes), 1113, 10, 20
+    table.heading(f"GPU: {subjects} subjects, from {count}")
+    took = seconds(lambda: perturbation.optimise_masks(network, volumes), 2)
+    table.add("gpu", f"masks of {subjects} subjects", "s", took * subjects / count)
+    few = torch.from_numpy(volumes[:45])[:, None].to(device, memory_format=torch.channels_last_3d)
+    fast = networks.place(networks.MriNet3d(32), device).to(torch.bfloat16)
+    layers = [hidden[0] for hidden in (fast.hidden1, fast.hidden2, fast.hidden3)]
+
+    def convolutions():
+        features = few.bfloat16()
+        for layer in layers:
+            features = nn.functional.max_pool3d(layer(features), 2)
+        features.sum().backward()
+
+    def one_epoch():
+        options = {"epochs": 1, "batch_size": 45, "progress": False}
+        training.fit(networks.MriNet3d(32), volumes, sex, **options)
+
+    alone, ours = seconds(convolutions, 5) / len(few), seconds(one_epoch) / count
+    table.add("gpu", "training: a subject, against the convolutions alone", "s", ours, alone)
+    whole = ours * subjects * (folds - 1) * epochs
+    table.add("gpu", f"{folds} folds of {epochs} epochs, {subjects} subjects", "s", whole)
+
+
 def train_slabs(data, peak, table: Table) -> None:
     """An epoch of the 2D network at the study's width; its goal is 10 s on two cores."""
     few, sex = np.array(data.volumes), data.sex
@@ -249,12 +302,15 @@ def main() -> None:
     peak = peaks(networks.device(), table)
     data, truth = prepare()
     convert(table)
+    archive.reading(BUILD / "benchmark-archives", table)
     fit(table)
     reading(BUILD / "benchmark-reading" / "tensors.npy", table)
     train(data, peak, table)
     train_slabs(data, peak, table)
+    train_published(table)
     masks(data, truth, arguments.subjects, peak, table)
     masks_at_full_width(np.array(data.volumes[TRAINED:]), peak, table)
+    gpu(data, table)
     report = json.dumps({"machine": about, "rows": table.rows}, indent=1)
     (BUILD / "benchmarks.json").write_text(report + "\n")
     print(f"\n{BUILD / 'benchmarks.json'} holds the same.")

@@ -769,6 +769,8 @@ def watch(root: Path, events: list[str]) -> None:
     allowed = tuple(str(root / name) for name in ("out", "tmp"))
 
     def hook(event: str, arguments: tuple) -> None:
+        if event == "subprocess.Popen" and arguments[0] == "git":
+            return  # the commit, for the record
         if event in ("pickle.find_class", "subprocess.Popen", "os.system", "os.exec"):
             events.append(f"{event} {arguments[:2]}")
         elif event == "open" and isinstance(arguments[0], (str, bytes, Path)):

@@ -61,7 +61,8 @@ class _Hidden(nn.Sequential):
             return features if kept is None else kept
 
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-            return relu(pooling(normed))
+            pooled = pooling(normed)
+        return relu(pooled)
 
 
 def _hidden2d(inputs: int, outputs: int) -> nn.Sequential:

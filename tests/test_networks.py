@@ -438,6 +438,16 @@ def test_what_pooling_read_is_gone_after_a_hidden_layer():
     out.sum().backward()
 
 
+def test_a_pass_that_nobody_goes_back_through_keeps_nothing():
+    layer, gone = MriNet3d(4, (22, 24, 26)).hidden2, []
+    for part in layer:
+        part.register_forward_hook(lambda *call: gone.append(weakref.ref(call[-1])))
+    images = torch.randn(1, 4, 9, 8, 7, requires_grad=True)
+    out = layer(images)
+    del out
+    assert [one() for one in gone] == [None] * 4
+
+
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("kernel", [(3, 3, 3), (2, 3, 1)])
 def test_the_first_convolution_s_gradient(count, kernel):

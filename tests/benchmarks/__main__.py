@@ -141,7 +141,7 @@ def _share_of_peak(network, some, seconds_a_mask: float, peak) -> float:
 def convert(table: Table) -> None:
     """Conversion of volumes on HCP's own grid against inflating the same files, one thread each."""
     folder = BUILD / "benchmark-cohort-1.25mm"
-    synthetic.write_cohort(folder, subjects=8, spacing=1.25)
+    synthetic.write_cohort(folder, subjects=32, spacing=1.25)
     with redirect_stdout(sys.stderr):
         archives.extract(folder / "archives", folder / "fa")
     paths = sorted((folder / "fa").glob("*.nii.gz"))

@@ -78,7 +78,9 @@ def published_epoch(network: nn.Module, optimiser, train, validation, batch: int
         optimiser.zero_grad()
         criterion(logits, labels).backward()
         optimiser.step()
+        del logits  # with all that leads to it, before the next batch
     network.eval()
     for volumes, sex in (train, train, validation, validation, validation):
         for logits, labels in passes(volumes, sex):
             criterion(logits, labels).item(), (logits.argmax(1) == labels).sum().item()
+            del logits

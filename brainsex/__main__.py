@@ -218,7 +218,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--lr", type=float, default=3e-4)
     sub.add_argument("--milestones", type=int, nargs="*", default=(5, 15))
     sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--workers", type=int, help="folds at once; 4.8 GB each at these sizes")
+    sub.add_argument("--workers", type=int, help="folds at once; 3 GB each at these sizes")
 
     about = "the probability of man for new volumes, as CSV"
     sub = command(predict, about, "results/hcp/cnn3d/fold-0.pt some_FA.nii.gz")

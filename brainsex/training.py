@@ -192,7 +192,7 @@ def cross_validate(
     out : folder for ``fold-K.pt`` (state dicts), ``folds.csv`` (Subject, fold) and ``run.json``.
         Folds finished there are kept, half done they are resumed; of other data or settings, they
         are deleted.
-    workers : folds at once on a CPU, by default as many as cores; 4.8 GB each at the study's sizes.
+    workers : folds at once on a CPU, by default as many as cores; 3 GB each at the study's sizes.
 
     The processes of `ranks` share the folds, and all return all of them. On a CPU the bits depend
     on a fold's threads, which are what they would be in one process, unless `workers` is 1.

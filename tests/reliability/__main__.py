@@ -6,11 +6,8 @@ from tests.reliability import hostile, interrupts, kills
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 MARKERS = "<!-- reliability -->", "<!-- /reliability -->"
-MEASURES = (
-    kills,
-    interrupts,
-    hostile,
-)  # each has figures() -> list[tuple[str, str]], rows of the table
+MEASURES = (kills, interrupts, hostile)
+"""Each has figures() -> list[tuple[str, str]], rows of the table."""
 
 
 def main() -> None:

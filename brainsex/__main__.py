@@ -35,7 +35,7 @@ FINISHED = {
     "fa": "*.nii.gz",
     "convert": ".convert-*/*.npz",
     "train": "fold-*.json",
-    "masks": "*.nii.gz",
+    "masks": "persistence/*.nii.gz",
     "synthesize": "archives/*.zip",
 }
 """Where a command's finished subjects or folds lie in the folder that it writes."""

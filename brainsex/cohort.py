@@ -125,7 +125,7 @@ def fingerprint(subjects: np.ndarray, sex: np.ndarray, volumes: np.ndarray) -> s
     digest = hashlib.sha256(repr((*map(str, subjects), *map(int, sex))).encode())
     for subject, volume in zip(subjects, volumes):
         if not np.isfinite(volume).all():
-            raise ValueError(f"{subject}: expected finite voxels, found others. Convert again.")
+            raise ValueError(f"tensors.npy is not finite for {subject}. Convert again.")
         digest.update(repr((volume.shape, volume.dtype.str)).encode())
         digest.update(np.ascontiguousarray(volume))
     return digest.hexdigest()

@@ -64,9 +64,7 @@ def group_mask(
         reference = matching(reference, volumes, "a reference")
     device = networks.device()
     for row in range(len(volumes)):
-        tensor(
-            volumes, [row], torch.device("cpu")
-        )  # refuses what is not finite, before anything is computed
+        tensor(volumes, [row], torch.device("cpu"))  # what is not finite is refused at once
     plain = networks.frozen(network, device)
     logits = networks.evaluate(plain, volumes, torch.float32)
     target = perturbation.targets(target, volumes)

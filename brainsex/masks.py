@@ -107,15 +107,15 @@ def explain(
     folds = held_out(networks_folder, subjects)
     record = out / ("masks.csv" if ranks.first() else f".masks-{ranks.number()}.csv")
     columns = ["sex", "fold", "target", "before", "after", "volume"]
-    before = [path for path in (out / "masks.csv", *_parts(out)) if path.is_file()]
-    done = pd.concat([pd.DataFrame(), *(_written(path, columns) for path in before)])
     mine, found = ranks.mine(np.arange(len(rows))), []
     bar = tqdm(total=len(mine), desc="masks", unit="subject", disable=not ranks.first())
     with bar, runs.alone(out, "persistence"):
         if ranks.first():
             digest = fingerprint(cohort.subjects, cohort.sex, cohort.volumes)
             runs.record(out, "masks", networks=networks_folder, cohort=digest, **settings)
-        ranks.gather()  # nobody writes before the folder is this run's
+        ranks.gather()  # nobody reads or writes before the folder is this run's
+        before = [path for path in (out / "masks.csv", *_parts(out)) if path.is_file()]
+        done = pd.concat([pd.DataFrame(), *(_written(path, columns) for path in before)])
         for fold in np.unique(folds[mine]):
             network = load(networks_folder, fold, cohort)
             now = key(networks_folder, fold, perturbation, sorted(settings.items()))
@@ -140,7 +140,8 @@ def explain(
                         write(path, one, cohort.affine, now)
                 more = {"Subject": names, "sex": cohort.sex[some], "fold": fold, "key": now}
                 found.append(made.history.assign(**more))
-                write_text(record, _latest(done, found).to_csv(index=False))
+                others = done if ranks.first() else pd.DataFrame()
+                write_text(record, _latest(others, found).to_csv(index=False))
                 bar.update(len(some))
         found = [one for part in ranks.gather(found) for one in part]
         done = _latest(done, found)

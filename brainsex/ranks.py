@@ -32,7 +32,10 @@ def joined() -> Iterator[None]:
         own = visible.split(",")[int(os.environ["LOCAL_RANK"]) % gpus]
         os.environ["CUDA_VISIBLE_DEVICES"] = own
     torch.set_num_threads(max(1, joblib.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"])))
-    distributed.init_process_group("gloo", timeout=WAIT)
+    try:
+        distributed.init_process_group("gloo", timeout=WAIT)
+    except RuntimeError as error:
+        raise ConnectionError(f"the processes do not find each other ({error}).") from error
     try:
         yield
     finally:

@@ -17,7 +17,7 @@ from pathlib import Path
 import joblib
 from filelock import FileLock, Timeout
 
-from brainsex import ranks, write
+from brainsex import ranks, read_record, write
 
 RECORD = "run.json"
 PACKAGES = ("brainsex", "numpy", "pandas", "scipy", "torch", "nibabel", "scikit-learn", "dipy")
@@ -73,7 +73,7 @@ def record(folder: str | Path, command: str, **facts) -> None:
     goes on, what it runs on now is added in ``made_with`` to what it ran on before.
     """
     every, facts = read(folder), _plain(facts)
-    made = every[command]["made_with"] if same(folder, command, **facts) else []
+    made = every[command].get("made_with", []) if same(folder, command, **facts) else []
     made = made if environment() in made else [*made, environment()]
     if every.get(command) != (entry := facts | {"made_with": made}):
         write(Path(folder) / RECORD, json.dumps(every | {command: entry}, indent=1) + "\n")
@@ -84,17 +84,16 @@ def same(folder: str | Path, command: str, **facts) -> bool:
 
     Versions do not count: an update on the way must not cost days of finished folds.
     """
-    before = read(folder).get(command, {})
+    before = read(folder).get(command)
+    if not isinstance(before, dict):
+        return False
     return {name: before[name] for name in before if name != "made_with"} == _plain(facts)
 
 
 def read(folder: str | Path) -> dict:
-    """What ``run.json`` says, by command; nothing where there is none, or not a whole one."""
-    try:
-        found = json.loads((Path(folder) / RECORD).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    """What ``run.json`` says, by command; nothing where there is none."""
+    path = Path(folder) / RECORD
+    return read_record(path) if path.exists() else {}
 
 
 def _plain(facts: dict) -> dict:

@@ -207,7 +207,8 @@ def read(
         for number in range(volumes):
             if len(content := stream.read(size)) < size:
                 raise ValueError(f"it ends in volume {number + 1} of {volumes}")
-            if (number + 1) * size > MAX_RATIO * compressed.tell() + CHUNK:
+            # a mask, of one volume, may well be smaller
+            if grid is not None and (number + 1) * size > MAX_RATIO * compressed.tell() + CHUNK:
                 raise ValueError(f"it inflates to more than {MAX_RATIO} times what is stored")
             if number in rows:
                 values[rows[number]] = np.frombuffer(content, dtype)[voxels]

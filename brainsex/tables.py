@@ -16,7 +16,7 @@ MAX_COLUMNS = 50_000
 MAX_HEADER = 1 << 22
 """Of the widest table that is read: UK Biobank's have some 30,000 columns."""
 UNFIT = r"[/\\\x00-\x1f\x7f]"
-MAX_WRITTEN = 1 << 24  # bytes
+MAX_WRITTEN = 1 << 28  # bytes
 MAX_NAME = 200
 """What no ID may hold, and its length: it is part of the names of files."""
 NO_VOLUME = "a row, but no volume"  # why `match` leaves out whom only the table knows

@@ -154,8 +154,8 @@ def _evaluate(network, volumes, sex, dtype) -> dict[str, float]:
 def predict(network: nn.Module, volumes: np.ndarray) -> np.ndarray:
     """Probabilities (N, 2) of woman and man, float32, of finite volumes (N, X, Y, Z), at least one.
 
-    Of slabs: of the mean of their log-odds. The network runs in float32, in evaluation mode; its
-    mode is put back. On a CPU no volume's depend on the others, to the bit.
+    Of slabs: of the mean of their log-odds. A copy of the network runs, in float32. On a CPU no
+    volume's depend on the others, to the bit.
     """
     if len(volumes) == 0:
         raise ValueError("expected volumes (N, X, Y, Z), found none.")

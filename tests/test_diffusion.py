@@ -674,3 +674,13 @@ def test_without_dipy_the_command_names_the_requirements(source, target):
     assert ended.returncode == 1
     assert ended.stderr.strip().startswith("error: fitting FA needs DIPY")
     assert "pip install -r requirements-diffusion.txt" in ended.stderr
+
+
+def test_a_mask_may_inflate_more_than_a_hundredfold(source, target):
+    shape, mask = (90, 90, 90), np.zeros((90, 90, 90))
+    mask[40:44, 40:44, 40:44] = 1
+    noise = np.random.default_rng(0).random((*shape, 15)) + 1
+    content = image(mask, np.float32)
+    assert len(gzip.decompress(content)) > 100 * len(content) + (1 << 20)
+    save(source / FOLDER, series(data=image(noise), mask=content))
+    assert diffusion.fit(source, target, workers=1)["status"].tolist() == ["fitted"]

@@ -40,8 +40,9 @@ class MaxPool3d(nn.MaxPool3d):
 class _Hidden(nn.Sequential):
     """Convolution, batch norm, pooling and ReLU, in the memory that training them needs.
 
-    Pooling keeps its input, an eighth of whose size would do, for nothing but its shape: the
-    convolution's output has the same and is there anyway.
+    The study has the ReLU before the pooling, which is the same function, to the bit. Pooling keeps
+    its input, the largest tensor there is, for nothing but its shape: the convolution's output has
+    the same and is there anyway.
     """
 
     def __init__(self, inputs: int, outputs: int):

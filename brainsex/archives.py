@@ -81,7 +81,7 @@ def extract(
         _extract_one(subject, archives[subject], source, target, patterns)
 
     expected = "a folder with archives named <ID>_….zip or <ID>.zip"
-    facts = {"source": source, "member": patterns}
+    facts = {"command": "extract", "source": source, "member": patterns}
     return each_subject(
         work, archives, source, target, expected, "extracted", workers, overwrite, facts
     )
@@ -100,9 +100,9 @@ def each_subject(
 ) -> pd.DataFrame:
     """Call `work` for each of `subjects` without a volume in `target`; return as `extract` does.
 
-    `work` writes ``target/<ID>.nii.gz`` or raises why it rejects the subject, but what it raises as
-    OSError is taken for a full disk. `expected` says what `source` should hold, `done` is the
-    status of a success, `facts` are for the record.
+    `work` writes ``target/<ID>.nii.gz`` or raises why it rejects the subject; an OSError, a full
+    disk's say, is no subject's fault and ends the run. `expected` says what `source` should hold,
+    `done` is the status of a success, `facts` are what `runs.record` notes.
     """
     subjects = set(subjects)
 
@@ -132,7 +132,7 @@ def each_subject(
     workers = cpu_count() if workers is None else workers  # those that this process may use
     run = Parallel(workers, require="sharedmem", return_as="generator")  # threads
     with runs.alone(target):
-        runs.record(target, {"extracted": "extract", "fitted": "fa"}[done], **facts)
+        runs.record(target, **facts)
         outcome = present()
         todo = sorted(subjects if overwrite else subjects - outcome.keys())
         results = run(delayed(attempt)(subject) for subject in todo)

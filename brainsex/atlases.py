@@ -20,12 +20,11 @@ INSIDE = 0.9
 SIDES = {"left": r"(?i:\bleft\b)|(^|[ _.-])(L|lh)($|[ _.-])",
          "right": r"(?i:\bright\b)|(^|[ _.-])(R|rh)($|[ _.-])"}  # fmt: skip
 """How a region's name says on which side it lies."""
-
-
 MAX_TABLE = 1 << 24
 """Bytes of the longest table of labels."""
-NO_TABLE = (ValueError, TypeError, AttributeError, SyntaxError, KeyError, OverflowError)
-NO_TABLE += (RecursionError, LookupError)
+NO_TABLE = (ValueError, TypeError, AttributeError, SyntaxError, LookupError, OverflowError)
+NO_TABLE += (RecursionError,)
+"""What a file that is none raises."""
 
 
 @dataclass(frozen=True)

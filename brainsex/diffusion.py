@@ -100,7 +100,7 @@ def fit(
             neglected.append(subject)
 
     expected = f"packages named <ID>_….zip or folders <ID>/T1w/Diffusion with {series.DATA}"
-    facts = {"source": source, "bmax": bmax, "b0": b0}
+    facts = {"command": "fa", "source": source, "bmax": bmax, "b0": b0}
     table = each_subject(
         work, inputs, source, target, expected, "fitted", workers, overwrite, facts
     )

@@ -303,8 +303,8 @@ def place(network: nn.Module, device: torch.device) -> nn.Module:
 
 
 FEW = 2
-"""Volumes a pass on a CPU: for a single one in float32 PyTorch takes its own convolution, which is
-three times as slow as oneDNN's, and more than a few leave the processor's cache."""
+"""Volumes a pass on a CPU: for a single one in float32 PyTorch takes its own convolution, twice to
+three times as slow as oneDNN's (tests/benchmarks), and more than a few leave the cache."""
 
 
 def passes(network: nn.Module, volumes: Tensor) -> Tensor:
@@ -425,16 +425,15 @@ def load(path: str | Path, shape: tuple[int, int, int] = SHAPE) -> MriNet3d | Mr
             make = partial(MriNet2d, depth, channels=channels, shape=shape, **form)
         else:
             make = partial(MriNet3d, len(state["hidden1.0.weight"]), shape)
-        with torch.device("meta"):
-            make().load_state_dict(state, assign=True)  # takes no memory
-        network = make()
-        network.load_state_dict(state)
+        with torch.device("meta"):  # no memory, until the weights are known to fit
+            network = make()
+        network.load_state_dict(state, assign=True)
     except UNREADABLE as error:
         why = " ".join(str(error).split())
         raise ValueError(
             f"{path}: no state dict of MriNet3d or MriNet2d for {shape} ({why:.1000})."
         ) from error
-    return network.eval()
+    return network.float().eval()
 
 
 def read(path: str | Path, device: torch.device | str = "cpu"):

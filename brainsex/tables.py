@@ -12,12 +12,11 @@ import pandas as pd
 
 from brainsex import LABELS
 
-MAX_COLUMNS = 50_000
-MAX_HEADER = 1 << 22
-"""Of the widest table that is read: UK Biobank's have some 30,000 columns."""
-UNFIT = r"[/\\\x00-\x1f\x7f]"
-MAX_WRITTEN = 1 << 28  # bytes
-MAX_NAME = 200
+MAX_COLUMNS, MAX_HEADER = 50_000, 1 << 22
+"""Columns and letters of the widest header that is read: UK Biobank's have some 30,000 columns."""
+MAX_WRITTEN = 1 << 28
+"""Bytes of the longest table that is read as our own."""
+UNFIT, MAX_NAME = r"[/\\\x00-\x1f\x7f]", 200
 """What no ID may hold, and its length: it is part of the names of files."""
 NO_VOLUME = "a row, but no volume"  # why `match` leaves out whom only the table knows
 

@@ -95,7 +95,8 @@ def convert(
             kept = {s: record for s, record in records.items() if "reason" not in record}
             if kept:
                 again = any("again" in record for record in records.values())
-                grid = {"key": "" if again else key, "modality": modality, "normalised": normalised}
+                grid = {"key": "" if again else key, "shape": options[0]}
+                grid |= {"modality": modality, "normalised": normalised}
                 facts = {"source": fa_dir, "table": table}
                 facts |= {"regrid": regrid, "leave_out_qc": leave_out_qc}
                 _write(out_dir, grid, facts, known.loc[list(kept)], kept, parts)
@@ -152,8 +153,13 @@ def _part(first: dict | None, part: Path, path: Path, *options) -> dict:
             return {"reason": f"cannot be read now: {error}", "again": True}
         with replacing(part) as partial, partial.open("wb") as file:
             np.savez(file, **content)
-        record = _kept(part, options[0])
+        record = _plain(content)
     return record
+
+
+def _plain(content: dict) -> dict:
+    """All but the volume, in Python's own types."""
+    return {name: np.asarray(value).tolist() for name, value in content.items() if name != "volume"}
 
 
 def _kept(part: Path, shape: list[int]) -> dict | None:
@@ -169,7 +175,7 @@ def _kept(part: Path, shape: list[int]) -> dict | None:
         not RECORD <= record.keys() or record["volume"].shape != tuple(shape)
     ):
         return None
-    return {name: value.tolist() for name, value in record.items() if name != "volume"}
+    return _plain(record)
 
 
 def prepare(
@@ -241,26 +247,26 @@ def _write(
 ) -> None:
     """The cohort's files from its parts; ``tensors.npy``, without which nothing loads, last."""
 
-    def volume(subject: str) -> np.ndarray:
-        with np.load(parts / f"{subject}.npz") as saved:
-            return saved["volume"]
+    def volumes() -> Iterator[np.ndarray]:
+        for subject in records:
+            with np.load(parts / f"{subject}.npz") as saved:
+                volume = saved["volume"]
+            file.write(volume.tobytes())
+            yield volume
 
     subjects = known.reset_index()
     subjects.insert(2, "label", subjects["Gender"].map(LABELS))
     for column in MEASURES:
         subjects[column] = [record[column] for record in records.values()]
-    first = next(iter(records))
-    shape, dtype = volume(first).shape, volume(first).dtype
     write(out_dir / "subjects.csv", subjects.to_csv(index=False))
     with replacing(out_dir / "labels.npy") as path, path.open("wb") as file:
         np.save(file, subjects["label"].to_numpy(np.int64))
-    grid = {"shape": shape, "affine": records[first]["affine"], **grid}
+    grid = {"affine": next(iter(records.values()))["affine"], **grid}
     write(out_dir / "grid.json", json.dumps(grid))
-    digest = cohort.fingerprint(subjects["Subject"], subjects["label"], map(volume, records))
-    runs.record(out_dir, "convert", cohort=digest, **facts, **grid)
-    with replacing(out_dir / "tensors.npy") as path, path.open("wb") as file:
-        header = {"shape": (len(records), *shape), "fortran_order": False}
-        header["descr"] = np.lib.format.dtype_to_descr(dtype)
-        np.lib.format.write_array_header_1_0(file, header)
-        for subject in records:
-            file.write(volume(subject).tobytes())
+    with replacing(out_dir / "tensors.npy") as path:
+        with path.open("wb") as file:
+            header = {"shape": (len(records), *grid["shape"]), "fortran_order": False}
+            header["descr"] = np.lib.format.dtype_to_descr(np.dtype(np.float32))
+            np.lib.format.write_array_header_1_0(file, header)
+            digest = cohort.fingerprint(subjects["Subject"], subjects["label"], volumes())
+        runs.record(out_dir, "convert", cohort=digest, **facts, **grid)

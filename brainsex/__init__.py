@@ -34,13 +34,9 @@ def seeded(seed: int, subject: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{subject}".encode()).digest()[:7], "big")
 
 
-KEEP_MEMORY = {
-    "GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=8000000000"
-    ":glibc.malloc.hugetlb=1"
-}
-"""Environment in which glibc keeps what a training step frees for the next one, but for the largest
-tensors, which come in huge pages: else the kernel clears every page of every step anew. Read when a
-process starts, so set for child processes."""
+KEEP_MEMORY = {"GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=8000000000"}
+"""Environment in which glibc keeps what a training step frees for the next one: else the kernel
+clears every page of every step anew. Read when a process starts, so set for child processes."""
 
 
 @contextmanager

@@ -5,7 +5,7 @@ import math
 import pickle
 import struct
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -38,11 +38,14 @@ class MaxPool3d(nn.MaxPool3d):
 
 
 class _Hidden(nn.Sequential):
-    """Convolution, batch norm, pooling and ReLU, in the memory that training them needs.
+    """Convolution, batch norm, pooling and ReLU.
 
-    The study has the ReLU before the pooling, which is the same function, to the bit. Pooling keeps
-    its input, the largest tensor there is, for nothing but its shape: the convolution's output has
-    the same and is there anyway.
+    The study has the ReLU before the pooling, which is the same function, to the bit.
+
+    In training, the first layer's batch norm is folded into its convolution, as in inference: the
+    mean and the variance of what a convolution makes of one channel follow from the `_moments` of
+    that channel. So a network's largest tensors are made and pooled a few volumes at a time, in the
+    cache, and never normalised. Statistics and gradients are still those of the whole batch.
     """
 
     def __init__(self, inputs: int, outputs: int):
@@ -51,19 +54,57 @@ class _Hidden(nn.Sequential):
 
     def forward(self, volumes: Tensor) -> Tensor:
         convolution, norm, pooling, relu = self
-        features = convolution(volumes)
-        normed = norm(features)
-        place = normed.data_ptr()
+        if not norm.training or convolution.in_channels > 1:
+            return super().forward(volumes)
+        few = volumes.split(FEW if volumes.device.type == "cpu" else len(volumes))
+        weight, bias = _normed(convolution, norm, few)
+        pooled = torch.cat([pooling(nn.functional.conv3d(some, weight)) for some in few])
+        return relu(pooled + bias.view(-1, 1, 1, 1))  # in the bias's precision
 
-        def pack(kept: Tensor) -> Tensor | None:
-            return None if kept.data_ptr() == place else kept
 
-        def unpack(kept: Tensor | None) -> Tensor:
-            return features if kept is None else kept
+def _normed(convolution: nn.Conv3d, norm: nn.BatchNorm3d, few: Sequence[Tensor]) -> tuple:
+    """Weight and bias of a convolution of one channel with the batch norm after it folded in.
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-            pooled = pooling(normed)
-        return relu(pooled)
+    `few` together, (n, 1, X, Y, Z) each, are the batch: the norm's running statistics follow it.
+    """
+    with torch.autocast(few[0].device.type, enabled=False):
+        count, sums, products = _moments(few)
+        taps = convolution.weight.double().flatten(1)
+        middle = taps @ sums / count
+        variance = (taps @ products * taps).sum(1) / count - middle**2
+        mean = middle + convolution.bias
+        scale = norm.weight / (variance + norm.eps).sqrt()
+        bias = norm.bias + scale * (convolution.bias - mean)
+        with torch.no_grad():
+            norm.num_batches_tracked += 1
+            unbiased = variance * count / (count - 1)
+            for kept, new in ((norm.running_mean, mean), (norm.running_var, unbiased)):
+                kept.lerp_(new.to(kept.dtype), norm.momentum)
+        dtype = convolution.weight.dtype
+        return scale.to(dtype).view(-1, 1, 1, 1, 1) * convolution.weight, bias.to(dtype)
+
+
+def _moments(few: Sequence[Tensor]) -> tuple[int, Tensor, Tensor]:
+    """Of all patches of 3×3×3 in volumes (n, 1, X, Y, Z): number, sum (27,), products (27, 27).
+
+    Float64, in a kernel's order. Products are summed over planes across X, and each sum serves all
+    pairs of taps whose planes are as far apart.
+    """
+    x, y, z = (size - 2 for size in few[0].shape[2:])
+    sums = torch.zeros(3, 9, dtype=torch.float64, device=few[0].device)
+    products = sums.new_zeros(3, 9, 3, 9)
+    for some in few:
+        beside = some[:, 0].transpose(0, 1)
+        taps = [beside[..., b : b + y, c : c + z] for b in range(3) for c in range(3)]
+        planes = torch.stack(taps, 2).flatten(3)  # (X, n, 9, Y Z)
+        alone = planes.sum(3).sum(1, dtype=torch.float64)
+        pairs = [(planes[: x + 2 - step] @ planes[step:].mT).sum(1) for step in range(3)]
+        for a in range(3):
+            sums[a] += alone[a : a + x].sum(0)
+            for b in range(a, 3):
+                products[a, :, b] += pairs[b - a][a : a + x].sum(0, dtype=torch.float64)
+    upper = products.view(27, 27)
+    return sum(map(len, few)) * x * y * z, sums.flatten(), upper.triu() + upper.triu(1).T
 
 
 def _hidden2d(inputs: int, outputs: int) -> nn.Sequential:
@@ -419,6 +460,10 @@ def load(path: str | Path, shape: tuple[int, int, int] = SHAPE) -> MriNet3d | Mr
             raise ValueError("more weights than the file has bytes")
         if not all(value.isfinite().all() for value in state.values()):
             raise ValueError("weights that are not finite")
+        counts = ("num_batches_tracked", "_extra_state")
+        weights = [value for name, value in state.items() if not name.endswith(counts)]
+        if not all(value.is_floating_point() for value in weights):
+            raise ValueError("weights that are no floating-point numbers")
         if "convolution.weight" in state:
             channels, depth = state["convolution.weight"].shape[:2]
             form = {"axis": state["_extra_state"].item(), "residual": "hidden2.4.weight" in state}

@@ -5,15 +5,15 @@ voxels against aliasing, then linear interpolation. Both are linear and separabl
 one small matrix here, built from scipy's own filters; the affine follows the grid.
 """
 
-import gzip
 import math
-import zlib
 from functools import lru_cache
+from gzip import BadGzipFile
 from pathlib import Path
 from typing import BinaryIO
 
 import nibabel as nib
 import numpy as np
+from isal import igzip, isal_zlib
 from nibabel.affines import from_matvec
 from nibabel.orientations import inv_ornt_aff
 from nibabel.volumeutils import apply_read_scaling
@@ -51,13 +51,19 @@ def load(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     FileNotFoundError, ValueError
         No such file; truncated or corrupted, not NIfTI-1, not 3D, not real, or without an affine.
     """
+    volume, affine = read(path)
+    return np.ascontiguousarray(volume), affine
+
+
+def read(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
+    """As `load`, but read-only and in memory as in the file: what is used once needs no copy."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such volume. DATA_ACCESS.md says how to get the data.")
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        with igzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             content = _content(file)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+    except (EOFError, isal_zlib.error, BadGzipFile) as error:
         raise ValueError(f"{path}: damaged gzip file ({error}). Fetch it again.") from error
     except NOT_NIFTI as error:
         raise ValueError(f"{path}: not a NIfTI-1 file ({error}).") from error
@@ -74,7 +80,7 @@ def load(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
         proxy = image.dataobj
         voxels = np.ndarray(proxy.shape, proxy.dtype, content, proxy.offset, order="F")
         volume = nib.apply_orientation(apply_read_scaling(voxels, proxy.slope, proxy.inter), turn)
-        volume = np.ascontiguousarray(volume, dtype=np.float32)
+        volume = volume.astype(np.float32, copy=False)
         affine = affine @ inv_ornt_aff(turn, image.shape)
     except NOT_NIFTI as error:
         raise ValueError(f"{path}: not a NIfTI-1 file ({error}).") from error
@@ -85,8 +91,7 @@ def load(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
 
 def _content(file: BinaryIO) -> bytes:
     """A file's bytes up to its last voxel, read as far as its header says, and on to its end."""
-    start = file.read(nib.Nifti1Header.sizeof_hdr)
-    header = nib.Nifti1Header(start)
+    header = nib.Nifti1Header(file.read(nib.Nifti1Header.sizeof_hdr))
     shape, dtype = header.get_data_shape(), header.get_data_dtype()
     if len(shape) != 3 or min(shape) < 1:
         raise ValueError(f"expected a 3D volume, found shape {shape}")
@@ -98,7 +103,8 @@ def _content(file: BinaryIO) -> bytes:
     whole = (before := header.get_data_offset()) + size
     if before > MAX_BEFORE:
         raise ValueError(f"expected at most {MAX_BEFORE} bytes before its voxels, found {before}")
-    content = start + file.read(max(whole - len(start), 0))
+    file.seek(0)
+    content = file.read(whole)
     if len(content) < whole:
         raise ValueError(f"truncated: expected {whole} bytes, found {len(content)}")
     after = 0
@@ -107,6 +113,17 @@ def _content(file: BinaryIO) -> bytes:
         if after > MAX_BYTES:
             raise ValueError(f"more than {MAX_BYTES} bytes after its voxels: no brain volume")
     return content
+
+
+def _turns(volume: np.ndarray) -> tuple[slice, ...]:
+    """What mirrors a volume into the order it has in memory, where numpy is ten times as fast."""
+    return tuple(slice(None, None, -1 if step < 0 else 1) for step in volume.strides)
+
+
+def _range(volume: np.ndarray) -> tuple[float, float]:
+    """The least and the largest value; NaN where there is one."""
+    laid = volume[_turns(volume)]
+    return laid.min(), laid.max()
 
 
 @lru_cache(maxsize=32)
@@ -135,15 +152,16 @@ def resample(
     """
     if volume.ndim != 3 or len(shape) != 3 or min(shape) < 1:
         raise ValueError(f"expected a 3D volume and shape, found {volume.shape} and {shape}.")
-    low, high = volume.min(), volume.max()
-    if not np.isfinite([low, high]).all():
+    low, high = _range(volume)
+    if not np.isfinite((low, high)).all():
         raise ValueError(f"expected finite values, found {low} to {high}. Clean it first.")
     x, y, z = (_operator(old, new) for old, new in zip(volume.shape, shape))
-    reduced = np.tensordot(x, volume.astype(np.float32, copy=False), 1)  # (x, Y, Z)
-    reduced = y @ reduced @ z.T
+    turns = _turns(volume)
+    laid = np.asfortranarray(volume[turns], dtype=np.float32).T  # (Z, Y, X), no copy of a file's
+    reduced = np.tensordot(z, y @ (laid @ x.T), 1).T[turns]  # mirrored before or after: the same
     factors = np.divide(volume.shape, shape)
     to_old = from_matvec(np.diag(factors), (factors - 1) / 2)
-    return reduced.clip(low, high), affine @ to_old
+    return np.ascontiguousarray(reduced.clip(low, high)), affine @ to_old
 
 
 def clean(volume: np.ndarray, modality: str = "fa") -> tuple[np.ndarray, dict[str, int]]:
@@ -170,14 +188,14 @@ def clean(volume: np.ndarray, modality: str = "fa") -> tuple[np.ndarray, dict[st
         map. (Of T1, any share may be above: bright vessels.)
     """
     counts = dict.fromkeys(("non_finite", "negative", "above_one"), 0)
-    if not np.isfinite((volume.min(), volume.max())).all():
+    if not np.isfinite(_range(volume)).all():
         finite = np.isfinite(volume)
         counts["non_finite"] = int(np.count_nonzero(~finite))
         volume = np.where(finite, volume, 0)
     values = volume.astype(np.float32, copy=False)
     if modality == "t1" and (floor := np.percentile(values, 99) / 10) > 0:
         values = values / (2 * np.median(values[values > floor]))
-    low, high = values.min(), values.max()
+    low, high = _range(values)
     if low >= 0 and 0 < high <= 1:
         return values, counts
     if high <= 0:
@@ -227,4 +245,5 @@ def normalise(volume: np.ndarray) -> np.ndarray:
 
 def brain_volume(volume: np.ndarray, affine: np.ndarray) -> float:
     """Volume in ml of the voxels above `BRAIN_FA`; in native space, a measure of brain size."""
-    return float(np.count_nonzero(volume > BRAIN_FA) * abs(np.linalg.det(affine[:3, :3])) / 1000)
+    brain = volume[_turns(volume)] > BRAIN_FA
+    return float(np.count_nonzero(brain) * abs(np.linalg.det(affine[:3, :3])) / 1000)

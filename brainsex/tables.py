@@ -161,8 +161,8 @@ def raw(table: str | Path) -> pd.DataFrame:
             header = file.readline(MAX_HEADER)
             separator = max(",;\t", key=header.count)
             names = [name.strip() for name in next(csv.reader([header], delimiter=separator), [])]
-            if not names:
-                raise ValueError(f"{table}: not a CSV table (no header).")
+            if not names or "\0" in header:
+                raise ValueError(f"{table}: not a CSV table (no header, or one with NUL bytes).")
             if len(header) == MAX_HEADER or len(names) > MAX_COLUMNS:
                 raise ValueError(
                     f"{table}: expected a header of at most {MAX_COLUMNS} columns and {MAX_HEADER} "
@@ -250,7 +250,7 @@ def _columns(table: Path, needed: dict[str, str], wanted: dict[str, str]) -> pd.
     if missing := [name for name in ("Subject", *needed) if name not in rows]:
         wanted = " and ".join(missing)
         there = [*rows.columns[:20], *(["…"] if len(rows.columns) > 20 else [])]
-        raise ValueError(f"{table}: expected a column {wanted}, found {', '.join(there)}.")
+        raise ValueError(f"{table}: expected a column {wanted}, found {', '.join(there):.1000}.")
     rows = rows[[name for name in columns if name in rows]].rename(columns=columns)
     rows = rows.dropna(subset="Subject")
     rows["Subject"] = identifiers(table, rows["Subject"].str.strip().str.removeprefix("sub-"))

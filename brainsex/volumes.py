@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from brainsex import LABELS, SHAPE, cohort, identifier, read_record, replacing, runs, tables, write
 from brainsex.archives import UNREADABLE
-from brainsex.nifti import brain_volume, clean, load, normalise, resample
+from brainsex.nifti import brain_volume, clean, load, normalise, read, resample
 
 __all__ = ["brain_volume", "clean", "convert", "identifier", "load", "prepare", "resample"]
 
@@ -200,7 +200,7 @@ def prepare(
 
 def _measured(path: str | Path, modality: str) -> tuple[np.ndarray, np.ndarray, dict]:
     """As `prepare`, not normalised."""
-    volume, affine = load(path)
+    volume, affine = read(path)
     volume, counts = clean(volume, modality)
     size = round(brain_volume(volume, affine), 3)
     if modality == "t1" and size > MAX_BRAIN:

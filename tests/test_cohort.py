@@ -123,6 +123,9 @@ def spoil(path, kind):
         pd.read_csv(path / "subjects.csv")[:5].to_csv(path / "subjects.csv", index=False)
     elif kind == "other table":
         pd.DataFrame({"Subject": range(6)}).to_csv(path / "subjects.csv", index=False)
+    elif kind == "no number":
+        table = pd.read_csv(path / "subjects.csv").assign(brain_volume_ml=["1200", *"vwxyz"])
+        table.to_csv(path / "subjects.csv", index=False)
     elif kind == "other grid":
         np.save(tensors, np.zeros((6, 7, 5, 6), np.float32))
     elif kind == "truncated":
@@ -147,6 +150,7 @@ def spoil(path, kind):
         ("other labels", r"subjects\.csv and labels\.npy disagree"),
         ("fewer rows", r"subjects\.csv and labels\.npy disagree"),
         ("other table", r"subjects\.csv: expected a column label, found none"),
+        ("no number", r"subjects\.csv: expected numbers as brain_volume_ml, found '1200' and"),
         ("other grid", r"grid\.json and tensors\.npy disagree"),
         ("truncated", r"tensors\.npy: no whole NumPy array"),
         ("empty", r"tensors\.npy: no whole NumPy array"),
@@ -236,6 +240,8 @@ def test_find_knows_the_project_s_name_and_hcp_s(tmp_path):
         (b"Subject,Hand\n1,F\n", "expected a column Gender, found Subject, Hand"),
         (b"ID|Gender\n1|F\n", r"expected a column Subject and Gender, found ID\|Gender"),
         (b"", "not a CSV table"),
+        (b"\0" * 5000, "not a CSV table .* NUL bytes"),
+        (b"x" * 5000, "expected a column Subject and Gender, found x{1000}\\.$"),
         (b'Subject,Gender\n1,F\n2,"M\n', "not a CSV table"),
         (b"Subject,Gender\n\xff\xfe,F\n", "not a CSV table"),
         (b"Subject,Gender\n1,F\n2,M\n1 ,M\n", "more than one row: 1"),

@@ -104,6 +104,9 @@ def test_weights_that_inflate_or_outnumber_their_file_are_refused(tmp_path):
     torch.save(good | {"linear.bias": torch.tensor([torch.nan, 0])}, path)
     with pytest.raises(ValueError, match="not finite"):
         networks.load(path, (22, 22, 22))
+    torch.save(good | {"linear.bias": torch.zeros(2, dtype=torch.complex64)}, path)
+    with pytest.raises(ValueError, match="no floating-point numbers"):
+        networks.load(path, (22, 22, 22))
 
 
 @pytest.mark.parametrize("name", ["../../beside", "{root}/beside", "..\\beside", "a\nb", "x" * 300])

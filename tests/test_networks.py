@@ -1,7 +1,6 @@
 """The networks are the study's, and the inference form is the same function."""
 
 import copy
-import weakref
 
 import joblib
 import numpy as np
@@ -416,36 +415,51 @@ def test_networks_are_placed_channels_last():
 # ---------------------------------------------------------------------------- memory and speed
 
 
-def test_a_hidden_layer_trains_to_the_bits_of_its_parts():
-    layer = MriNet3d(4, (22, 24, 26)).hidden2
+def trained(layer, images, weights, dtype):
+    """Output, gradients and statistics of a step with ``(output * weights).sum()`` as the loss."""
+    given = images.clone().requires_grad_()
+    with networks.autocast(CPU, dtype):
+        out = layer(given)
+    (out.to(weights.dtype) * weights).sum().backward()
+    return out, given.grad, *(one.grad for one in layer.parameters()), *layer.buffers()
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("shape", [(4, 4, 4), (9, 8, 7), (6, 13, 10)])
+def test_the_first_layer_trains_as_its_parts(count, shape):
+    layer = MriNet3d(6, (22, 24, 26)).hidden1.double()
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)  # norms that mirror among them
     parts = nn.Sequential(*copy.deepcopy(layer))
-    images, found = torch.randn(3, 4, 9, 8, 7), []
-    for made in (layer, parts):
-        given = images.clone().requires_grad_()
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            out = made(given)
-        assert out.dtype == torch.bfloat16
-        out.float().square().sum().backward()
-        found.append((out, given.grad, *(one.grad for one in made.parameters()), *made.buffers()))
-    assert all(map(torch.equal, *found))
+    images = torch.rand(count, 1, *shape, dtype=torch.float64)
+    weights = torch.randn(count, 6, *((size - 2) // 2 for size in shape), dtype=torch.float64)
+    found, expected = (trained(made, images, weights, torch.float32) for made in (layer, parts))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 
 
-def test_what_pooling_read_is_gone_after_a_hidden_layer():
-    layer, gone = MriNet3d(4, (22, 24, 26)).hidden2, []
-    layer[1].register_forward_hook(lambda *call: gone.append(weakref.ref(call[-1])))
-    out = layer(torch.randn(1, 4, 9, 8, 7, requires_grad=True))
-    assert gone[0]() is None
-    out.sum().backward()
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
+def test_the_first_layer_trains_in_other_precisions(dtype, limit):
+    torch.manual_seed(0)
+    layer = networks.place(MriNet3d(8, (22, 24, 26)), CPU).hidden1
+    exact = nn.Sequential(*copy.deepcopy(layer)).double()
+    images = torch.from_numpy(volumes(5))[:, None]
+    weights = torch.randn(5, 8, *((size - 2) // 2 for size in SHAPE))
+    found = trained(layer, images, weights, dtype)
+    truth = trained(exact, images.double(), weights.double(), torch.float32)
+    for what in (0, 2, 4, 5, 6, 7):  # output, gradients but of the bias, which is 0, statistics
+        error = (found[what].double() - truth[what]).norm() / truth[what].norm()
+        assert error < limit, what
+    assert found[3].abs().max() < 1e-3 * found[5].abs().max()
 
 
-def test_a_pass_that_nobody_goes_back_through_keeps_nothing():
-    layer, gone = MriNet3d(4, (22, 24, 26)).hidden2, []
-    for part in layer:
-        part.register_forward_hook(lambda *call: gone.append(weakref.ref(call[-1])))
-    images = torch.randn(1, 4, 9, 8, 7, requires_grad=True)
-    out = layer(images)
-    del out
-    assert [one() for one in gone] == [None] * 4
+def test_only_a_training_batch_moves_the_first_layer_s_statistics():
+    layer, images = MriNet3d(2, (22, 24, 26)).hidden1, torch.rand(2, 1, 8, 8, 8)
+    before = [one.clone() for one in layer.buffers()]
+    layer.eval()(images)
+    assert all(map(torch.equal, before, layer.buffers()))
+    layer.train()(images)
+    assert not any(map(torch.equal, before, layer.buffers()))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

@@ -267,6 +267,11 @@ def test_resample_is_the_study_s_resize(old, new):
     volume = np.random.default_rng(1).random(old, np.float32)
     found, _ = resample(volume, np.eye(4), new)
     assert found.dtype == np.float32
+    for order, turn in (("F", 1), ("F", -1), ("C", -1)):  # as a file in RAS, in LPI
+        turned = np.array(volume[::turn, ::turn, ::turn], order=order)[::turn, ::turn, ::turn]
+        again, _ = resample(turned, np.eye(4), new)
+        np.testing.assert_allclose(again, found, atol=1e-6)
+        assert again.flags.c_contiguous
     np.testing.assert_allclose(found, resize(volume, new), atol=1e-6)
     factors = np.divide(old, new)
     smooth = gaussian_filter(
@@ -563,7 +568,7 @@ def test_convert_goes_on_where_a_file_cannot_be_read(tmp_path, monkeypatch):
             raise OSError(errno.EIO, "Input/output error")
         return load(path)
 
-    monkeypatch.setattr(volumes, "load", failing)
+    monkeypatch.setattr(volumes, "read", failing)
     run(folder)
     assert list(rejected(folder)) == ["000002"]
     assert "Input/output error" in rejected(folder)["000002"]
@@ -576,7 +581,7 @@ def test_a_second_run_does_nothing(tmp_path, monkeypatch, capsys):
     run(folder, out)
     capsys.readouterr()
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
-    monkeypatch.setattr(volumes, "load", lambda path: pytest.fail(f"{path} was read"))
+    monkeypatch.setattr(volumes, "read", lambda path: pytest.fail(f"{path} was read"))
     run(folder, out)
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
     assert "3 subjects" in capsys.readouterr().out
@@ -753,7 +758,7 @@ from pathlib import Path
 from brainsex import volumes
 
 folder, out, log = map(Path, sys.argv[1:])
-plain_load, plain_replace = volumes.load, os.replace
+plain_load, plain_replace = volumes.read, os.replace
 
 def run(kill_load=None, kill_replace=None, after=False, limit=None):
     "Convert in a process that dies at the given call of load or of os.replace."
@@ -776,7 +781,7 @@ def run(kill_load=None, kill_replace=None, after=False, limit=None):
         plain_replace(*paths)
         if dies:
             os._exit(9)
-    volumes.load, os.replace = load, replace
+    volumes.read, os.replace = load, replace
     if limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     try:
@@ -875,16 +880,16 @@ def test_convert_reads_freesurfer_s_and_the_restricted_table_beside(tmp_path):
 
 
 def test_a_disk_that_fails_for_a_moment_is_asked_again(tmp_path, monkeypatch):
-    folder, load = make(tmp_path / "c", 3), volumes.load
+    folder, read = make(tmp_path / "c", 3), volumes.read
 
     def failing(path):
         if path.name.startswith("000002"):
             raise OSError(5, "Input/output error")
-        return load(path)
+        return read(path)
 
-    monkeypatch.setattr(volumes, "load", failing)
+    monkeypatch.setattr(volumes, "read", failing)
     run(folder)
     assert "cannot be read now" in (folder / "rejected.csv").read_text()
-    monkeypatch.setattr(volumes, "load", load)
+    monkeypatch.setattr(volumes, "read", read)
     run(folder)
     assert np.load(folder / "labels.npy").shape == (3,)

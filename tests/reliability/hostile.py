@@ -25,6 +25,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
+import joblib
 import nibabel as nib
 import numpy as np
 import pandas as pd
@@ -894,7 +895,7 @@ def outcomes(every: int = 1, only: str = "") -> Iterator[Outcome]:
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        world, alone, root = (Path(folder, name) for name in ("world", "alone", "case"))
+        world, alone = (Path(folder, name) for name in ("world", "alone"))
         study(world)
         study(alone)
         for path in alone.rglob(f"*{BAD}*"):
@@ -905,11 +906,10 @@ def outcomes(every: int = 1, only: str = "") -> Iterator[Outcome]:
         assert set(json.loads(record.read_text())["endings"].values()) == {""}, record.read_text()
         child(lambda: (os.chdir(world), redirect_stdout(io.StringIO()).__enter__(), finish()))
         assert (world / "out/masks/masks.csv").is_file()
-        count = 0
+        count, run = 0, joblib.Parallel(-1, prefer="threads", return_as="generator")
         for name, kind in KINDS.items():
             if only not in name:
                 continue
-            chosen = []
             store = Path(folder, "cases")
 
             def prepare(kind=kind, count=count, store=store) -> None:
@@ -931,13 +931,17 @@ def outcomes(every: int = 1, only: str = "") -> Iterator[Outcome]:
             chosen = [(n, how) for n, how in enumerate(names, count) if n % every == 0]
             count += len(names)
             expected = kept(alone, kind)
-            for number, how in chosen:
-                yield _outcome(world, root, store / str(number), record, name, how, expected)
+            yield from run(
+                joblib.delayed(_outcome)(world, store / str(number), name, how, expected)
+                for number, how in chosen
+            )
             shutil.rmtree(store)
 
 
-def _outcome(world, root, content, record, name: str, how: str, alone) -> Outcome:
-    kind = KINDS[name]
+def _outcome(world: Path, content: Path, name: str, how: str, alone: dict) -> Outcome:
+    """Put a file in place in a copy of the study, and run what reads it."""
+    kind, root = KINDS[name], content.with_name(f"{content.name} root")
+    record = content.with_name(f"{content.name} record")
     shutil.copytree(world, root, symlinks=True)
     place = root / kind.place
     if name == "parts of a convert":
@@ -948,7 +952,6 @@ def _outcome(world, root, content, record, name: str, how: str, alone) -> Outcom
     place.unlink(missing_ok=True)
     ODD[how](place) if how in ODD else shutil.move(content, place)
     before = snapshot(root)
-    record.unlink(missing_ok=True)
     status, used = child(lambda: attempt(root, kind.runs, record))
     seconds, more = used.ru_utime + used.ru_stime, 0
     problems = [f"killed: wait status {status}"]

@@ -25,7 +25,13 @@ def execute(source: Path, target: Path, parameters: dict) -> None:
     print(f"\n{source.name}", flush=True)
     start = time.monotonic()
     papermill.execute_notebook(
-        source, target, parameters, cwd=HERE, kernel_name="python3", log_output=False
+        source,
+        target,
+        parameters,
+        cwd=HERE,
+        kernel_name="python3",
+        log_output=False,
+        shutdown_kernel="immediate",
     )
     print(f"{source.name}: {time.monotonic() - start:.0f} s", flush=True)
 

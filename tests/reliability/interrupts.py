@@ -18,16 +18,13 @@ COMMANDS = ("extract", "convert", "train", "train, 2 workers", "masks", "fa")
 BEGUN = FINISHED | {"train": ".fold-*.checkpoint", "masks": "run.json"}
 
 
-def interrupt(command: str, arguments: list[str], out: Path, delay: float) -> float:
-    """Seconds from Ctrl-C to the end of a command, which then says what is done, and resumes."""
-    name = command.split(",")[0]
-    words = [str(out) if word == "OUT" else word for word in arguments]
-    run = [sys.executable, "-m", "brainsex", *words]
-    options = {"text": True, "cwd": ROOT, "stdout": subprocess.DEVNULL}
-    with subprocess.Popen(
-        run, stderr=subprocess.PIPE, start_new_session=True, **options
-    ) as process:
-        while not any(out.glob(BEGUN[name])):
+OPTIONS = {"text": True, "cwd": ROOT, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+
+
+def stop(run: list[str], out: Path, begun: str, delay: float) -> tuple[float, str]:
+    """Seconds from Ctrl-C to the end of a command, some time after it has begun; what it said."""
+    with subprocess.Popen(run, start_new_session=True, **OPTIONS) as process:
+        while not any(out.glob(begun)):
             assert process.poll() is None, process.stderr.read()[-2000:]
             time.sleep(0.01)
         time.sleep(delay)
@@ -37,12 +34,21 @@ def interrupt(command: str, arguments: list[str], out: Path, delay: float) -> fl
         seconds = time.monotonic() - began
     assert process.returncode == 130, (process.returncode, said[-2000:])
     assert "Traceback" not in said, said[-2000:]
+    return seconds, said
+
+
+def interrupt(command: str, arguments: list[str], out: Path, delay: float) -> float:
+    """Seconds from Ctrl-C to the end of a command, which then says what is done, and resumes."""
+    name = command.split(",")[0]
+    words = [str(out) if word == "OUT" else word for word in arguments]
+    run = [sys.executable, "-m", "brainsex", *words]
+    seconds, said = stop(run, out, BEGUN[name], delay)
     hit = re.search(r"stopped: (\S+) holds (\d+) finished .*same command goes on", said)
     assert hit, said[-2000:]
     assert hit[1] == str(out)
     there = {path: path.stat().st_ino for path in out.glob(FINISHED[name])}
     assert 0 <= len(there) - int(hit[2]) <= 50  # threads finish what they are at
-    again = subprocess.run(run, stderr=subprocess.PIPE, check=False, **options)
+    again = subprocess.run(run, check=False, **OPTIONS)
     assert again.returncode == 0, again.stderr[-2000:]
     if name in ("extract", "fa", "train"):  # of the others a file is final where its table has it
         assert all(path.stat().st_ino == inode for path, inode in there.items())
@@ -56,6 +62,11 @@ def measured(commands=COMMANDS, seed: int = 0) -> dict[str, float]:
         for command in commands:
             out = Path(folder, f"out-{len(found)}")
             found[command] = interrupt(command, arguments[command], out, draw.uniform(0, 0.3))
+        run = [sys.executable, "notebooks/run.py", "--profile", "smoke"]
+        out, cohort = Path(folder, "figures"), Path(folder, "made", "cohort")
+        run += ["--cohort", str(cohort), "--out", str(out)]
+        found["make figures"], said = stop(run, out, "02_*.ipynb", draw.uniform(0, 3))
+        assert "stopped: the same command goes on" in said, said[-2000:]
     return found
 
 

@@ -16,9 +16,20 @@ import pytest
 import torch
 
 from brainsex import __main__ as commands
-from brainsex import archives, cohort, controls, masks, replacing, runs, training, volumes
+from brainsex import (
+    archives,
+    cohort,
+    controls,
+    diffusion,
+    masks,
+    replacing,
+    runs,
+    training,
+    volumes,
+)
 from brainsex.cohort import fingerprint
 from brainsex.networks import MriNet3d
+from tests import test_diffusion as study
 from tests.test_archives import STORED, nested, save, volume
 from tests.test_volumes import make as people
 
@@ -112,11 +123,15 @@ def steps(tmp_path):
         save(packages, **{f"_90000{number}": content})
     networks = tmp_path / "networks"
     training.cross_validate(data, network, out=networks, **QUICK)
+    series = tmp_path / "series"
+    for number in range(3):
+        study.save(series / f"90000{number}" / "T1w" / "Diffusion", study.series(number))
     return {
         "extract": lambda out: archives.extract(packages, out),
         "convert": lambda out: volumes.convert(taken / "fa", taken, out, shape=(24, 24, 24)),
         "train": lambda out: training.cross_validate(data, network, out=out, **QUICK),
         "masks": lambda out: masks.explain(data, networks, out, iterations=2),
+        "fa": lambda out: diffusion.fit(series, out, workers=1),
     }
 
 
@@ -307,30 +322,30 @@ def test_no_voxel_that_is_not_finite_reaches_a_mean(tmp_path, value):
 
 
 def test_locale_time_zone_and_folder_change_no_byte(tmp_path):
-    folder = people(tmp_path / "p", 4)
+    folder, small = people(tmp_path / "p", 4), tmp_path / "small"
+    volumes.convert(folder / "fa", folder, small, shape=(22, 22, 22))
     save(tmp_path / "packages", _900001=nested(volume(1)), _900002=nested(volume(2)))
-    found = []
+    found, fit = [], "--channels 2 --folds 2 --epochs 1 --batch-size 6 --workers 1".split()
     for name, place, more in (
         ("one", ROOT, {"LC_ALL": "C", "TZ": "UTC", "PYTHONUTF8": "0"}),
         ("two", tmp_path, {"LC_ALL": "C.utf8", "TZ": "Asia/Kathmandu"}),
     ):
         env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNDEFAULTENCODING": "1"} | more
-        extract = ["extract", f"{tmp_path}/packages", f"{tmp_path}/{name}/fa"]
-        convert = [
-            "convert",
-            f"{folder}",
-            "--fa",
-            f"{folder}/fa",
-            "--out",
-            f"{tmp_path}/{name}/data",
-        ]
-        code = f"from brainsex.__main__ import main; main({extract}); main({convert})"
+        out = tmp_path / name
+        calls = (
+            ["extract", f"{tmp_path}/packages", f"{out}/fa"],
+            ["convert", f"{folder}", "--fa", f"{folder}/fa", "--out", f"{out}/data"],
+            ["train", f"{small}", f"{out}/networks", *fit],
+            ["masks", f"{small}", f"{out}/networks", f"{out}/masks"],
+        )
+        code = f"from brainsex.__main__ import main\nfor call in {calls}: main(call)"
         run = [sys.executable, "-c", code]
         done = subprocess.run(run, cwd=place, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         warned = [line for line in done.stderr.splitlines() if "EncodingWarning" in line]
         assert not [line for line in warned if str(ROOT / "brainsex") in line]
-        found.append(tree(tmp_path / name))
+        here = str(out).encode()
+        found.append({path: text.replace(here, b"") for path, text in tree(out).items()})
     assert found[0] == found[1]
 
 

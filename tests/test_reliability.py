@@ -30,6 +30,7 @@ from brainsex import (
 from brainsex.cohort import fingerprint
 from brainsex.networks import MriNet3d
 from tests import test_diffusion as study
+from tests.reliability import versions
 from tests.test_archives import STORED, nested, save, volume
 from tests.test_volumes import make as people
 
@@ -372,3 +373,18 @@ def test_damaged_json_is_named(tmp_path):
     (tmp_path / "out" / "fold-1.json").write_text("{")
     with pytest.raises(ValueError, match=r"fold-1\.json: expected JSON, cannot read it"):
         training.cross_validate(data, network, out=tmp_path / "out", **QUICK)
+
+
+def test_lower_bounds_become_pins_of_whatever_the_project_asks_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(versions, "ROOT", tmp_path)
+    (tmp_path / "requirements.txt").write_text("# why\nnumpy>=2.0\n\ntorch==2.13.0  # CPU\n-e .\n")
+    (tmp_path / "requirements-diffusion.txt").write_text("dipy>=1.10,<2; python_version>='3.11'\n")
+    project = '[project]\n[project.optional-dependencies]\ntest = ["pytest>=8.2.1", "ruff"]\n'
+    (tmp_path / "pyproject.toml").write_text(project)
+    assert [versions.lowest(each) for each in versions.requirements()] == [
+        "numpy==2.0",
+        "torch==2.13.0",
+        "dipy==1.10,<2; python_version>='3.11'",
+        "pytest==8.2.1",
+        "ruff",
+    ]

@@ -101,12 +101,12 @@ def load(folder: str | Path, *, affine: np.ndarray | None = None) -> Cohort:
         table = tables.written(folder / "subjects.csv", "Subject", "label")
         if not np.array_equal(table["label"], sex):
             raise ValueError(f"{folder}: subjects.csv and labels.npy disagree. Convert again.")
-        for name in {"brain_volume_ml", "intracranial_volume_ml"} & set(table):
-            if table[name].dtype.kind not in "fiu":
-                raise ValueError(
-                    f"{folder / 'subjects.csv'}: expected numbers as {name}, found "
-                    f"{table[name].iloc[0]!r:.100} and the like. Convert again."
-                )
+        for name in ("brain_volume_ml", "intracranial_volume_ml"):
+            if name in table and table[name].dtype.kind not in "fiu":
+                number = pd.to_numeric(table[name], errors="coerce").notna()
+                found = table[name][~number & table[name].notna()].iloc[0]
+                where = folder / "subjects.csv"
+                raise ValueError(f"{where}: {name} is no number: {found!r:.100}. Convert again.")
     else:
         names = [f"{i:0{len(str(len(sex)))}d}" for i in range(len(sex))]
         table = pd.DataFrame({"Subject": names, "label": sex})

@@ -42,10 +42,11 @@ class _Hidden(nn.Sequential):
 
     The study has the ReLU before the pooling, which is the same function, to the bit.
 
-    In training, the first layer's batch norm is folded into its convolution, as in inference: the
-    mean and the variance of what a convolution makes of one channel follow from the `_moments` of
-    that channel. So a network's largest tensors are made and pooled a few volumes at a time, in the
-    cache, and never normalised. Statistics and gradients are still those of the whole batch.
+    In training, the batch norm of a layer of one input channel is folded into its convolution, as
+    in inference: the mean and the variance of what a convolution makes of one channel follow from
+    the `_moments` of that channel. So a network's largest tensors are never normalised, and on a
+    CPU made and pooled a few volumes at a time, in the cache. Statistics and gradients are still
+    those of the whole batch.
     """
 
     def __init__(self, inputs: int, outputs: int):
@@ -62,19 +63,21 @@ class _Hidden(nn.Sequential):
         return relu(pooled + bias.view(-1, 1, 1, 1))  # in the bias's precision
 
 
-def _normed(convolution: nn.Conv3d, norm: nn.BatchNorm3d, few: Sequence[Tensor]) -> tuple:
-    """Weight and bias of a convolution of one channel with the batch norm after it folded in.
+def _normed(
+    convolution: nn.Conv3d, norm: nn.BatchNorm3d, few: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Weight (C, 1, 3, 3, 3) and bias (C,) of a convolution with the batch norm after it folded in.
 
     `few` together, (n, 1, X, Y, Z) each, are the batch: the norm's running statistics follow it.
     """
     with torch.autocast(few[0].device.type, enabled=False):
         count, sums, products = _moments(few)
-        taps = convolution.weight.double().flatten(1)
-        middle = taps @ sums / count
-        variance = (taps @ products * taps).sum(1) / count - middle**2
-        mean = middle + convolution.bias
+        kernels = convolution.weight.double().flatten(1)
+        centre = kernels @ sums / count
+        variance = ((kernels @ products * kernels).sum(1) / count - centre**2).clamp(min=0)
+        mean = centre + convolution.bias
         scale = norm.weight / (variance + norm.eps).sqrt()
-        bias = norm.bias + scale * (convolution.bias - mean)
+        bias = norm.bias + scale * (convolution.bias - mean)  # whose gradient is 0, and not None
         with torch.no_grad():
             norm.num_batches_tracked += 1
             unbiased = variance * count / (count - 1)
@@ -87,8 +90,8 @@ def _normed(convolution: nn.Conv3d, norm: nn.BatchNorm3d, few: Sequence[Tensor])
 def _moments(few: Sequence[Tensor]) -> tuple[int, Tensor, Tensor]:
     """Of all patches of 3×3×3 in volumes (n, 1, X, Y, Z): number, sum (27,), products (27, 27).
 
-    Float64, in a kernel's order. Products are summed over planes across X, and each sum serves all
-    pairs of taps whose planes are as far apart.
+    Float64, of sums over planes across X in the volumes' precision, in a kernel's order. A sum of
+    products serves all pairs of taps whose planes are as far apart.
     """
     x, y, z = (size - 2 for size in few[0].shape[2:])
     sums = torch.zeros(3, 9, dtype=torch.float64, device=few[0].device)
@@ -460,8 +463,8 @@ def load(path: str | Path, shape: tuple[int, int, int] = SHAPE) -> MriNet3d | Mr
             raise ValueError("more weights than the file has bytes")
         if not all(value.isfinite().all() for value in state.values()):
             raise ValueError("weights that are not finite")
-        counts = ("num_batches_tracked", "_extra_state")
-        weights = [value for name, value in state.items() if not name.endswith(counts)]
+        others = ("num_batches_tracked", "_extra_state")
+        weights = [value for name, value in state.items() if not name.endswith(others)]
         if not all(value.is_floating_point() for value in weights):
             raise ValueError("weights that are no floating-point numbers")
         if "convolution.weight" in state:

@@ -7,7 +7,6 @@ one small matrix here, built from scipy's own filters; the affine follows the gr
 
 import math
 from functools import lru_cache
-from gzip import BadGzipFile
 from pathlib import Path
 from typing import BinaryIO
 
@@ -56,14 +55,17 @@ def load(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
-    """As `load`, but read-only and in memory as in the file: what is used once needs no copy."""
+    """As `load`, without a copy: as the file has it in memory, perhaps read-only and mirrored.
+
+    Axes follow each other and run as in the file (PyTorch takes no array whose axes run backwards).
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such volume. DATA_ACCESS.md says how to get the data.")
     try:
         with igzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             content = _content(file)
-    except (EOFError, isal_zlib.error, BadGzipFile) as error:
+    except (EOFError, isal_zlib.error, igzip.BadGzipFile) as error:
         raise ValueError(f"{path}: damaged gzip file ({error}). Fetch it again.") from error
     except NOT_NIFTI as error:
         raise ValueError(f"{path}: not a NIfTI-1 file ({error}).") from error
@@ -101,8 +103,10 @@ def _content(file: BinaryIO) -> bytes:
         raise ValueError(f"expected at most {MAX_VOXELS} voxels, found shape {shape}: crop it")
     size = dtype.itemsize * math.prod(shape)
     whole = (before := header.get_data_offset()) + size
-    if before > MAX_BEFORE:
-        raise ValueError(f"expected at most {MAX_BEFORE} bytes before its voxels, found {before}")
+    if not header.sizeof_hdr <= before <= MAX_BEFORE:
+        raise ValueError(
+            f"expected {header.sizeof_hdr} to {MAX_BEFORE} bytes before its voxels, found {before}"
+        )
     file.seek(0)
     content = file.read(whole)
     if len(content) < whole:
@@ -158,10 +162,11 @@ def resample(
     x, y, z = (_operator(old, new) for old, new in zip(volume.shape, shape))
     turns = _turns(volume)
     laid = np.asfortranarray(volume[turns], dtype=np.float32).T  # (Z, Y, X), no copy of a file's
-    reduced = np.tensordot(z, y @ (laid @ x.T), 1).T[turns]  # mirrored before or after: the same
+    # mirrored afterwards, which is the same: each operator mirrored along both axes is itself
+    reduced = np.tensordot(z, y @ (laid @ x.T), 1).T[turns]
     factors = np.divide(volume.shape, shape)
     to_old = from_matvec(np.diag(factors), (factors - 1) / 2)
-    return np.ascontiguousarray(reduced.clip(low, high)), affine @ to_old
+    return np.ascontiguousarray(reduced.clip(np.float32(low), np.float32(high))), affine @ to_old
 
 
 def clean(volume: np.ndarray, modality: str = "fa") -> tuple[np.ndarray, dict[str, int]]:

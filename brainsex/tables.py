@@ -249,8 +249,8 @@ def _columns(table: Path, needed: dict[str, str], wanted: dict[str, str]) -> pd.
             rows = rows.rename(columns={same[0]: new})
     if missing := [name for name in ("Subject", *needed) if name not in rows]:
         wanted = " and ".join(missing)
-        there = [*rows.columns[:20], *(["…"] if len(rows.columns) > 20 else [])]
-        raise ValueError(f"{table}: expected a column {wanted}, found {', '.join(there):.1000}.")
+        there = [*(f"{name:.100}" for name in rows.columns[:20]), *["…"][: len(rows.columns) > 20]]
+        raise ValueError(f"{table}: expected a column {wanted}, found {', '.join(there)}.")
     rows = rows[[name for name in columns if name in rows]].rename(columns=columns)
     rows = rows.dropna(subset="Subject")
     rows["Subject"] = identifiers(table, rows["Subject"].str.strip().str.removeprefix("sub-"))

@@ -185,7 +185,7 @@ def prepare(
 
     Returns
     -------
-    volume : (X, Y, Z) float32 in [0, 1], RAS.
+    volume : (X, Y, Z) float32 in [0, 1], RAS; in memory as `nifti.read` has it.
     affine : (4, 4), voxel indices to mm; of a normalised brain, those of its grid.
     record : ``brain_volume_ml``, of the native brain, and the counts of `clean`.
 

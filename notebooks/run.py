@@ -21,7 +21,10 @@ ROOT = HERE.parent
 
 
 def execute(source: Path, target: Path, parameters: dict) -> None:
-    """Run one notebook as it would run in its own folder; the copy holds its outputs."""
+    """Run one notebook as it would run in its own folder; the copy holds its outputs.
+
+    Its kernel is killed at the end: asked to finish first, it keeps Ctrl-C waiting for seconds.
+    """
     print(f"\n{source.name}", flush=True)
     start = time.monotonic()
     papermill.execute_notebook(

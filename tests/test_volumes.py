@@ -18,7 +18,7 @@ from scipy.ndimage import center_of_mass, gaussian_filter, zoom
 from scipy.optimize import brentq
 from skimage.transform import resize
 
-from brainsex import cohort, replacing, volumes
+from brainsex import cohort, nifti, replacing, volumes
 from brainsex.nifti import normalise
 from brainsex.volumes import brain_volume, clean, convert, identifier, load, resample
 
@@ -87,6 +87,24 @@ def test_load_finds_a_point_at_its_millimetres_in_any_orientation(tmp_path, code
     for value, point in points.items():
         (where,) = np.argwhere(volume == np.float32(value))
         np.testing.assert_allclose(found @ (*where, 1), point, atol=1e-6)
+
+
+@pytest.mark.parametrize("code", ["RAS", "LAS", "LPI", "SAR"])
+def test_a_volume_measures_the_same_as_it_lies_in_its_file(tmp_path, code):
+    values = np.random.default_rng(0).uniform(-0.001, 1, (5, 6, 7)).astype(np.float32)
+    values[2, 3, 4] = np.nan
+    ornt = nib.orientations.axcodes2ornt(code)
+    affine = nib.orientations.inv_ornt_aff(ornt, (5, 6, 7))
+    image = nib.Nifti1Image(values, affine)
+    nib.save(image, tmp_path / "v.nii.gz")
+    (laid, one), (copied, other) = (take(tmp_path / "v.nii.gz") for take in (nifti.read, load))
+    np.testing.assert_array_equal(laid, copied)
+    np.testing.assert_array_equal(one, other)
+    assert copied.flags.c_contiguous
+    (cleaned, counts), (plain, expected) = clean(laid), clean(copied)
+    np.testing.assert_array_equal(cleaned, plain)
+    assert counts == expected == {"non_finite": 1, "negative": (values < 0).sum(), "above_one": 0}
+    assert volumes.brain_volume(cleaned, one) == pytest.approx((values > 0.02).sum() / 1000)
 
 
 def test_load_tells_left_from_right(tmp_path):
@@ -758,21 +776,21 @@ from pathlib import Path
 from brainsex import volumes
 
 folder, out, log = map(Path, sys.argv[1:])
-plain_load, plain_replace = volumes.read, os.replace
+plain_read, plain_replace = volumes.read, os.replace
 
-def run(kill_load=None, kill_replace=None, after=False, limit=None):
-    "Convert in a process that dies at the given call of load or of os.replace."
+def run(kill_read=None, kill_replace=None, after=False, limit=None):
+    "Convert in a process that dies at the given call of read or of os.replace."
     pid = os.fork()
     if pid:
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    loads, replaced = [], []
-    def load(path):
-        if len(loads) == kill_load:
+    reads, replaced = [], []
+    def read(path):
+        if len(reads) == kill_read:
             os._exit(9)
-        loads.append(path)
+        reads.append(path)
         with log.open("a") as file:
             file.write(f"{path.name} ")
-        return plain_load(path)
+        return plain_read(path)
     def replace(*paths):
         replaced.append(paths)
         dies = len(replaced) - 1 == kill_replace
@@ -781,7 +799,7 @@ def run(kill_load=None, kill_replace=None, after=False, limit=None):
         plain_replace(*paths)
         if dies:
             os._exit(9)
-    volumes.read, os.replace = load, replace
+    volumes.read, os.replace = read, replace
     if limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     try:
@@ -800,7 +818,7 @@ def attempt(name, code, **kill):
     assert run() == 0
     print(name, *present)
 
-attempt("load", 9, kill_load=3)
+attempt("read", 9, kill_read=3)
 attempt("full", 27, limit=20_000)  # tensors.npy has 21,728 bytes
 for number in range(10):
     for after in (False, True):

@@ -7,6 +7,7 @@ only each such case is tried. A case is a small study that is whole but for one 
 import gzip
 import io
 import json
+import multiprocessing
 import os
 import random
 import resource
@@ -23,9 +24,9 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import joblib
 import nibabel as nib
 import numpy as np
 import pandas as pd
@@ -389,8 +390,11 @@ def niftis(whole: bytes, *, gz: bool = True) -> Iterator[tuple[str, bytes]]:
     yield "two gzip members", packed(whole[:500]) + packed(whole[500:])
     yield "zip named gz", zipped(("x.nii", whole))
     yield "zeros after", packed(whole) + bytes(1000)
-    honest = bytearray(whole[:352])
+    honest, paired = bytearray(whole[:352]), bytearray(whole)
     yield "bomb of 2 GB behind a header", gzip_bomb(2, whole)
+    struct.pack_into("<f", paired, 108, 352 - len(whole) - 1)
+    paired[344:348] = b"ni1\0"
+    yield "bomb behind a negative offset", gzip_bomb(2, bytes(paired))
     for side, kind, bits in ((500, 2, 8), (506, 16, 32), (320, 64, 64), (320, 1536, 128)):
         struct.pack_into("<4h", honest, 40, 3, side, side, side)
         struct.pack_into("<2h", honest, 70, kind, bits)
@@ -906,7 +910,7 @@ def outcomes(every: int = 1, only: str = "") -> Iterator[Outcome]:
         assert set(json.loads(record.read_text())["endings"].values()) == {""}, record.read_text()
         child(lambda: (os.chdir(world), redirect_stdout(io.StringIO()).__enter__(), finish()))
         assert (world / "out/masks/masks.csv").is_file()
-        count, run = 0, joblib.Parallel(-1, prefer="threads", return_as="generator")
+        count = 0
         for name, kind in KINDS.items():
             if only not in name:
                 continue
@@ -931,17 +935,16 @@ def outcomes(every: int = 1, only: str = "") -> Iterator[Outcome]:
             chosen = [(n, how) for n, how in enumerate(names, count) if n % every == 0]
             count += len(names)
             expected = kept(alone, kind)
-            yield from run(
-                joblib.delayed(_outcome)(world, store / str(number), name, how, expected)
-                for number, how in chosen
-            )
+            work = partial(_outcome, world, store, name, expected)
+            with multiprocessing.get_context("fork").Pool() as pool:
+                yield from pool.imap(work, chosen)
             shutil.rmtree(store)
 
 
-def _outcome(world: Path, content: Path, name: str, how: str, alone: dict) -> Outcome:
+def _outcome(world: Path, store: Path, name: str, alone: dict, case: tuple[int, str]) -> Outcome:
     """Put a file in place in a copy of the study, and run what reads it."""
-    kind, root = KINDS[name], content.with_name(f"{content.name} root")
-    record = content.with_name(f"{content.name} record")
+    kind, (number, how) = KINDS[name], case
+    content, root, record = (store / f"{number}{what}" for what in ("", " root", " record"))
     shutil.copytree(world, root, symlinks=True)
     place = root / kind.place
     if name == "parts of a convert":

@@ -65,7 +65,7 @@ def measured(commands=COMMANDS, seed: int = 0) -> dict[str, float]:
         run = [sys.executable, "notebooks/run.py", "--profile", "smoke"]
         out, cohort = Path(folder, "figures"), Path(folder, "made", "cohort")
         run += ["--cohort", str(cohort), "--out", str(out)]
-        found["make figures"], said = stop(run, out, "02_*.ipynb", draw.uniform(0, 3))
+        found["notebooks/run.py"], said = stop(run, out, "02_*.ipynb", draw.uniform(0, 3))
         assert "stopped: the same command goes on" in said, said[-2000:]
     return found
 

@@ -44,7 +44,8 @@ def install(which: str, python: str) -> str:
     inside = str(Path(scripts, "python"))
     pip = [inside, "-m", "pip", "install", "--quiet"]
     wanted = requirements()
-    wanted = [lowest(each) for each in wanted] if which == "lowest" else ["--upgrade", *wanted]
+    if which == "lowest":
+        wanted = [lowest(each) for each in wanted]
     subprocess.run([*pip, *wanted], check=True)
     subprocess.run([*pip, "--no-deps", "--editable", ROOT], check=True)
     return inside

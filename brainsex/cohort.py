@@ -103,10 +103,8 @@ def load(folder: str | Path, *, affine: np.ndarray | None = None) -> Cohort:
             raise ValueError(f"{folder}: subjects.csv and labels.npy disagree. Convert again.")
         for name in ("brain_volume_ml", "intracranial_volume_ml"):
             if name in table and table[name].dtype.kind not in "fiu":
-                number = pd.to_numeric(table[name], errors="coerce").notna()
-                found = table[name][~number & table[name].notna()].iloc[0]
                 where = folder / "subjects.csv"
-                raise ValueError(f"{where}: {name} is no number: {found!r:.100}. Convert again.")
+                raise ValueError(f"{where}: {name} is not numbers throughout. Convert again.")
     else:
         names = [f"{i:0{len(str(len(sex)))}d}" for i in range(len(sex))]
         table = pd.DataFrame({"Subject": names, "label": sex})
@@ -130,8 +128,11 @@ def fingerprint(subjects: np.ndarray, sex: np.ndarray, volumes: np.ndarray) -> s
     """
     digest = hashlib.sha256(repr((*map(str, subjects), *map(int, sex))).encode())
     for subject, volume in zip(subjects, volumes):
-        if not np.isfinite(volume).all():
-            raise ValueError(f"tensors.npy is not finite for {subject}. Convert again.")
+        values = np.asarray(volume, np.float32)
+        if not np.isfinite(np.vdot(values, values)):
+            raise ValueError(
+                f"tensors.npy is not finite for {subject}, or its squares are not. Convert again."
+            )
         digest.update(repr((volume.shape, volume.dtype.str)).encode())
         digest.update(np.ascontiguousarray(volume))
     return digest.hexdigest()

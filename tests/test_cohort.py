@@ -150,7 +150,7 @@ def spoil(path, kind):
         ("other labels", r"subjects\.csv and labels\.npy disagree"),
         ("fewer rows", r"subjects\.csv and labels\.npy disagree"),
         ("other table", r"subjects\.csv: expected a column label, found none"),
-        ("no number", r"subjects\.csv: brain_volume_ml is no number: 'v'"),
+        ("no number", r"subjects\.csv: brain_volume_ml is not numbers"),
         ("other grid", r"grid\.json and tensors\.npy disagree"),
         ("truncated", r"tensors\.npy: no whole NumPy array"),
         ("empty", r"tensors\.npy: no whole NumPy array"),

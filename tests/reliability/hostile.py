@@ -980,7 +980,9 @@ def figures(every: int = 1) -> list[tuple[str, str]]:
     )
     if not done.stdout.strip():
         raise RuntimeError(done.stderr)
-    return [tuple(row) for row in json.loads(done.stdout.splitlines()[-1])]
+    *problems, rows = done.stdout.splitlines()
+    print(*problems, sep="\n", file=sys.stderr)
+    return [tuple(row) for row in json.loads(rows)]
 
 
 def main(every: int, only: str = "") -> None:

@@ -181,7 +181,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("target", type=Path)
     sub.add_argument("--bmax", type=float, default=1500, help="largest shell, s/mm²")
     sub.add_argument("--b0", type=float, default=50, help="no diffusion weighting up to it, s/mm²")
-    sub.add_argument("--workers", type=int, help="subjects at once; 0.9 GB each")
+    sub.add_argument("--workers", type=int, help="subjects at once; 1.1 GB each")
     sub.add_argument("--overwrite", action="store_true")
 
     about = "how many subjects of what kind a folder holds, and what is missing"

@@ -26,7 +26,7 @@ from brainsex import identifier, replacing, runs, write
 FA_MEMBERS = ("*_FA.nii.gz", "FA.nii.gz", "*_FA.nii", "FA.nii")
 MAX_MEMBER = 2 << 30  # bytes of the largest volume taken out
 MAX_INNER = 8 << 30  # bytes of the largest compressed inner archive inflated to a temporary file
-MAX_RATIO = 100  # of what a member inflates to, to what is stored; HCP's are near 1, bombs 1000
+MAX_RATIO = 500  # of what a member inflates to, to what is stored: brain masks 350, bombs 1000
 CHUNK = 1 << 20
 UNREADABLE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, OverflowError)
 UNREADABLE += (RuntimeError, ValueError)

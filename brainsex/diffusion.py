@@ -57,7 +57,7 @@ def fit(
     target : folder for the maps, made if absent.
     bmax : s/mm², the largest shell fitted; a volume's shell is its b rounded to hundreds.
     b0 : s/mm², up to which a volume counts as not weighted by diffusion.
-    workers : subjects at the same time, as many as there are cores by default; some 0.9 GB each
+    workers : subjects at the same time, as many as there are cores by default; some 1.1 GB each
         for HCP's series (`make soak` measures it).
     overwrite : fit anew what is in `target` (what is then rejected keeps its old map).
 

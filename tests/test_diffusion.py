@@ -457,8 +457,8 @@ def test_members_of_any_name_and_faults_of_any_kind_reject_one_subject(source, t
 
 def test_a_series_that_inflates_a_thousandfold_is_no_series(source, target):
     shape = (60, 60, 60)
-    files = {"data": image(np.zeros((*shape, 15))), "mask": image(np.ones(shape), np.uint8)}
-    save(source / FOLDER, series(**files))
+    data = gzip.compress(gzip.decompress(image(np.zeros((*shape, 15)))), 9)
+    save(source / FOLDER, series(data=data, mask=image(np.ones(shape), np.uint8)))
     reason = diffusion.fit(source, target, workers=1)["reason"][0]
     assert "inflates to more than 500 times what is stored" in reason
 

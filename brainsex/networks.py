@@ -57,30 +57,35 @@ class _Hidden(nn.Sequential):
         convolution, norm, pooling, relu = self
         if not norm.training or convolution.in_channels > 1:
             return super().forward(volumes)
-        few = volumes.split(FEW if volumes.device.type == "cpu" else len(volumes))
-        weight, bias = _normed(convolution, norm, few)
+        # the norm takes any constant out; without it gradients in bfloat16 cancel less. Of that
+        # precision, it leaves a background of zeros exact
+        middle = volumes.detach().mean().bfloat16().float()
+        few = (volumes - middle).split(FEW if volumes.device.type == "cpu" else len(volumes))
+        weight, bias = _normed(convolution, norm, few, middle)
         pooled = torch.cat([pooling(nn.functional.conv3d(some, weight)) for some in few])
         return relu(pooled + bias.view(-1, 1, 1, 1))  # in the bias's precision
 
 
 def _normed(
-    convolution: nn.Conv3d, norm: nn.BatchNorm3d, few: Sequence[Tensor]
+    convolution: nn.Conv3d, norm: nn.BatchNorm3d, few: Sequence[Tensor], middle: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Weight (C, 1, 3, 3, 3) and bias (C,) of a convolution with the batch norm after it folded in.
 
-    `few` together, (n, 1, X, Y, Z) each, are the batch: the norm's running statistics follow it.
+    `few` together, (n, 1, X, Y, Z) each, are the batch less `middle`: the norm's running statistics
+    are those of the batch itself.
     """
     with torch.autocast(few[0].device.type, enabled=False):
         count, sums, products = _moments(few)
         kernels = convolution.weight.double().flatten(1)
         centre = kernels @ sums / count
-        variance = ((kernels @ products * kernels).sum(1) / count - centre**2).clamp(min=0)
+        variance = (kernels @ products * kernels).sum(1) / count - centre**2
         mean = centre + convolution.bias
         scale = norm.weight / (variance + norm.eps).sqrt()
         bias = norm.bias + scale * (convolution.bias - mean)  # whose gradient is 0, and not None
         with torch.no_grad():
             norm.num_batches_tracked += 1
             unbiased = variance * count / (count - 1)
+            mean = mean + middle * kernels.sum(1)
             for kept, new in ((norm.running_mean, mean), (norm.running_var, unbiased)):
                 kept.lerp_(new.to(kept.dtype), norm.momentum)
         dtype = convolution.weight.dtype

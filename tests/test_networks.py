@@ -451,13 +451,13 @@ def test_the_first_layer_trains_in_other_precisions(dtype, limit):
     for what in (0, 2, 4, 5, 6, 7):  # output, gradients but of the bias, which is 0, statistics
         error = (found[what].double() - truth[what]).norm() / truth[what].norm()
         assert error < limit, what
-        if dtype == torch.bfloat16 and what in (0, 6, 7):
+        if dtype == torch.bfloat16 and what != 2:
             assert error < (usual[what].double() - truth[what]).norm() / truth[what].norm()
     assert found[3].abs().max() < 1e-3 * found[5].abs().max()
 
 
 def test_volumes_that_hardly_vary_give_no_nan():
-    """What is left of a variance near 0, of large values in float32, may come out below 0."""
+    """Of large values, moments in float32 would differ by more than the variance, or less."""
     layer = MriNet3d(4, (22, 24, 26)).hidden1
     out = layer(3e3 + torch.rand(2, 1, 8, 8, 8, generator=torch.Generator().manual_seed(0)) / 1e3)
     out.sum().backward()

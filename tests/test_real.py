@@ -6,6 +6,7 @@ group template on HCP's own grid, and subject_FA_2.5mm.nii.gz, one subject's.
 
 import gzip
 import os
+import zlib
 from pathlib import Path
 
 import nibabel as nib
@@ -16,7 +17,7 @@ import torch
 from scipy.ndimage import center_of_mass
 from skimage.transform import resize
 
-from brainsex import cohort, volumes
+from brainsex import archives, cohort, volumes
 from brainsex.networks import MriNet3d
 from brainsex.perturbation import optimise_masks
 from brainsex.training import predict
@@ -68,6 +69,14 @@ def test_resample(path):
         np.testing.assert_allclose(np.diag(small_affine)[:3], [3.125, 3.1071, 3.125], atol=5e-5)
         origin = [-89.0625, -125.0714, -71.0625]
         np.testing.assert_allclose(small_affine[:3, 3], origin, atol=5e-5)
+
+
+def test_a_mask_of_the_brain_is_no_bomb(path):
+    """In a package it may lie as a .nii, deflated as far as that goes."""
+    image = nib.load(path)
+    mask = nib.Nifti1Image((image.get_fdata() > 0.02).astype(np.float32), image.affine)
+    content = mask.to_bytes()
+    assert 100 < len(content) / len(zlib.compress(content, 9)) < archives.MAX_RATIO
 
 
 def test_from_convert_to_masks(path, tmp_path):

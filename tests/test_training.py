@@ -231,19 +231,15 @@ def test_a_checkpoint_that_is_a_pickle_is_not_executed(tmp_path, capsys):
 
 
 def test_bfloat16_is_within_noise_of_float32():
-    """On average over four seeds, of which one alone may be off by more."""
-    volumes, losses, probabilities = toy(10, seed=1)[0], [], []
-    for seed in range(4):
-        options = FAST | {"epochs": 6, "seed": seed}
-        single, half = make(), make()
-        one = fit(single, *toy(24), **options).epochs
-        other = fit(half, *toy(24), **options | {"precision": torch.bfloat16}).epochs
-        assert not one.equals(other)
-        assert all(value.dtype != torch.bfloat16 for value in half.state_dict().values())
-        losses.append(np.abs(other["train_loss"] - one["train_loss"]))
-        probabilities.append(np.abs(predict(half, volumes) - predict(single, volumes)))
-    assert np.mean(losses, 0).max() < 0.05
-    assert np.mean(probabilities, 0).max() < 0.1
+    options = FAST | {"epochs": 6, "validation": toy(10, seed=1)}
+    single, half = make(), make()
+    one = fit(single, *toy(24), **options).epochs
+    other = fit(half, *toy(24), **options | {"precision": torch.bfloat16}).epochs
+    assert not one.equals(other)
+    assert all(value.dtype != torch.bfloat16 for value in half.state_dict().values())
+    np.testing.assert_allclose(other["train_loss"], one["train_loss"], atol=0.05)
+    volumes, _ = toy(10, seed=1)
+    np.testing.assert_allclose(predict(half, volumes), predict(single, volumes), atol=0.1)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 COHORT ?= data/synthetic
 PROFILE ?= default
 PYTHON ?= python3
-BIN := .venv/bin
+BIN := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 
 .PHONY: figures test notebooks bench soak
 .DELETE_ON_ERROR:
@@ -11,8 +11,8 @@ BIN := .venv/bin
 	$(BIN)/pip install --quiet --requirement requirements.txt
 	touch $@
 
-.venv/.tested: .venv/.installed requirements-diffusion.txt
-	$(BIN)/pip install --quiet --editable '.[test]' --requirement requirements-diffusion.txt
+.venv/.tested: .venv/.installed
+	$(BIN)/pip install --quiet --editable '.[test,diffusion]'
 	touch $@
 
 # The table is written last: where it is, the cohort is whole.

@@ -1,274 +1,308 @@
-"""The commands for what runs for hours: ``python -m brainsex COMMAND -h``."""
+"""The commands for what runs for hours: ``python -m brainsex COMMAND -h``.
+
+``torchrun … -m brainsex train`` (or ``masks``) shares whole folds (subjects) among its processes.
+This module alone knows of it: each process works on its share, and what is finished lies in files.
+"""
 
 import argparse
+import errno
 import os
 import sys
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from datetime import timedelta
 from pathlib import Path
 
+import joblib
 import pandas as pd
+import torch
+from torch import distributed
 
 from brainsex import (
-    KEEP_MEMORY,
     archives,
     checks,
     cohort,
+    diffusion,
+    explain,
+    layouts,
     networks,
-    prediction,
-    ranks,
-    runs,
-    sources,
+    speed,
+    storage,
     synthetic,
     tables,
     training,
     volumes,
-    write,
 )
-from brainsex import masks as held_out
 
-CHOICE = ("kind", "session", "match")
-"""Options of `convert` that `sources.choose` takes."""
-
-FINISHED = {
-    "extract": "[!.]*.nii*",
-    "fa": "*.nii.gz",
-    "convert": ".convert-*/*.npz",
-    "train": "fold-*.json",
-    "masks": "persistence/*.nii.gz",
-    "synthesize": "archives/*.zip",
-}
-"""Where a command's finished subjects or folds lie in the folder that it writes."""
+PROCESS_TIMEOUT = timedelta(days=14)
+"""How long torchrun's processes wait for the slowest, whose last fold may take hours."""
 
 
-def synthesize(arguments) -> None:
+@contextmanager
+def process_group() -> Iterator[bool]:
+    """Join torchrun's other processes, with a GPU and a share of the cores; yield if this is first.
+
+    This has to be entered before CUDA is used.
+    """
+    local_processes = int(os.environ["LOCAL_WORLD_SIZE"])
+    if gpus := torch.cuda.device_count():
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
+        local_rank = int(os.environ["LOCAL_RANK"])
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[local_rank % gpus]
+    torch.set_num_threads(max(1, joblib.cpu_count() // local_processes))
+    try:
+        distributed.init_process_group("gloo", timeout=PROCESS_TIMEOUT)
+    except RuntimeError as error:
+        raise ConnectionError(f"the processes do not find each other ({error})") from error
+    try:
+        yield distributed.get_rank() == 0
+    finally:
+        distributed.destroy_process_group()
+
+
+def share_work(
+    work: Callable[[Sequence[int] | None, bool], pd.DataFrame],
+    items: Sequence[int],
+    overwrite: bool,
+) -> pd.DataFrame:
+    """Call `work(items, overwrite)` so that torchrun's processes divide the items among them.
+
+    The first process prepares the folder, all of them work on their shares, and the call for all
+    items (None) then only reads what is finished.
+    """
+    if not distributed.is_initialized():
+        return work(None, overwrite)
+    rank = distributed.get_rank()
+    try:
+        if rank == 0:
+            work([], overwrite)
+        distributed.barrier()
+        work(items[rank :: distributed.get_world_size()], False)
+        distributed.barrier()
+    except RuntimeError as error:
+        advice = "start again: what is finished is kept"
+        raise ConnectionError(f"another process has stopped, and said why; {advice}") from error
+    return work(None, False)
+
+
+def _synthesize(arguments: argparse.Namespace) -> None:
+    """Write a synthetic cohort, as HCP's would lie on disk."""
     synthetic.write_cohort(**vars(arguments))
 
 
-def extract(arguments) -> None:
+def _extract(arguments: argparse.Namespace) -> None:
+    """Take each subject's FA map out of its archives."""
     archives.extract(**vars(arguments))
 
 
-def fa(arguments) -> None:
-    from brainsex import diffusion  # the one command that needs DIPY
+def _fa(arguments: argparse.Namespace) -> None:
+    """Fit each subject's FA map to its diffusion series, by DIPY."""
+    diffusion.fit_folder(**vars(arguments))
 
-    diffusion.fit(**vars(arguments))
 
-
-def survey(arguments) -> pd.DataFrame:
-    found = sources.find(arguments.cohort)
+def _survey(arguments: argparse.Namespace) -> pd.DataFrame:
+    """Say how many subjects of what kind a folder holds, and what is missing."""
+    files = layouts.find_volumes(arguments.cohort)
     try:
-        table = arguments.table or tables.find(arguments.cohort)
+        people = tables.read_people(arguments.table or tables.find_people(arguments.cohort))
     except FileNotFoundError as error:
         print(f"no table of people: {error}")
-        table = None
-    people = None if table is None else tables.read(table)
-    print(sources.summary(found, people).to_string())
-    return found
+        people = None
+    print(layouts.summarise_layout(files, people).to_string())
+    return files
 
 
-def convert(arguments) -> None:
+def _convert(arguments: argparse.Namespace) -> None:
+    """Turn a folder's volumes and its table of people into tensors.npy."""
     folder, out = arguments.cohort, arguments.out or arguments.cohort
-    table = arguments.table or tables.find(folder)
-    found, choice = arguments.fa, {name: getattr(arguments, name) for name in CHOICE}
-    if found is None:
-        found = sources.choose(survey(arguments), out / "all_FA", **choice)
+    settings = vars(arguments)
+    table = arguments.table or tables.find_people(folder)
+    choice = {name: settings[name] for name in ("kind", "session", "match")}
+    source = arguments.fa
+    if source is None:
+        source = layouts.choose_volumes(_survey(arguments), out / "all_FA", **choice)
     elif any(choice.values()):
         raise ValueError(
             "--kind, --session and --match choose from COHORT; --fa names another folder."
         )
-    options = {name: getattr(arguments, name) for name in ("regrid", "normalised", "leave_out_qc")}
-    volumes.convert(found, table, out, **options)
+    names = ("regrid", "normalised", "leave_out_qc", "overwrite")
+    volumes.convert(source, table, out, **{name: settings[name] for name in names})
     if (folder / "SYNTHETIC").is_file():
         (out / "SYNTHETIC").touch()
 
 
-def check(arguments) -> None:
-    data, out = cohort.load(arguments.cohort), arguments.out
-    with runs.alone(out):
-        digest = cohort.fingerprint(data.subjects, data.sex, data.volumes)
-        found = checks.table(data)
-        checks.montage(data, found, out / "montage.html")
-        write(out / "checks.csv", found.to_csv(index=False))
-        runs.record(out, "check", cohort=digest)
-    flagged = found.loc[found["flags"] != "", ["Subject", "flags"]]
-    print(f"{len(flagged)} of {len(found)} flagged; all are in {out / 'montage.html'}")
+def _check(arguments: argparse.Namespace) -> None:
+    """Look for outliers, and show all subjects: checks.csv, montage.html in OUT."""
+    data, out = cohort.load_cohort(arguments.cohort), arguments.out
+    storage.start_run(out, "check", {"cohort": cohort.digest(data)}, overwrite=True)
+    table = checks.check_table(data)
+    checks.write_montage(data, table, out / "montage.html")
+    storage.write_text(out / "checks.csv", table.to_csv(index=False))
+    flagged = table.loc[table["flags"] != "", ["Subject", "flags"]]
+    print(f"{len(flagged)} of {len(table)} flagged; all are in {out / 'montage.html'}")
     for subject, flags in flagged.itertuples(index=False):
         print(f"{subject}: {flags}")
 
 
-def train(arguments) -> None:
+def _train(arguments: argparse.Namespace) -> None:
+    """Cross-validate the 3D CNN; fold-K.pt and folds.csv go to OUT."""
     settings = vars(arguments)
-    data, channels = cohort.load(settings.pop("cohort")), settings.pop("channels")
+    data, channels = cohort.load_cohort(settings.pop("cohort")), settings.pop("channels")
+    overwrite = settings.pop("overwrite")
+    if distributed.is_initialized() and settings["workers"] is None:
+        settings["workers"] = torch.get_num_threads()
 
     def make_network() -> networks.MriNet3d:
         return networks.MriNet3d(channels, data.volumes.shape[1:])
 
-    table = training.cross_validate(data, make_network, **settings)
+    def fit_folds(only: Sequence[int] | None, overwrite: bool) -> pd.DataFrame:
+        return training.cross_validate(
+            data, make_network, only=only, overwrite=overwrite, **settings
+        )
+
+    table = share_work(fit_folds, range(settings["folds"]), overwrite)
     correct = (table["probability"] > 0.5) == table["sex"]
     print(correct.groupby(table["fold"]).mean().to_string())
     print(f"accuracy {correct.mean():.4f} over {len(table)} subjects")
 
 
-def predict(arguments) -> None:
-    found, rejected = prediction.predict(
-        arguments.network, arguments.volumes, orientation=arguments.orientation
-    )
-    found.to_csv(sys.stdout, index=False)
+def _predict(arguments: argparse.Namespace) -> None:
+    """Print the probability of man for new volumes, as CSV."""
+    options = {"orientation": arguments.orientation}
+    table, rejected = training.predict_files(arguments.network, arguments.volumes, **options)
+    table.to_csv(sys.stdout, index=False)
     for subject, reason in rejected.itertuples(index=False):
         print(f"{subject}: left out: {reason}", file=sys.stderr)
-    if found.empty:
+    if table.empty:
         raise ValueError(f"not one of {len(rejected)} volumes could be used.")
 
 
-def masks(arguments) -> None:
-    data = cohort.load(arguments.cohort)
-    table = held_out.explain(data, arguments.networks, arguments.out, seed=arguments.seed)
+def _masks(arguments: argparse.Namespace) -> None:
+    """Learn perturbation masks of held-out subjects, saved as NIfTI."""
+    data = cohort.load_cohort(arguments.cohort)
+
+    def explain_rows(rows: Sequence[int] | None, overwrite: bool) -> pd.DataFrame:
+        options = {"rows": rows, "seed": arguments.seed, "overwrite": overwrite}
+        return explain.explain(data, arguments.networks, arguments.out, **options)
+
+    table = share_work(explain_rows, range(len(data)), arguments.overwrite)
     print(table[["before", "after", "volume"]].describe().loc[["mean", "min", "max"]].to_string())
 
 
-SHARED = (train, masks)
-"""Commands whose work the processes of torchrun share."""
+OPTIONS = {
+    "folder": {"type": Path},
+    "source": {"type": Path, "help": "a folder, searched at any depth"},
+    "target": {"type": Path, "help": "gets <ID>.nii.gz, and rejected.csv"},
+    "cohort": {
+        "type": Path,
+        "help": "a layout that DATA_ACCESS.md lists; once converted, its cohort",
+    },
+    "network": {"type": Path, "help": "fold-K.pt, or a published state dict"},
+    "networks": {"type": Path, "help": "folder that train wrote"},
+    "volumes": {"type": Path, "nargs": "+", "help": "<ID>.nii.gz"},
+    "out": {"type": Path},
+    "--out": {"type": Path, "help": "where tensors.npy goes; COHORT by default"},
+    "--subjects": {"type": int, "default": 200, "help": "how many have a volume"},
+    "--spacing": {"type": float, "default": 2.5, "help": "mm; 1.25 is HCP's grid"},
+    "--head-size": {"type": float, "default": 0.12, "help": "men's over women's, minus one"},
+    "--effect": {"type": float, "default": 1.0, "help": "multiplies planted local differences"},
+    "--template": {"type": Path, "help": "a real FA map to start from"},
+    "--seed": {"type": int, "default": 0, "help": "of all random draws"},
+    "--workers": {"type": int, "help": "at once; as many as cores by default (memory: README)"},
+    "--overwrite": {"action": "store_true", "help": "start anew, also with other settings"},
+    "--member": {"nargs": "+", "default": archives.FA_MEMBERS, "help": "patterns of names"},
+    "--bmax": {"type": float, "default": 1500, "help": "largest shell, s/mm²"},
+    "--b0": {"type": float, "default": 50, "help": "no diffusion weighting up to it, s/mm²"},
+    "--table": {"type": Path, "help": "of people; the one in COHORT by default"},
+    "--fa": {"type": Path, "help": "folder of <ID>.nii.gz, instead of what is in COHORT"},
+    "--kind": {"choices": layouts.VOLUME_KINDS, "help": "of volumes, where there are several"},
+    "--session": {"help": "BIDS's, where subjects came twice"},
+    "--match": {"metavar": "GLOB", "help": "of file names, where there are several"},
+    "--regrid": {"action": "store_true", "help": "resample volumes on other grids"},
+    "--normalised": {"action": "store_true", "help": "bring all brains to one size"},
+    "--leave-out-qc": {"action": "store_true", "help": "leave out subjects with a QC_Issue"},
+    "--channels": {"type": int, "default": 32, "help": "of the first hidden layer"},
+    "--folds": {"type": int, "default": 10, "help": "of the cross-validation"},
+    "--epochs": {"type": int, "default": 20, "help": "a fold"},
+    "--batch-size": {"type": int, "default": 45, "help": "subjects"},
+    "--lr": {"type": float, "default": 3e-4, "help": "Adam's learning rate"},
+    "--milestones": {"type": int, "nargs": "*", "default": (5, 15), "help": "a tenth of it after"},
+    "--orientation": {"default": "RAS", "help": "of the arrays the network was trained on"},
+}
+COMMANDS = {  # an example, and the arguments
+    _synthesize: (
+        "data/synthetic",
+        "folder --subjects --spacing --head-size --effect --template --seed --workers",
+    ),
+    _extract: ("data/hcp data/hcp/fa", "source target --member --workers --overwrite"),
+    _fa: ("data/hcp data/hcp/fa --workers 4", "source target --bmax --b0 --workers --overwrite"),
+    _survey: ("data/hcp", "cohort --table"),
+    _convert: (
+        "data/hcp --normalised --out data/hcp-one-size",
+        "cohort --out --fa --table --kind --session --match --regrid --normalised --leave-out-qc "
+        "--overwrite",
+    ),
+    _check: ("data/hcp results/hcp/check", "cohort out"),
+    _train: (
+        "data/hcp results/hcp/cnn3d --epochs 20 --workers 2",
+        "cohort out --channels --folds --epochs --batch-size --lr --milestones --seed --workers "
+        "--overwrite",
+    ),
+    _predict: ("results/hcp/cnn3d/fold-0.pt some_FA.nii.gz", "network volumes --orientation"),
+    _masks: (
+        "data/hcp results/hcp/cnn3d results/hcp/masks",
+        "cohort networks out --seed --overwrite",
+    ),
+}
 
 
-def parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands; a command's help is its docstring."""
     top = argparse.ArgumentParser(prog="python -m brainsex", description=__doc__)
     commands = top.add_subparsers(required=True, metavar="COMMAND")
-
-    def command(function, about: str, example: str) -> argparse.ArgumentParser:
+    for function, (example, names) in COMMANDS.items():
         sub = commands.add_parser(
-            function.__name__,
-            help=about,
-            description=about,
-            epilog=f"Example: {top.prog} {function.__name__} {example}",
+            function.__name__[1:],
+            help=function.__doc__,
+            description=function.__doc__,
+            epilog=f"Example: {top.prog} {function.__name__[1:]} {example}",
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
         sub.set_defaults(function=function)
-        return sub
-
-    sub = command(
-        synthesize, "write a synthetic cohort, as HCP's would lie on disk", "data/synthetic"
-    )
-    sub.add_argument("folder", type=Path)
-    sub.add_argument("--subjects", type=int, default=200)
-    sub.add_argument("--spacing", type=float, default=2.5, help="mm; 1.25 is HCP's grid")
-    sub.add_argument(
-        "--head-size",
-        type=float,
-        default=synthetic.HEAD_SIZE,
-        help="men's mean head volume over women's, minus one",
-    )
-    sub.add_argument(
-        "--effect", type=float, default=1.0, help="multiplies the planted local differences"
-    )
-    sub.add_argument("--template", type=Path, help="a real FA map to start from")
-    sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--workers", type=int)
-
-    about = "take each subject's FA map out of its archives"
-    sub = command(extract, about, "data/hcp data/hcp/fa")
-    sub.add_argument("source", type=Path)
-    sub.add_argument("target", type=Path)
-    sub.add_argument("--member", nargs="+", default=archives.FA_MEMBERS, help="patterns of names")
-    sub.add_argument("--workers", type=int)
-    sub.add_argument("--overwrite", action="store_true")
-
-    about = "fit each subject's FA map to its diffusion series, by DIPY"
-    sub = command(fa, about, "data/hcp data/hcp/fa --workers 4")
-    sub.add_argument(
-        "source", type=Path, help="folder of packages or <ID>/T1w/Diffusion, at any depth"
-    )
-    sub.add_argument("target", type=Path)
-    sub.add_argument("--bmax", type=float, default=1500, help="largest shell, s/mm²")
-    sub.add_argument("--b0", type=float, default=50, help="no diffusion weighting up to it, s/mm²")
-    sub.add_argument("--workers", type=int, help="subjects at once; 1.1 GB each")
-    sub.add_argument("--overwrite", action="store_true")
-
-    about = "how many subjects of what kind a folder holds, and what is missing"
-    sub = command(survey, about, "data/hcp")
-    sub.add_argument("cohort", type=Path, help="a layout that DATA_ACCESS.md lists")
-    sub.add_argument("--table", type=Path, help="of people; the one in COHORT by default")
-
-    about = "turn a folder's volumes and its table of people into tensors.npy"
-    sub = command(convert, about, "data/hcp --normalised --out data/hcp-one-size")
-    sub.add_argument("cohort", type=Path, help="a layout that DATA_ACCESS.md lists")
-    sub.add_argument("--out", type=Path, help="where tensors.npy goes; COHORT by default")
-    sub.add_argument("--fa", type=Path, help="folder of <ID>.nii.gz, instead of what is in COHORT")
-    sub.add_argument("--table", type=Path, help="of people; the one in COHORT by default")
-    sub.add_argument("--kind", choices=sources.VOLUMES, help="of volumes, where there are several")
-    sub.add_argument("--session", help="BIDS's, where subjects came twice")
-    sub.add_argument("--match", metavar="GLOB", help="of file names, where there are several")
-    sub.add_argument("--regrid", action="store_true", help="resample volumes on other grids")
-    sub.add_argument("--normalised", action="store_true", help="bring all brains to one size")
-    sub.add_argument("--leave-out-qc", action="store_true", help="subjects with a QC_Issue")
-
-    about = "outliers and a page of all subjects: checks.csv, montage.html in OUT"
-    sub = command(check, about, "data/hcp results/hcp/check")
-    sub.add_argument("cohort", type=Path, help="as convert wrote it")
-    sub.add_argument("out", type=Path)
-
-    about = "cross-validate the 3D CNN; fold-K.pt and folds.csv go to OUT"
-    sub = command(train, about, "data/hcp results/hcp/cnn3d --epochs 20 --workers 2")
-    sub.add_argument("cohort", type=Path)
-    sub.add_argument("out", type=Path)
-    sub.add_argument("--channels", type=int, default=32)
-    sub.add_argument("--folds", type=int, default=10)
-    sub.add_argument("--epochs", type=int, default=20)
-    sub.add_argument("--batch-size", type=int, default=45)
-    sub.add_argument("--lr", type=float, default=3e-4)
-    sub.add_argument("--milestones", type=int, nargs="*", default=(5, 15))
-    sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--workers", type=int, help="folds at once; 3 GB each at these sizes")
-
-    about = "the probability of man for new volumes, as CSV"
-    sub = command(predict, about, "results/hcp/cnn3d/fold-0.pt some_FA.nii.gz")
-    sub.add_argument("network", type=Path, help="fold-K.pt, or a published state dict")
-    sub.add_argument(
-        "--orientation",
-        default="RAS",
-        help="of the arrays the network was trained on; LAS for HCP's files read without affine",
-    )
-    sub.add_argument("volumes", type=Path, nargs="+", help="<ID>.nii.gz")
-
-    about = "perturbation masks of held-out subjects, as NIfTI"
-    sub = command(masks, about, "data/hcp results/hcp/cnn3d results/hcp/masks")
-    sub.add_argument("cohort", type=Path)
-    sub.add_argument("networks", type=Path, help="folder that train wrote")
-    sub.add_argument("out", type=Path)
-    sub.add_argument("--seed", type=int, default=0)
+        for name in names.split():
+            sub.add_argument(name, **OPTIONS[name])
     return top
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parsed = parser().parse_args(arguments)
-    os.environ.update(KEEP_MEMORY | os.environ)
-    function, given = parsed.function, dict(vars(parsed))
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command; whatever stops it ends with one line and an exit code other than 0."""
+    parsed = build_parser().parse_args(arguments)
+    os.environ.update(speed.MALLOC_ENVIRONMENT | os.environ)
+    function = parsed.function
     del parsed.function
+    folders = (getattr(parsed, name, None) for name in ("target", "out", "folder"))
+    folder = next(filter(None, folders), parsed.cohort if function is _convert else None)
     try:
-        if ranks.launched() and function not in SHARED:
+        launched = "TORCHELASTIC_RUN_ID" in os.environ
+        if launched and function not in (_train, _masks):
             raise ValueError(
-                f"{function.__name__} is work for one process: torchrun shares train and masks."
+                f"{function.__name__[1:]} is work for one process: torchrun shares train and masks."
             )
-        with ranks.joined() if ranks.launched() else nullcontext():
-            with redirect_stdout(sys.stdout if ranks.first() else None):
+        with process_group() if launched else nullcontext(True) as is_first:
+            lock = storage.folder_lock(folder) if is_first and folder else nullcontext()
+            with lock, redirect_stdout(sys.stdout if is_first else None):
                 function(parsed)
     except KeyboardInterrupt:
-        names = (given.get(name) for name in ("target", "out", "folder", "cohort"))
-        print(stopped(function.__name__, next(filter(None, names), None)), file=sys.stderr)
+        print(
+            "stopped: nothing is left half-written; the same command goes on from what is finished",
+            file=sys.stderr,
+        )
         sys.exit(130)  # as of any program that Ctrl-C ends
     except (ValueError, OSError, FloatingPointError, ImportError, BrokenProcessPool) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
-
-
-def stopped(command: str, folder: Path | None) -> str:
-    """What an interrupted command left finished, and how to go on."""
-    if command not in FINISHED:
-        return "stopped: nothing is left half-written. Run the same command again."
-    count, what = (
-        len(list(folder.glob(FINISHED[command]))),
-        "folds" if command == "train" else "subjects",
-    )
-    return f"stopped: {folder} holds {count} finished {what}. The same command goes on from there."
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        advice = "; make room and run again: what is finished is kept" if full else ""
+        sys.exit(f"error: {' '.join(str(error).split())}{advice}")
 
 
 if __name__ == "__main__":

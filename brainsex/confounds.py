@@ -1,8 +1,7 @@
 """Head size, age, motion: what differs between men and women beside what is asked about.
 
-`matched` is the control to trust: after it a confound says nothing about sex. `Residuals` keep
-every subject, but take out what is linear only, and a classifier that is not linear may read the
-rest.
+`matched_rows` is the control to trust: after it a confound says nothing about sex. Regression keeps
+every subject but takes out only what is linear; a classifier that is not linear may read the rest.
 """
 
 from collections.abc import Sequence
@@ -10,94 +9,127 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 from scipy.optimize import linear_sum_assignment
+from sklearn.base import BaseEstimator, TransformerMixin
+
+CHUNK = 64  # volumes read at a time to fit a regression
 
 
-def columns(table: pd.DataFrame, names: Sequence[str]) -> np.ndarray:
-    """Columns of a table as numbers (N, K), one per column, or per category of a text column.
+def confound_matrix(table: pd.DataFrame, names: Sequence[str]) -> np.ndarray:
+    """Return columns of a table as numbers (N, K), a text column as one per category but one.
 
-    Text that is all numbers is numbers. No column may have blanks or be the same for everybody.
+    Text that is all numbers counts as numbers. Raises ValueError for a column that is missing, has
+    blanks, or is the same for everybody.
     """
     if unknown := [name for name in names if name not in table]:
         raise ValueError(f"no column {', '.join(unknown)}: there are {', '.join(table.columns)}.")
-    chosen = table[list(names)].replace([np.inf, -np.inf], np.nan)
-    for name in chosen:
-        values = chosen[name]
-        if blank := values.isna().sum():
-            raise ValueError(f"confound {name} is blank for {blank} of {len(values)} subjects.")
-        if values.nunique() < 2:
+    columns = table[list(names)].replace([np.inf, -np.inf], np.nan)
+    for name in columns:
+        if blank := columns[name].isna().sum():
+            raise ValueError(f"confound {name} is blank for {blank} of {len(columns)} subjects.")
+        if columns[name].nunique() < 2:
             raise ValueError(f"confound {name} is the same for everybody.")
-        numbers = pd.to_numeric(values, errors="coerce")
+        numbers = pd.to_numeric(columns[name], errors="coerce")
         if numbers.notna().all():
-            chosen[name] = numbers
-    return pd.get_dummies(chosen, drop_first=True).to_numpy(float)
+            columns[name] = numbers
+    return pd.get_dummies(columns, drop_first=True).to_numpy(float)
 
 
-class Residuals:
-    """Values (N, …) less what a linear regression on confounds explains, read when asked for.
+class _Regression:
+    """Linear regression of values (N, …), read a chunk at a time, on standardised confounds."""
 
-    Coefficients come from the training rows alone; the mean over them stays. A volume is read
-    once for the fit and once more whenever it is used, so values may be memory-mapped.
+    def __init__(self, confounds: np.ndarray, values: np.ndarray, rows: np.ndarray):
+        known = confounds[rows]
+        spread = known.std(0)
+        varies = spread > 1e-9 * np.abs(known).max(0)  # or its spread is rounding
+        self.mean, self.scale = known.mean(0), np.where(varies, spread, np.inf)
+        design = np.column_stack([np.ones(len(rows)), (known - self.mean) / self.scale])
+        solve, self.coefficients = np.linalg.pinv(design)[1:], 0.0  # (K, N), (K, P)
+        for part in np.array_split(np.arange(len(rows)), -(-len(rows) // CHUNK)):
+            chunk = np.asarray(values[rows[part]], float).reshape(len(part), -1)
+            self.coefficients = self.coefficients + solve[:, part] @ chunk
+
+    def residuals(self, confounds: np.ndarray, values: np.ndarray) -> np.ndarray:
+        """Values less what their confounds explain; the mean over the training rows stays."""
+        explained = (confounds - self.mean) / self.scale @ self.coefficients
+        return values - explained.reshape(values.shape)
+
+
+class ConfoundRegressor(TransformerMixin, BaseEstimator):
+    """Take out of features what a linear regression on the first `count` columns explains.
+
+    A transformer for scikit-learn: X (N, count + P) holds confounds, then features, none blank;
+    P columns are returned. Coefficients come from the rows of `fit`. A feature of which nothing but
+    rounding is left, such as a confound itself, becomes 0: a tree could read the rounding.
+    """
+
+    def __init__(self, count: int = 1):
+        self.count = count
+
+    def fit(self, X: np.ndarray, y: np.ndarray | None = None) -> "ConfoundRegressor":
+        confounds, features = X[:, : self.count], X[:, self.count :]
+        self.regression_ = _Regression(confounds, features, np.arange(len(X)))
+        spread = self.regression_.residuals(confounds, features).std(0)
+        self.rounding_ = spread < 1e-6 * features.std(0)
+        return self
+
+    def transform(self, X: np.ndarray) -> np.ndarray:
+        residuals = self.regression_.residuals(X[:, : self.count], X[:, self.count :])
+        residuals[:, self.rounding_] = 0
+        return residuals
+
+
+class RegressedVolumes:
+    """Values (N, …) less what a linear regression on confounds (N, K) explains, read when indexed.
+
+    Coefficients come from the training rows (indices) alone. Values may be memory-mapped: a volume
+    is read once for the fit and once whenever it is used.
     """
 
     def __init__(self, values: np.ndarray, confounds: np.ndarray, train: np.ndarray):
         self.values, self.shape = values, values.shape
-        confounds = np.asarray(confounds, float).reshape(len(values), -1)
-        spread = confounds[train].std(0)
-        centred = confounds - confounds[train].mean(0)
-        varies = spread > 1e-9 * np.abs(confounds[train]).max(0)  # or it is rounding
-        self.confounds = np.where(varies, centred / np.where(varies, spread, 1), 0)
-        solve = np.linalg.pinv(np.column_stack([np.ones(len(train)), self.confounds[train]]))
-        coefficients = 0.0
-        for part in np.array_split(np.arange(len(train)), -(-len(train) // 64)):
-            read = np.asarray(values[train[part]], float).reshape(len(part), -1)
-            coefficients = coefficients + solve[1:, part] @ read
-        self.coefficients = coefficients  # (K, values)
+        self.confounds = np.asarray(confounds, float).reshape(len(values), -1)
+        self.regression = _Regression(self.confounds, values, train)
 
     def __len__(self) -> int:
         return len(self.values)
 
-    def __getitem__(self, rows) -> np.ndarray:
-        read = np.asarray(self.values[rows])
-        explained = self.confounds[rows] @ self.coefficients
-        return (read - explained.reshape(read.shape)).astype(np.result_type(read, np.float32))
+    def __getitem__(self, rows: int | slice | np.ndarray) -> np.ndarray:
+        values = np.asarray(self.values[rows])
+        residuals = self.regression.residuals(self.confounds[rows], values)
+        return residuals.astype(np.result_type(values, np.float32))
 
 
-def matched(
+def matched_rows(
     sex: np.ndarray,
     confounds: np.ndarray,
     *,
     caliper: float = 0.1,
     within: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Rows of a subsample in which men and women are alike in the confounds.
+    """Return the rows, sorted, of as many pairs of a man and a woman as differ little in confounds.
 
-    As many pairs of a man and a woman as possible who differ by at most `caliper` standard
-    deviations in each confound, and among those the closest. Where a confound is measured with
-    error, what it misses is left. Takes memory for all pairs.
+    Within a pair each confound (N,) or (N, K) differs by at most `caliper` standard deviations;
+    among the largest sets of pairs the closest is taken. What a confound measured with error misses
+    is left. Memory is taken for all pairs. Raises ValueError if no pair is that close.
 
-    `within` are folds (N,): pairs are of one fold, so that every fold is matched. Otherwise a test
-    subject's pair, of the other sex and the same size, may be in training, and a confound that says
-    nothing any more scores below chance.
-
-    Returns
-    -------
-    Rows, sorted; half of them men's. No pair that close is a ValueError.
+    `within` are folds (N,) that no pair may span. Otherwise a test subject's pair, of the other sex
+    and the same size, may be in training, and an uninformative confound scores below chance.
     """
     sex, confounds = np.asarray(sex), np.asarray(confounds, float).reshape(len(sex), -1)
     if not np.isfinite(confounds).all():
         raise ValueError("expected finite confounds, found blanks among them.")
     scaled = confounds / np.where(np.ptp(confounds, 0) > 0, confounds.std(0), 1)
     women, men = np.flatnonzero(sex == 0), np.flatnonzero(sex == 1)
-    apart = np.zeros((len(women), len(men)))
-    near = np.ones(apart.shape, bool)
+    distance = np.zeros((len(women), len(men)))
+    near = np.ones(distance.shape, bool)
     if within is not None:
         near = within[women, None] == within[men]
     for column in scaled.T:
         difference = np.abs(column[women, None] - column[men])
         near &= difference <= caliper
-        apart += difference**2
-    far = len(sex) * (apart[near].max(initial=0) + 1)  # one pair more is worth any closeness
-    pairs = linear_sum_assignment(np.where(near, apart, far))
+        distance += difference**2
+    far = len(sex) * (distance[near].max(initial=0) + 1)  # one pair more is worth any closeness
+    pairs = linear_sum_assignment(np.where(near, distance, far))
     close = near[pairs]
     if not close.any():
         raise ValueError(f"no man and woman within {caliper} standard deviations of each other.")

@@ -1,11 +1,11 @@
 """Folds, and scores with intervals that a referee would accept.
 
 One protocol for every classifier: `folds` assigns, the classifier gives each held-out subject a
-decision, positive for man, `score`, `paired` and `permutation_test` judge it.
+decision, above 0 for man; `score`, `paired_test` and `permutation_test` judge the decisions.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import pandas as pd
@@ -15,24 +15,24 @@ from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from tqdm.auto import tqdm
 
 Z = norm.ppf(0.975)
+"""Standard errors on either side of a 95 % normal interval."""
+BOOTSTRAP_DRAWS = 2000
 
 
 def folds(
     sex: np.ndarray, *, groups: np.ndarray | None = None, folds: int = 10, seed: int = 0
 ) -> np.ndarray:
-    """The fold in which each subject is tested, 0 to `folds` - 1, (N,) int64.
+    """Assign each subject to the fold in which it is tested, (N,) int64 from 0 to `folds` - 1.
 
-    Stratified by sex; where groups (families) are known, none of them spans two folds. A ValueError
-    where there are too few for that.
+    Folds are stratified by sex, and no family in `groups` (N,) spans two. Raises ValueError if
+    there are too few subjects of a sex, or families, for that.
     """
     sex = np.asarray(sex)
-    unit, fewest = "subjects of either sex", min(np.bincount(sex, minlength=2))
-    if groups is not None and len(np.unique(groups)) <= fewest:
-        unit, fewest = "families", len(np.unique(groups))
+    fewest = min(np.bincount(sex, minlength=2))
     if not 2 <= folds <= fewest:
-        raise ValueError(f"expected 2 to {fewest} folds (there are {fewest} {unit}), got {folds}.")
-    kind = StratifiedKFold if groups is None else StratifiedGroupKFold
-    splits = kind(folds, shuffle=True, random_state=seed).split(sex, sex, groups)
+        raise ValueError(f"expected 2 to {fewest} folds (subjects of either sex), got {folds}.")
+    splitter = StratifiedKFold if groups is None else StratifiedGroupKFold
+    splits = splitter(folds, shuffle=True, random_state=seed).split(sex, sex, groups)
     assignment = np.empty(len(sex), np.int64)
     for fold, (_, test) in enumerate(splits):
         assignment[test] = fold
@@ -41,24 +41,22 @@ def folds(
     return assignment
 
 
-def wilson(correct: int, n: int) -> tuple[float, float]:
+def wilson_interval(correct: int, n: int) -> tuple[float, float]:
     """Wilson's 95 % interval of a proportion: for a single split, leave-one-out, or pooled folds.
 
-    Wilson 1927, J. Am. Stat. Assoc. 22:209.
+    Wilson 1927, J. Am. Stat. Assoc. 22:209. Raises ValueError unless 0 <= correct <= n and n > 0.
     """
     if not 0 <= correct <= n or n < 1:
         raise ValueError(f"expected 0 <= correct <= n and n > 0, got {correct} of {n}.")
-    centre = (correct + Z**2 / 2) / (n + Z**2)
-    half = Z / (n + Z**2) * math.sqrt(correct * (n - correct) / n + Z**2 / 4)
-    share = correct / n  # rounding must not put it, or 0 and 1, outside
-    return float(np.clip(centre - half, 0, share)), float(np.clip(centre + half, share, 1))
+    interval = binomtest(correct, n).proportion_ci(0.95, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
-def corrected_t(scores: np.ndarray, *, folds: int) -> tuple[float, float, float]:
-    """Mean of k folds' scores (J,), repeated or not, and limits of its 95 % resampled-t interval.
+def corrected_t_interval(scores: np.ndarray, *, folds: int) -> tuple[float, float, float]:
+    """Return the mean of folds' scores (J,), repeated or not, and its 95 % resampled-t interval.
 
     Folds share training subjects, so their scores' variance is inflated by n_test / n_train, which
-    is 1 / (k - 1): Nadeau and Bengio 2003, Machine Learning 52:239.
+    is 1 / (folds - 1): Nadeau and Bengio 2003, Machine Learning 52:239.
     """
     scores = np.asarray(scores, float)
     if len(scores) < 2 or folds < 2:
@@ -71,146 +69,171 @@ def corrected_t(scores: np.ndarray, *, folds: int) -> tuple[float, float, float]
     return mean, mean - half, mean + half
 
 
-def score(sex: np.ndarray, decision: np.ndarray, assignment: np.ndarray) -> dict:
+def bootstrap_interval(
+    values: np.ndarray, strata: np.ndarray | None = None
+) -> tuple[float, float, float]:
+    """Return the mean over subjects (N,) and its 95 % percentile bootstrap interval (Efron 1979).
+
+    Subjects are drawn, networks are not: the interval says how another sample of subjects would
+    come out. Subjects are drawn within `strata` (N,), such as fold and sex, if a fixed number of
+    each stratum was chosen. Raises ValueError for NaN and for no subjects.
+    """
+    values = np.asarray(values, float)
+    if len(values) == 0 or not np.isfinite(values).all():
+        raise ValueError(f"expected finite values of subjects, found {values}.")
+    strata = np.zeros(len(values)) if strata is None else np.asarray(strata)
+    rng, draws = np.random.default_rng(0), np.empty((BOOTSTRAP_DRAWS, len(values)))
+    for stratum in np.unique(strata):
+        rows = np.flatnonzero(strata == stratum)
+        draws[:, rows] = rng.choice(values[rows], (BOOTSTRAP_DRAWS, len(rows)))
+    low, high = np.quantile(draws.mean(1), (0.025, 0.975))
+    return float(values.mean()), float(low), float(high)
+
+
+def score(sex: np.ndarray, decisions: np.ndarray, assignment: np.ndarray) -> dict:
     """Accuracy, balanced accuracy and area under the ROC curve, with 95 % intervals.
 
     Parameters
     ----------
-    decision : (N,), or (R, N) of R repetitions; above 0 for man. Not finite: not tested.
-    assignment : the same shape: the fold in which each subject was tested.
+    decisions : (N,), or (R, N) of R repetitions; above 0 for man. Not finite: not tested.
+    assignment : the same shape: the fold in which each subject was tested; below 0: not tested.
 
     Returns
     -------
-    accuracy, balanced_accuracy, auc (means over folds; where a fold is one subject, or there is
-    one fold, of all subjects together), low and high (of the accuracy), interval (its name),
-    auc_low and auc_high (in the same way, or after Hanley and McNeil 1982, Radiology 143:29) and n
-    (subjects tested).
+    accuracy, balanced_accuracy, auc (means over folds; of all subjects together if each fold is
+    one subject, or there is one fold), low and high (of the accuracy), interval (its name),
+    auc_low and auc_high (likewise, or by Hanley and McNeil 1982, Radiology 143:29) and n (subjects
+    tested).
     """
-    sex, decision = np.asarray(sex), np.atleast_2d(decision)
-    parts, count, pooled = _tested(sex, np.isfinite(decision), assignment)
-    tested = [(sex[at], decision[r, at]) for r, at in parts]
-    if pooled:
-        tested = [tuple(map(np.concatenate, zip(*tested)))]
-    accuracy = np.array([np.mean((values > 0) == labels) for labels, values in tested])
-    balanced = [balanced_accuracy_score(labels, values > 0) for labels, values in tested]
-    auc = [roc_auc_score(*each) if len(set(each[0])) == 2 else np.nan for each in tested]
-    anybody = np.isfinite(decision).any(0)
-    n = int(anybody.sum())
-    if pooled:
-        mean = float(accuracy[0])
-        low, high = wilson(round(mean * n), n)
-        half = _hanley(auc[0], sex[anybody])
+    decisions = np.atleast_2d(decisions)
+    fold_rows, count = _tested_folds(np.isfinite(decisions), assignment)
+    labels = np.broadcast_to(sex, decisions.shape)
+    samples = [(labels[rows], decisions[rows]) for rows in fold_rows]
+    accuracy = [np.mean((values > 0) == truth) for truth, values in samples]
+    balanced = [balanced_accuracy_score(truth, values > 0) for truth, values in samples]
+    auc = [roc_auc_score(*sample) if len(set(sample[0])) == 2 else np.nan for sample in samples]
+    tested = labels[0][np.unique(np.concatenate([subjects for _, subjects in fold_rows]))]
+    if len(samples) == 1:
+        low, high = wilson_interval(round(accuracy[0] * len(tested)), len(tested))
+        half = _auc_half_width(auc[0], *np.bincount(tested, minlength=2))
         auc_low, auc_high = auc[0] - half, auc[0] + half
     else:
-        mean, low, high = corrected_t(accuracy, folds=count)
-        _, auc_low, auc_high = corrected_t(auc, folds=count)
+        _, low, high = corrected_t_interval(accuracy, folds=count)
+        _, auc_low, auc_high = corrected_t_interval(auc, folds=count)
     return {
-        "accuracy": mean,
+        "accuracy": float(np.mean(accuracy)),
         "low": max(low, 0.0),
         "high": min(high, 1.0),
-        "interval": "Wilson" if pooled else "corrected resampled t",
+        "interval": "Wilson" if len(samples) == 1 else "corrected resampled t",
         "balanced_accuracy": float(np.mean(balanced)),
         "auc": float(np.mean(auc)),
         "auc_low": max(float(auc_low), 0.0),
         "auc_high": min(float(auc_high), 1.0),
-        "n": n,
+        "n": len(tested),
     }
 
 
-def _hanley(auc: float, sex: np.ndarray) -> float:
-    """Half of the 95 % interval of one sample's AUC."""
-    women, men = np.bincount(sex, minlength=2)
+def score_table(
+    sex: np.ndarray, decisions: Mapping[str, np.ndarray], assignment: np.ndarray
+) -> pd.DataFrame:
+    """Tabulate `score` of each classifier's decisions, one row each, under ``classifier``."""
+    scores = {name: score(sex, values, assignment) for name, values in decisions.items()}
+    return pd.DataFrame.from_dict(scores, orient="index").rename_axis("classifier").reset_index()
+
+
+def _auc_half_width(auc: float, women: int, men: int) -> float:
+    """Half the 95 % interval of one sample's AUC, by Hanley and McNeil."""
     above, below = auc / (2 - auc), 2 * auc**2 / (1 + auc)
     variance = auc * (1 - auc) + (men - 1) * (above - auc**2) + (women - 1) * (below - auc**2)
     return float(Z * math.sqrt(variance / (women * men)))
 
 
-def _tested(sex, tested, assignment):
-    """Repetition and rows of every fold tested; how many folds there are; whether to pool them."""
+def _tested_folds(
+    tested: np.ndarray, assignment: np.ndarray
+) -> tuple[list[tuple[np.ndarray, ...]], int]:
+    """Indices (repetition, subject) of every fold, of all where a fold is one subject; a count."""
     assignment = np.atleast_2d(assignment)
-    if not tested.shape == assignment.shape == (len(assignment), len(sex)):
-        found = f"of {len(sex)} subjects, found {tested.shape} and {assignment.shape}"
-        raise ValueError(f"expected decisions and folds of one shape, {found}.")
-    parts = [
-        (r, np.flatnonzero((folds == fold) & tested[r]))
-        for r, folds in enumerate(assignment)
-        for fold in np.unique(folds[tested[r]])
-    ]
-    if not parts:
+    if tested.shape != assignment.shape:
+        shapes = f"{tested.shape} and {assignment.shape}"
+        raise ValueError(f"expected decisions and folds of one shape, found {shapes}.")
+    tested = tested & (assignment >= 0)
+    if not tested.any():
         raise ValueError("expected decisions, found none that is finite.")
-    pooled = len(parts) == 1 or max(len(rows) for _, rows in parts) == 1
-    return parts, len(np.unique(assignment[0][assignment[0] >= 0])), pooled
+    folds = assignment + (assignment.max() + 1) * np.arange(len(assignment))[:, None]
+    fold_rows = [np.nonzero(tested & (folds == fold)) for fold in np.unique(folds[tested])]
+    if max(len(subjects) for _, subjects in fold_rows) == 1:
+        fold_rows = [np.nonzero(tested)]
+    return fold_rows, len(np.unique(assignment[0][assignment[0] >= 0]))
 
 
-def paired(
+def paired_test(
     sex: np.ndarray, first: np.ndarray, second: np.ndarray, assignment: np.ndarray
 ) -> dict[str, float]:
-    """Accuracy of the first classifier less that of the second, over the same folds.
+    """Compare two classifiers over the same folds: the accuracy of the first less the second's.
 
-    The corrected resampled t test (Nadeau and Bengio 2003); where a fold is one subject or there
+    The corrected resampled t test (Nadeau and Bengio 2003); if each fold is one subject or there
     is one fold, McNemar's exact test with the interval of Agresti and Min 2005, Stat. Med. 24:729.
-    Parameters as in `score`.
-
-    Returns
-    -------
-    difference, its 95 % limits low and high, and p, two-sided.
+    Takes what `score` does; returns the difference, its 95 % limits low and high, two-sided p.
     """
-    sex = np.asarray(sex)
     first, second = np.atleast_2d(first), np.atleast_2d(second)
-    parts, count, pooled = _tested(sex, np.isfinite(first) & np.isfinite(second), assignment)
-    right = [(decision > 0) == sex for decision in (first, second)]
-    gains = [right[0][r, at].astype(int) - right[1][r, at] for r, at in parts]
-    if pooled:
-        gain = np.concatenate(gains)
-        better, worse, n = int((gain > 0).sum()), int((gain < 0).sum()), len(gain) + 2
+    fold_rows, count = _tested_folds(np.isfinite(first) & np.isfinite(second), assignment)
+    right = [(decisions > 0) == np.asarray(sex) for decisions in (first, second)]
+    gain = right[0].astype(int) - right[1]
+    gains = [gain[rows] for rows in fold_rows]
+    if len(gains) == 1:
+        better, worse, n = int((gains[0] > 0).sum()), int((gains[0] < 0).sum()), gains[0].size + 2
         p = binomtest(better, better + worse).pvalue if better + worse else 1.0
         middle = (better - worse) / n
         half = Z / n * math.sqrt(better + worse + 1 - (better - worse) ** 2 / n)
-        mean, low, high = float(gain.mean()), max(middle - half, -1), min(middle + half, 1)
+        mean, low, high = gains[0].mean(), max(middle - half, -1), min(middle + half, 1)
     else:
-        scores = [gain.mean() for gain in gains]
-        mean, low, high = corrected_t(scores, folds=count)
-        error = (high - mean) / t.ppf(0.975, len(scores) - 1)
-        p = 2 * t.sf(abs(mean) / error, len(scores) - 1) if error else mean == 0
-    return {"difference": mean, "low": float(low), "high": float(high), "p": float(p)}
+        mean, low, high = corrected_t_interval([gain.mean() for gain in gains], folds=count)
+        error = (high - mean) / t.ppf(0.975, len(gains) - 1)
+        p = 2 * t.sf(abs(mean) / error, len(gains) - 1) if error else mean == 0
+    return {"difference": float(mean), "low": float(low), "high": float(high), "p": float(p)}
 
 
-def shuffled(
+def permuted_labels(
     sex: np.ndarray, rng: np.random.Generator, groups: np.ndarray | None = None
 ) -> np.ndarray:
-    """Labels in random order; with groups, families of one size change places as a whole.
+    """Put labels (N,) in random order; with groups, exchange whole families of equal size.
 
-    Within a family labels depend on each other, identical twins' most of all, so families are
-    exchanged and not persons: Winkler et al. 2015, NeuroImage 123:253. The labels that come to a
-    family are given to its members in random order, who is whose twin being unknown here.
+    Within a family labels depend on each other, identical twins' most of all: Winkler et al. 2015,
+    NeuroImage 123:253. A family's new labels go to its members in random order. Raises ValueError
+    if a subject's family is blank.
     """
     sex = np.asarray(sex)
     if groups is None:
         return rng.permutation(sex)
     if pd.isna(groups).any():
         raise ValueError(f"expected a family of everybody, {pd.isna(groups).sum()} are blank.")
-    found = np.empty_like(sex)
-    blocks: dict[int, list[np.ndarray]] = {}
+    labels = np.empty_like(sex)
+    families: dict[int, list[np.ndarray]] = {}
     for rows in pd.Series(sex).groupby(np.asarray(groups)).indices.values():
-        blocks.setdefault(len(rows), []).append(rows)
-    for rows in map(np.array, blocks.values()):  # (families, members)
-        found[rows] = rng.permuted(sex[rng.permutation(rows)], axis=1)
-    return found
+        families.setdefault(len(rows), []).append(rows)
+    for rows in map(np.array, families.values()):  # (families, members)
+        labels[rows] = rng.permuted(sex[rng.permutation(rows)], axis=1)
+    return labels
 
 
 def permutation_test(
-    statistic: Callable, sex: np.ndarray, *, groups=None, permutations: int = 100, seed: int = 0
+    statistic: Callable[[np.ndarray], float],
+    sex: np.ndarray,
+    *,
+    groups: np.ndarray | None = None,
+    permutations: int = 100,
+    seed: int = 0,
 ) -> tuple[float, np.ndarray, float]:
-    """Whether a whole procedure's score, of labels (N,), is higher than on `shuffled` labels.
+    """Test whether a procedure's score, of labels (N,), is higher than on `permuted_labels`.
 
     Returns
     -------
     observed, null (permutations,), and p = (1 + #{null >= observed}) / (1 + permutations):
-    Phipson and Smyth 2010, Stat. Appl. Genet. Mol. Biol. 9:39.
+    Phipson and Smyth 2010, Stat. Appl. Genet. Mol. Biol. 9:39. NaN counts as >= observed.
     """
     rng = np.random.default_rng(seed)
     observed = statistic(np.asarray(sex))
-    labels = (shuffled(sex, rng, groups) for _ in range(permutations))
-    bar = tqdm(labels, "permutations", total=permutations, unit="permutation")
-    null = np.array([statistic(each) for each in bar])
+    labels = (permuted_labels(sex, rng, groups) for _ in range(permutations))
+    progress = tqdm(labels, "permutations", total=permutations, unit="permutation")
+    null = np.array([statistic(permutation) for permutation in progress])
     return observed, null, float((1 + (~(null < observed)).sum()) / (1 + permutations))

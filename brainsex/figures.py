@@ -1,210 +1,330 @@
-"""The drawings more than one notebook makes.
+"""Drawings that more than one notebook makes, or that take more than a few lines.
 
-Volumes are (X, Y, Z) in RAS with a 4×4 affine to mm; the left of the brain is on the left of the
-picture. Figures are returned for the caller to save; `title` stands at their head and `cohort`, the
-cohort's name and n ("synthetic cohort, n=200"), at their foot.
+Brains are drawn by nilearn from arrays (X, Y, Z) and a 4×4 affine to RAS millimetres: the left of
+the brain is on the left of the picture. Every function returns the figure for the caller to save;
+`title` stands at its head and `cohort`, name and n ("synthetic cohort, n=200"), at its foot.
 """
 
+import copy
+from collections.abc import Mapping, Sequence
+from functools import partial
 from textwrap import fill
 
 import numpy as np
+import pandas as pd
+import torch
 from matplotlib import pyplot as plt
-from matplotlib.colors import ListedColormap
-from nibabel import aff2axcodes
+from matplotlib.cm import ScalarMappable
+from matplotlib.collections import PolyCollection
+from matplotlib.colors import ListedColormap, Normalize
+from matplotlib.figure import Figure
+from nibabel import Nifti1Image
 from nibabel.affines import apply_affine, voxel_sizes
+from nilearn import plotting
 from scipy.ndimage import center_of_mass
 
 PALETTE = {"women": "#D55E00", "men": "#0072B2"}
-"""The sexes' colours, of Okabe and Ito's set for colour-blind readers."""
+"""The sexes' colours, from the colour-blind safe set of Okabe and Ito."""
 
-ACCENT, OUTLINE, PALE, DARK = "#009E73", "#56B4E9", "#999999", "#222222"
-ENDS = "LRPAIS"  # the low and the high end of X, Y, Z
-COLUMNS = 7  # of a mosaic
+DARK, PALE, ACCENT, OUTLINE = "#222222", "#999999", "#009E73", "#56B4E9"
+HUES = (DARK, "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#0072B2", PALE)
+MARKERS = "osDv^<>P"
+CHANCE = {"color": DARK, "linewidth": 0.9, "linestyle": ":"}
+ACCURACY = "accuracy (share of subjects)"
+CUTS = 7  # planes of a mosaic in each direction
 GLOW = plt.get_cmap("inferno")(np.linspace(0.35, 0.97, 256))
-GLOW[:, 3] = np.clip(np.linspace(0, 4, 256), 0, 1)  # what is faint shows the brain beneath
+GLOW[:, 3] = np.clip(np.linspace(0, 4, 256), 0, 1)  # small values leave the brain visible
+GLOW = ListedColormap(GLOW)
 STYLE = {"font.size": 9, "axes.titlesize": 9, "text.color": DARK, "legend.frameon": False}
 STYLE |= {"font.family": "sans-serif", "axes.spines.top": False, "axes.spines.right": False}
 """Matplotlib settings of every figure, for ``plt.rc_context``."""
 
 
-@plt.rc_context(STYLE)
-def slices(panels, *, title, cohort, values="FA"):
-    """Slices through the first volume's centre of mass, a row a volume, all to one scale.
-
-    `panels` are label -> (volume (X, Y, Z) in [0, 1], affine); the grids may differ. `values` says
-    what they are, beside the colour bar: of `brainsex.MODALITIES`.
-    """
-    at = centre(*next(iter(panels.values())))
-    boxes = np.array([box(*panel) for panel in panels.values()])
-    low, high = boxes[:, 0].min(0), boxes[:, 1].max(0)
-    widths, height = (high - low)[[1, 0, 0]], max((high - low)[1:])
-    figure, axes = grid([height] * len(panels), widths, 7 / sum(widths))
-    for row, (label, (volume, affine)) in zip(axes, panels.items()):
-        shape = " × ".join(map(str, volume.shape))
-        sizes = " × ".join(f"{size:.4g}" for size in voxel_sizes(affine))
-        row[0].set_ylabel(f"{label}\n{shape} voxels\n{sizes} mm")
-        for axis, ax in enumerate(row):
-            picture = plane(ax, volume, affine, axis, at, cmap="gray", vmin=0, vmax=1)
-            frame(ax, axis, at, (low + high) / 2, (widths[axis], height))
-    figure.colorbar(picture, ax=axes, label=values, shrink=0.6, aspect=30, pad=0.02)
-    return finish(figure, title, cohort)
-
-
-@plt.rc_context(STYLE)
-def overlay(background, saliency, affine, *, title, cohort, outlines=None, vmax=None):
-    """Mosaics of a mean mask over the mean FA, cut where the mask and the outlined regions lie.
-
-    Background, `saliency` (in [0, 1], 1 where all the evidence was removed) and `outlines` (bool or
-    int, each value but 0 drawn as a contour) are (X, Y, Z); `vmax` is the top of the colour bar.
-    """
-    outlines = np.zeros(background.shape, int) if outlines is None else np.asarray(outlines, int)
-    if not background.shape == saliency.shape == outlines.shape:
-        found = f"{background.shape}, {saliency.shape}, {outlines.shape}"
-        raise ValueError(f"background, saliency and outlines must be on one grid; found {found}")
-    weight = saliency / (saliency.sum() or 1) + (outlines != 0) / ((outlines != 0).sum() or 1)
-    low, high = box(background, affine)
-    heights, width = (high - low)[[1, 2, 2]], max((high - low)[:2])
-    figure, axes = grid(heights, [width] * COLUMNS, 11 / width / COLUMNS)
-    brightest = 1.4 * np.percentile(background[background > 0], 99.5)
-    grey = {"cmap": "gray", "vmin": 0, "vmax": brightest}
-    glow = {"cmap": ListedColormap(GLOW), "vmin": 0, "vmax": vmax or saliency.max() or 1}
-    for row, axis, height in zip(axes, (2, 1, 0), heights):
-        for ax, index in zip(row, _telling(weight if weight.any() else background, axis, COLUMNS)):
-            at = apply_affine(affine, [index] * 3)
-            plane(ax, background, affine, axis, at, **grey)
-            picture = plane(ax, saliency, affine, axis, at, interpolation="bilinear", **glow)
-            cut, extent = np.take(outlines, index, axis).T, picture.get_extent()
-            for region in np.setdiff1d(cut, 0):
-                look = {"origin": "lower", "colors": OUTLINE, "linewidths": 0.9}
-                ax.contour(cut == region, [0.5], extent=extent, **look)
-            frame(ax, axis, at, (low + high) / 2, (width, height))
-    label = "saliency (share of evidence removed)"
-    bar = figure.colorbar(picture, ax=axes, label=label, shrink=0.6, aspect=30, pad=0.01)
-    bar.ax.set_facecolor("#444444")
-    foot = f"{cohort} · blue contours: planted regions" if outlines.any() else cohort
-    return finish(figure, title, foot)
-
-
-@plt.rc_context(STYLE)
-def curves(history, *, title, cohort):
-    """Loss and accuracy over epochs, each fold thin and their mean bold.
-
-    `history`: fold, epoch, train_loss, validation_loss, train_accuracy, validation_accuracy.
-    """
-    figure, axes = opened(1, 2, figsize=(8.4, 3.4))
-    draw_curves(axes, history)
-    axes[0].set(xlabel="epoch", ylabel="loss (cross-entropy, nats)", ylim=(0, None))
-    axes[1].set(xlabel="epoch", ylabel="accuracy (share of subjects)", ylim=(None, 1.01))
-    axes[0].legend()
-    folds = history["fold"].nunique()
-    return finish(figure, title, f"{cohort} · thin: each of {folds} folds, bold: their mean")
-
-
-def draw_curves(axes, history):
-    """Loss on the first of two axes, accuracy on the second; `history` as in `curves`."""
-    for ax, measure, chance in zip(axes, ("loss", "accuracy"), (np.log(2), 0.5)):
-        for part, colour in (("train", PALE), ("validation", ACCENT)):
-            table = history.pivot(index="epoch", columns="fold", values=f"{part}_{measure}")
-            ax.plot(table, color=colour, linewidth=0.7, alpha=0.5)
-            ax.plot(table.mean(axis=1), color=colour, linewidth=2.2, label=part)
-        ax.axhline(chance, color=DARK, linewidth=0.9, linestyle=":", label="chance")
-
-
-@plt.rc_context(STYLE)
-def fold_accuracies(table, intervals, *, title, cohort, published=None):
-    """Accuracy of every fold, the mean and its interval, beside published values.
-
-    The table has model, fold and accuracy (share of subjects), `intervals` are model -> (mean, low,
-    high, name of the interval), `published` model -> (mean, standard deviation).
-    """
-    figure, ax = opened(1, 1, figsize=(8.4, 1.2 + 0.7 * len(intervals)))
-    for row, (model, (mean, low, high, name)) in enumerate(intervals.items()):
-        folds = table.loc[table["model"] == model, "accuracy"]
-        ax.plot(folds, row - np.linspace(0.14, 0.3, len(folds)), "o", color=ACCENT, ms=4, alpha=0.6)
-        ax.errorbar(mean, row, xerr=[[mean - low], [high - mean]], fmt="o", color=DARK, capsize=3)
-        note = f"{mean:.3f}  [{low:.3f}, {high:.3f}]\n{name}"
-        ax.text(1.02, row, note, transform=ax.get_yaxis_transform(), va="center", fontsize=8)
-    for model, (mean, deviation) in (published or {}).items():
-        row = list(intervals).index(model) + 0.22
-        ax.errorbar(mean, row, xerr=deviation, fmt="D", color=PALE, ms=5)
-    ax.axvline(0.5, color=DARK, linewidth=0.9, linestyle=":")
-    ax.set(xlabel="accuracy (share of subjects)", ylim=(len(intervals) - 0.5, -0.5))
-    ax.set_yticks(range(len(intervals)), intervals)
-    foot = f"{cohort} · green: folds, black: mean and interval, dotted: chance"
-    grey = ", grey: published mean ± standard deviation" if published else ""
-    return finish(figure, title, foot + grey)
-
-
-def centre(volume, affine):
-    """The centre of mass in mm."""
-    return apply_affine(affine, center_of_mass(volume))
-
-
-def box(volume, affine):
-    """Lowest and highest corner in mm of what stands out from zero, with a margin."""
-    if (axes := "".join(aff2axcodes(affine))) != "RAS":
-        raise ValueError(f"expected a volume in RAS, found {axes}: read it by volumes.load")
-    inside = np.argwhere(volume >= 0.05 * volume.max())
-    low, high = apply_affine(affine, [inside.min(0) - 0.5, inside.max(0) + 0.5])
-    return low - 10, high + 10
-
-
-def grid(heights, widths, inches):
-    """Rows and columns of axes, at so many inches a mm."""
-    size = (sum(widths) * inches + 1.2, sum(heights) * inches + 0.7)
-    ratios = {"height_ratios": heights, "width_ratios": widths, "figsize": size}
-    return opened(len(heights), len(widths), squeeze=False, **ratios)
-
-
-def plane(ax, volume, affine, axis, at, **look):
-    """Draw the plane across `axis` through `at`, all in mm."""
-    index = round(apply_affine(np.linalg.inv(affine), at)[axis])
-    if not 0 <= index < volume.shape[axis]:
-        raise ValueError(f"{np.round(at, 1)} mm lies outside a volume of {volume.shape}")
-    edges = apply_affine(affine, [[-0.5] * 3, np.array(volume.shape) - 0.5])
-    extent = np.delete(edges, axis, axis=1).T.ravel()
-    return ax.imshow(np.take(volume, index, axis).T, origin="lower", extent=extent, **look)
-
-
-def frame(ax, axis, at, centre, size):
-    """Show `size` mm around `centre` on black, with orientation letters and the plane's place."""
-    across, up = (other for other in range(3) if other != axis)
-    for middle, length, limit in zip(centre[[across, up]], size, (ax.set_xlim, ax.set_ylim)):
-        limit(middle - length / 2, middle + length / 2)
-    ax.set(xticks=[], yticks=[], facecolor="black")
-    letters(ax, ENDS[2 * across + 1] + ENDS[2 * up + 1], "white")
-    place = f"{'xyz'[axis]} = {at[axis]:.0f} mm".replace("-", "−")
-    ax.text(0.02, 0.98, place, transform=ax.transAxes, va="top", color="white", fontsize=6)
-
-
-def letters(ax, ends, colour):
-    """Write the letters `ends` at the right and the top, their opposites at the left and bottom."""
-    left, bottom = (ENDS[ENDS.index(end) ^ 1] for end in ends)
-    look = {"transform": ax.transAxes, "ha": "center", "va": "center", "color": colour}
-    spots = ((0.97, 0.5), (0.5, 0.96), (0.03, 0.5), (0.5, 0.04))
-    for letter, spot in zip((*ends, left, bottom), spots):
-        ax.text(*spot, letter, fontsize=8, **look)
-
-
-def _telling(weight, axis, count):
-    """Indices along `axis`, all different, at even shares of the weight."""
-    profile = weight.sum(axis=tuple({0, 1, 2} - {axis}))
-    share = np.cumsum(profile) / profile.sum()
-    chosen = {int(at) for at in np.searchsorted(share, (np.arange(count) + 0.5) / count)}
-    others = [at for at in np.argsort(-profile) if at not in chosen]
-    return sorted([*chosen, *others[: count - len(chosen)]])
-
-
-def opened(rows, columns, **options):
-    """A figure and its axes; pyplot forgets it at once, so that a notebook shows it once."""
+def new_figure(rows: int = 1, columns: int = 1, **options: object) -> tuple[Figure, np.ndarray]:
+    """Open a figure and its axes, which pyplot forgets, so that a notebook shows it only once."""
     figure, axes = plt.subplots(rows, columns, layout="constrained", **options)
     plt.close(figure)
     return figure, axes
 
 
-def finish(figure, title, foot):
-    """Write head and foot."""
+def finish(figure: Figure, title: str, foot: str) -> Figure:
+    """Write the title at the head of a figure and who was measured at its foot; return it."""
     figure.suptitle(title, weight="bold", fontsize=11)
-    width = int(15 * figure.get_figwidth())  # characters of this size in a line
-    figure.supxlabel(fill(foot, width), fontsize=8, color="#555555")
+    characters = int(15 * figure.get_figwidth())  # in a line of this size
+    figure.supxlabel(fill(foot, characters), fontsize=8, color="#555555")
     return figure
+
+
+def to_image(volume: np.ndarray, affine: np.ndarray) -> Nifti1Image:
+    """Wrap an array (X, Y, Z) and its affine (4, 4) for nilearn."""
+    return Nifti1Image(np.asarray(volume, np.float32), affine)
+
+
+@plt.rc_context(STYLE)
+def brain_panels(
+    rows: Sequence[Sequence[Mapping]],
+    *,
+    title: str,
+    foot: str,
+    width: float = 9,
+    bar: tuple[str | ListedColormap, float, str] | None = None,
+) -> Figure:
+    """Draw rows of panels by nilearn, each with some planes of an image.
+
+    Parameters
+    ----------
+    rows : a panel has `label`, `planes` ("xyz", or one letter as often as there are cuts), perhaps
+        `outlines` (an image whose contours are drawn), and arguments of
+        `nilearn.plotting.plot_stat_map`, at least `stat_map_img` and `cut_coords` in mm.
+    width : inches of a row.
+    bar : colour map, top value and label of one colour bar, from 0, for all panels.
+    """
+    image = rows[0][0]["stat_map_img"]
+    extent = np.abs(image.affine[:3, :3]) @ image.shape  # mm
+    widths = [sum(extent[int(axis == "x")] for axis in panel["planes"]) for panel in rows[0]]
+    heights = [max(extent[1 if "z" in panel["planes"] else 2] for panel in row) for row in rows]
+    size = (width + 0.8, width * sum(heights) / sum(widths) + 0.25 * len(rows) + 0.6)
+    ratios = {"width_ratios": widths, "height_ratios": heights, "squeeze": False}
+    ratios["subplot_kw"] = {"frame_on": False, "xticks": [], "yticks": []}
+    figure, axes = new_figure(len(rows), len(rows[0]), figsize=size, **ratios)
+    places = [(ax, dict(panel)) for pair in zip(axes, rows) for ax, panel in zip(*pair)]
+    for ax, panel in places:
+        ax.set_title(panel.pop("label"))
+    if bar:
+        look = {"label": bar[2], "aspect": 25, "pad": 0.01, "shrink": min(0.8, 3.5 / size[1])}
+        scale = figure.colorbar(ScalarMappable(Normalize(0, bar[1]), bar[0]), ax=axes, **look)
+        scale.ax.set_facecolor("#444444")
+    foot += " · blue contours: planted regions" * ("outlines" in places[0][1])
+    foot += " · x, y, z in mm; L left, R right; sagittal: front to the right"
+    finish(figure, title, foot)
+    figure.draw_without_rendering()  # nilearn reads where the axes are: nothing may move from here
+    figure.set_layout_engine("none")
+    look = {"bg_img": None, "vmin": 0, "threshold": None, "colorbar": False}
+    look |= {"symmetric_cbar": False, "draw_cross": False, "annotate": False, "black_bg": True}
+    for ax, panel in places:
+        planes, outlines = panel.pop("planes"), panel.pop("outlines", None)
+        panel["cut_coords"] = np.round(panel["cut_coords"])  # whole mm, as nilearn writes them
+        mode = "ortho" if planes == "xyz" else planes[0]
+        display = plotting.plot_stat_map(axes=ax, display_mode=mode, **look | panel)
+        if outlines is not None:
+            display.add_contours(outlines, levels=[0.5], colors=OUTLINE, linewidths=0.9)
+        display.annotate(size=7)
+    return figure
+
+
+def volume_slices(
+    panels: Mapping[str, tuple], *, title: str, cohort: str, values: str = "FA"
+) -> Figure:
+    """Draw a sagittal, a coronal and an axial plane of each volume, all to one scale.
+
+    `panels` is label -> (volume (X, Y, Z) in [0, 1], affine); the grids may differ, all planes go
+    through the first volume's centre of mass. `values`, one of `cohort.MODALITIES`, labels the bar.
+    """
+    volume, affine = next(iter(panels.values()))
+    look = {"planes": "xyz", "cut_coords": apply_affine(affine, center_of_mass(volume))}
+    look |= {"cmap": "gray", "vmax": 1}
+    rows = []
+    for label, (volume, affine) in panels.items():
+        voxels, sizes = " × ".join(map(str, volume.shape)), voxel_sizes(affine)
+        label += f": {voxels} voxels of {' × '.join(f'{size:.4g}' for size in sizes)} mm"
+        rows.append([look | {"label": label, "stat_map_img": to_image(volume, affine)}])
+    return brain_panels(rows, title=title, foot=cohort, width=7, bar=("gray", 1, values))
+
+
+def person_strip(
+    panels: Mapping[str, np.ndarray], affine: np.ndarray, *, title: str, cohort: str
+) -> Figure:
+    """Draw one axial plane of several volumes of one person, side by side.
+
+    `panels` is label -> volume (X, Y, Z) in [0, 1], for example the brain, its mask, and the brain
+    with the mask blurred. The plane is the one where the last differs most from the first.
+    """
+    first, *_, last = panels.values()
+    plane = np.abs(np.subtract(last, first, dtype=float)).sum((0, 1)).argmax()
+    look = {"planes": "z", "cut_coords": apply_affine(affine, [0, 0, plane])[2:], "cmap": "gray"}
+    images = {label: to_image(volume, affine) for label, volume in panels.items()}
+    row = [look | {"label": label, "stat_map_img": images[label], "vmax": 1} for label in images]
+    return brain_panels([row], title=title, foot=cohort, bar=("gray", 1, "value of a voxel"))
+
+
+def mask_overlay(
+    background: np.ndarray,
+    saliency: np.ndarray,
+    affine: np.ndarray,
+    *,
+    title: str,
+    cohort: str,
+    outlines: np.ndarray | None = None,
+    vmax: float | None = None,
+) -> Figure:
+    """Draw planes of a mean mask over the mean brain, where the mask and the outlined regions lie.
+
+    `background`, `saliency` (in [0, 1], 1 where every subject's evidence was removed) and
+    `outlines` (planted regions, where not 0) are (X, Y, Z) on one grid, else ValueError; `vmax` is
+    the top of the colour bar.
+    """
+    outlines = np.zeros(background.shape) if outlines is None else np.not_equal(outlines, 0)
+    if not background.shape == saliency.shape == outlines.shape:
+        shapes = f"{background.shape}, {saliency.shape}, {outlines.shape}"
+        raise ValueError(f"expected background, saliency and outlines on one grid, found {shapes}")
+    vmax = vmax or float(saliency.max()) or 1.0
+    weight = saliency / vmax + outlines + 0.01 * background  # the brain decides what is left open
+    weight = to_image(weight, affine)
+    look = {"label": "", "stat_map_img": to_image(saliency, affine), "cmap": GLOW, "vmax": vmax}
+    look["bg_img"] = to_image(background, affine)
+    look |= {"outlines": to_image(outlines, affine)} if outlines.any() else {}
+    cuts = {axis: plotting.find_cut_slices(weight, axis, CUTS) for axis in "zyx"}
+    rows = [[look | {"planes": axis * CUTS, "cut_coords": cuts[axis]}] for axis in cuts]
+    bar = (GLOW, vmax, "mean mask (1 = blurred out in every subject)")
+    return brain_panels(rows, title=title, foot=cohort, width=11, bar=bar)
+
+
+def explanation_maps(
+    background: np.ndarray,
+    saliency: Mapping[str, np.ndarray],
+    affine: np.ndarray,
+    point: Sequence[float],
+    *,
+    title: str,
+    cohort: str,
+    outlines: np.ndarray | None = None,
+) -> Figure:
+    """Draw the same three planes under every explanation, each to its own scale.
+
+    `background` (X, Y, Z) lies under the maps; `saliency` is label -> map (X, Y, Z), of which the
+    positive part is drawn; the planes meet at `point` (x, y, z) in mm; `outlines` are planted
+    regions, where not 0.
+    """
+    look = {"planes": "xyz", "cut_coords": point, "bg_img": to_image(background, affine)}
+    if outlines is not None:
+        look["outlines"] = to_image(np.not_equal(outlines, 0), affine)
+    panels = []
+    for label, values in saliency.items():
+        positive = np.clip(values, 0, None)
+        floor, top = np.quantile(positive[background > 0], (0.9, 0.9995))
+        floor *= floor < top  # a map at its top in a tenth of the brain is drawn whole
+        scaled = np.clip((positive - floor) / ((top - floor) or positive.max() or 1), 0, 1)
+        image = to_image(scaled, affine)
+        panels.append(look | {"label": label, "stat_map_img": image, "cmap": GLOW, "vmax": 1})
+    rows = [panels[start : start + 2] for start in range(0, len(panels), 2)]
+    bar = (GLOW, 1, "saliency, each map's own scale (90th to 99.95th percentile of the brain)")
+    return brain_panels(rows, title=title, foot=cohort, width=10, bar=bar)
+
+
+@plt.rc_context(STYLE)
+def training_curves(histories: Mapping[str, pd.DataFrame], *, title: str, cohort: str) -> Figure:
+    """Draw loss and accuracy over epochs, a column a network, each fold thin and the mean bold.
+
+    `histories` is network -> table with the columns fold, epoch, train_loss, validation_loss,
+    train_accuracy and validation_accuracy.
+    """
+    size = {"figsize": (2.6 * len(histories) + 1.4, 4.6), "squeeze": False}
+    figure, axes = new_figure(2, len(histories), sharex=True, sharey="row", **size)
+    for column, (name, history) in zip(axes.T, histories.items()):
+        for ax, measure, chance in zip(column, ("loss", "accuracy"), (np.log(2), 0.5)):
+            for part, colour in (("train", PALE), ("validation", ACCENT)):
+                curves = history.pivot(index="epoch", columns="fold", values=f"{part}_{measure}")
+                ax.plot(curves, color=colour, linewidth=0.7, alpha=0.5)
+                ax.plot(curves.mean(axis=1), color=colour, linewidth=2.2, label=part)
+            ax.axhline(chance, label="chance", **CHANCE)
+        column[0].set_title(name)
+        column[1].set_xlabel("epoch")
+    axes[0, 0].set(ylabel="loss (cross-entropy, nats)", ylim=(0, None))
+    axes[1, 0].set(ylabel=ACCURACY, ylim=(None, 1.01))
+    axes[0, 0].legend()
+    folds = history["fold"].nunique()
+    foot = f"thin: each of {folds} folds, bold: their mean" if folds > 1 else "one split"
+    return finish(figure, title, f"{cohort} · {foot}")
+
+
+@plt.rc_context(STYLE)
+def score_dots(
+    table: pd.DataFrame,
+    *,
+    rows: str,
+    hue: str,
+    title: str,
+    cohort: str,
+    value: str = "accuracy",
+    label: str = ACCURACY,
+    folds: pd.DataFrame | None = None,
+    published: pd.DataFrame | None = None,
+) -> Figure:
+    """Draw scores with intervals: a line of dots a row, a colour and mark a kind.
+
+    `table` has the columns `rows`, `hue`, `value` (`label` on the axis) and, where there is an
+    interval, low and high. `folds`, one row a fold, and `published`, which has sd too (NaN where
+    unknown), have the first three. Raises ValueError for more kinds than colours.
+    """
+    names, kinds = (list(dict.fromkeys(table[column])) for column in (rows, hue))
+    if len(kinds) > len(HUES):
+        raise ValueError(f"{hue}: expected at most {len(HUES)} kinds, found {len(kinds)}")
+    figure, ax = new_figure(figsize=(8.4, 1.5 + len(names) * (0.22 + 0.2 * len(kinds))))
+    step = 0.8 / len(kinds)
+    shifts = {kind: step * (n - (len(kinds) - 1) / 2) for n, kind in enumerate(kinds)}
+
+    def heights(scores: pd.DataFrame) -> pd.Series:
+        return scores[rows].map({n: y for y, n in enumerate(names)}) + scores[hue].map(shifts)
+
+    for kind, colour, marker in zip(kinds, HUES, MARKERS):
+        scores = table[table[hue] == kind]
+        ax.plot(scores[value], heights(scores), marker, color=colour, markersize=5, label=kind)
+        if "low" in scores:
+            ax.hlines(heights(scores), scores["low"], scores["high"], color=colour, linewidth=1.6)
+        for y, score in zip(heights(scores), scores[value]):
+            place = {"transform": ax.get_yaxis_transform(), "va": "center"}
+            ax.text(1.01, y, f"{score:.3f}", fontsize=7, color=colour, **place)
+        if folds is not None:
+            dots = folds[folds[hue] == kind]
+            ax.plot(dots[value], heights(dots) - 0.3 * step, ".", color=colour, alpha=0.4)
+    if published is not None:
+        look = {"fmt": "d", "color": PALE, "markersize": 4, "label": "published"}
+        places = heights(published) + 0.38 * step
+        ax.errorbar(published[value], places, xerr=published["sd"], **look)
+    ax.axvline(0.5, **CHANCE)
+    ax.set(xlabel=label, ylim=(len(names) - 0.5, -0.5))
+    ax.set_yticks(range(len(names)), names)
+    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, fontsize=8)
+    return finish(figure, title, cohort)
+
+
+@plt.rc_context(STYLE)
+def network_diagram(network: torch.nn.Module, *, title: str) -> Figure:
+    """Draw the parts of a network: layers, output sizes and parameters, as a forward pass has them.
+
+    The network has a `shape` (X, Y, Z) and takes (N, 1, X, Y, Z); it stays as it is.
+    """
+    network = copy.deepcopy(network).cpu().eval()
+    blocks = {"input": ([], (1, *network.shape))}
+
+    def record(part: str, layer: torch.nn.Module, _: tuple, output: torch.Tensor) -> None:
+        size = getattr(layer, "kernel_size", "")
+        size = "×".join(map(str, size)) if isinstance(size, tuple) else size
+        layers, _ = blocks.get(part, ([], ()))
+        blocks[part] = ([*layers, f"{type(layer).__name__} {size}".strip()], output.shape[1:])
+
+    for name, part in network.named_children():
+        for layer in part.modules():
+            if not list(layer.children()):
+                layer.register_forward_hook(partial(record, name))
+    with torch.no_grad():
+        network(torch.zeros(1, 1, *network.shape))
+    counts = pd.Series({name: p.numel() for name, p in network.named_parameters()})
+    figure, ax = new_figure(figsize=(1.7 * len(blocks), 3.8))
+    ax.set(xlim=(-0.5, len(blocks) - 0.5), ylim=(-1, 0.9), aspect="equal")
+    ax.axis("off")
+    for place, (name, (layers, shape)) in enumerate(blocks.items()):
+        width, *depth, height = 0.5 * np.sqrt(np.divide(shape[1:] or (1, 9), max(network.shape)))
+        shift = 0.35 * sum(depth)
+        corner = place - (width + shift) / 2, -(height + shift) / 2
+        a, b, c, d = np.add(corner, [(0, 0), (width, 0), (width, height), (0, height)])
+        faces = [a, b, c, d], [d, c, c + shift, d + shift], [b, c, c + shift, b + shift]
+        count = counts[counts.index.str.startswith(f"{name}.")].sum()
+        tones = [(OUTLINE if count else PALE, alpha) for alpha in (0.8, 0.5, 1)]
+        ax.add_collection(PolyCollection(faces, facecolors=tones, edgecolors="white"))
+        ax.text(place, 0.5, "\n".join(layers), ha="center", fontsize=8, color="#555555")
+        size = " × ".join(f"{size:,}" for size in shape)
+        below = f"{size}\n\n{name}" + (f"\n{count:,} parameters" if count else "")
+        ax.text(place, -0.45, below, ha="center", va="top", fontsize=8)
+    foot = f"channels × X × Y × Z of each output · {counts.sum():,} parameters in all"
+    return finish(figure, title, foot)

@@ -1,13 +1,11 @@
-"""Surfaces of a brain and of masks within it: 3D pages that work offline, and stills of them.
-
-`meshes` are a dict name -> (Mesh, colour, opacity); millimetres are in RAS.
-"""
+"""Surfaces of a brain and of masks within it: 3D pages that work offline, and stills of them."""
 
 import html
 import itertools
 import json
 import re
 from base64 import b64encode
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,17 +13,20 @@ import nilearn
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from nibabel.affines import apply_affine
 from scipy.ndimage import gaussian_filter
 from skimage.measure import marching_cubes
 
-from brainsex import figures, replacing
+from brainsex import figures, storage
 
-WAYS = dict(zip(figures.ENDS, [sign * axis for axis in np.eye(3) for sign in (-1, 1)]))
+DIRECTIONS = dict(zip("LRPAIS", np.kron(np.eye(3), [[-1], [1]])))
 VIEWS = {"left": "PS", "front": "LS", "top": "RA"}  # what lies to the right, and up
-PAGE = Path(__file__).with_name("page.html")  # with names between @ for what goes in
 LIGHT = np.array([-0.35, 0.45, 0.82])  # towards the light: right, up, to the viewer
+TEMPLATE = Path(__file__).with_name("page.html")  # contents go where it has @NAMES@
+MAX_PAGE_BYTES = 4_000_000
+PIXELS = 480  # along the longer side of a still
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,22 @@ class Mesh:
     faces: np.ndarray  # (F, 3) int32
 
 
-def surface(volume, affine, level, *, smooth=1.0, max_faces=40_000):
-    """Surface where a volume (X, Y, Z) passes `level`, closed where the volume ends.
+Meshes = Mapping[str, tuple[Mesh, str, float]]  # name -> mesh, colour, opacity
 
-    The affine may flip axes; `smooth` is the sigma in voxels of a Gaussian that comes first; the
-    volume is sampled the more coarsely until there are at most `max_faces` triangles.
+
+def surface(
+    volume: np.ndarray,
+    affine: np.ndarray,
+    level: float,
+    *,
+    smooth: float = 1,
+    max_faces: int = 40_000,
+) -> Mesh:
+    """Compute the surface where a volume (X, Y, Z) passes `level`, closed where the volume ends.
+
+    The affine may flip axes. `smooth` is the sigma in voxels of a Gaussian that comes first. The
+    volume is sampled more coarsely until there are at most `max_faces` triangles. Raises ValueError
+    if no voxel passes the level.
     """
     for step in itertools.count(1):
         margin = int(np.ceil(4 * smooth)) + 2 * step
@@ -57,95 +69,90 @@ def surface(volume, affine, level, *, smooth=1.0, max_faces=40_000):
 
 
 @plt.rc_context(figures.STYLE)
-def preview(meshes, *, title, cohort):
-    """A still picture of what `page` shows, from the left, the front and the top."""
-    low, high = _reach(meshes)
-    across, up = (high - low)[[1, 0, 0]], (high - low)[1:].max()
-    figure, (axes,) = figures.grid([up], across, 9 / sum(across))
-    for ax, width, (name, ends) in zip(axes, across, VIEWS.items()):
-        right, top = (WAYS[end] for end in ends)
-        sight = np.array([right, top, np.cross(right, top)])
-        bounds = (sight @ (low + high))[:2] / 2 + np.array([[-width, -up], [width, up]]) / 2
-        picture = _render(meshes.values(), sight, *bounds)
+def preview(meshes: Meshes, *, title: str, cohort: str) -> Figure:
+    """Draw a still of what `write_page` shows, from the left, the front and the top."""
+    low, high = _bounds(meshes)
+    widths, height = (high - low)[[1, 0, 0]], (high - low)[1:].max()
+    size = (9, 9 * height / widths.sum() + 1.2)
+    figure, axes = figures.new_figure(1, 3, figsize=size, width_ratios=widths)
+    for ax, width, (name, (right, up)) in zip(axes, widths, VIEWS.items()):
+        view = np.stack([DIRECTIONS[right], DIRECTIONS[up]])
+        view = np.vstack([view, np.cross(*view)])  # rows: to the right, up, to the viewer
+        bounds = (view @ (low + high))[:2] / 2 + np.outer([-0.5, 0.5], [width, height])
+        picture = _render(meshes, view, *bounds)
         ax.imshow(picture, origin="lower", extent=bounds.T.ravel())
-        figures.letters(ax, ends, figures.DARK)
+        for letter, direction in DIRECTIONS.items():
+            spot = 0.5 + 0.47 * (view @ direction)[:2]
+            if (spot != 0.5).any():
+                ax.annotate(letter, spot, xycoords="axes fraction", ha="center", va="center")
         ax.set_title(f"from the {name}")
         ax.axis("off")
     handles = [Patch(color=colour, label=name) for name, (_, colour, _) in meshes.items()]
     axes[1].legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=len(handles))
-    figure.set_figheight(figure.get_figheight() + 0.8)
     return figures.finish(figure, title, cohort)
 
 
-def page(path, meshes, *, title, caption):
+def write_page(path: str | Path, meshes: Meshes, *, title: str, caption: str) -> None:
     """Write an HTML page that shows meshes in 3D, each with its switch; it works offline.
 
-    The caption stands at the foot. A page of 4 MB or more is a ValueError.
+    The caption stands at the foot. Raises ValueError for a page of `MAX_PAGE_BYTES` or more, and
+    FileNotFoundError if this version of nilearn has no plotly bundle.
     """
     bundle = next(Path(nilearn.__file__).parent.rglob("plotly-gl3d*.min.js"), None)
     if bundle is None:
         raise FileNotFoundError(f"nilearn {nilearn.__version__} brings no plotly-gl3d*.min.js")
-    low, high = _reach(meshes)
-    scene = {
-        "ends": [((low + high + way * (high - low)) / 2).tolist() for way in WAYS.values()],
-        "meshes": [
-            {"name": name, "color": colour, "opacity": opacity}
-            | {"vertices": _packed(mesh.vertices, "<f4"), "faces": _packed(mesh.faces, "<i4")}
-            for name, (mesh, colour, opacity) in meshes.items()
-        ],
-    }
-    parts = {
-        "TITLE": html.escape(title),
-        "CAPTION": html.escape(caption),
-        "SCENE": json.dumps(scene).replace("<", r"\u003c"),
-        "PLOTLY": bundle.read_text(encoding="utf-8").replace("</script", r"<\/script"),
-    }
-    text = re.sub("@([A-Z]+)@", lambda match: parts[match[1]], PAGE.read_text("utf-8")).encode()
-    if len(text) >= 4e6:
-        raise ValueError(f"{path}: {len(text) / 1e6:.1f} MB, 4 at most; lower max_faces of surface")
-    with replacing(path) as unfinished:
-        unfinished.write_bytes(text)
+    low, high = _bounds(meshes)
+    ends = [(low + high + way * (high - low)) / 2 for way in DIRECTIONS.values()]
+    scene = {"ends": np.array(ends).tolist(), "meshes": []}
+    for name, (mesh, colour, opacity) in meshes.items():
+        arrays = {"vertices": _base64(mesh.vertices, "<f4"), "faces": _base64(mesh.faces, "<i4")}
+        scene["meshes"].append({"name": name, "color": colour, "opacity": opacity} | arrays)
+    contents = {"TITLE": html.escape(title), "CAPTION": html.escape(caption)}
+    contents["SCENE"] = json.dumps(scene).replace("<", r"\u003c")
+    contents["PLOTLY"] = bundle.read_text(encoding="utf-8").replace("</script", r"<\/script")
+    page = TEMPLATE.read_text(encoding="utf-8")
+    page = re.sub("@([A-Z]+)@", lambda match: contents[match[1]], page)
+    if (size := len(page.encode())) >= MAX_PAGE_BYTES:
+        limits = f"expected less than {MAX_PAGE_BYTES / 1e6:.0f} MB, found {size / 1e6:.1f} MB"
+        raise ValueError(f"{path}: {limits}; lower max_faces of surface")
+    storage.write_text(path, page)
 
 
-def _reach(meshes):
-    """Lowest and highest corner in mm of all the meshes, with room for the letters."""
+def _bounds(meshes: Meshes) -> tuple[np.ndarray, np.ndarray]:
+    """Return the lowest and highest corner in mm of all meshes, with room for the letters."""
     corners = np.concatenate([mesh.vertices for mesh, *_ in meshes.values()])
     return corners.min(0) - 12, corners.max(0) + 12
 
 
-def _packed(array, kind):
-    """Base64 of an array's columns, one after the other."""
-    return b64encode(array.T.astype(kind).tobytes()).decode()
+def _base64(array: np.ndarray, dtype: str) -> str:
+    """Encode the columns of an array, one after the other."""
+    return b64encode(array.T.astype(dtype).tobytes()).decode()
 
 
-def _render(meshes, sight, low, high):
-    """Picture (rows, columns, RGB) of the meshes' outer sides, seen against `sight`'s third row."""
-    pixel = max(high - low) / 600
+def _render(meshes: Meshes, view: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Return a picture (rows, columns, RGB) of the outer sides between two corners of the view."""
+    pixel = max(high - low) / PIXELS
     size = np.ceil((high - low) / pixel).astype(int)[::-1]
-    layers, depths = [], []
-    for mesh, colour, opacity in meshes:
-        vertices, normals = mesh.vertices @ sight.T, np.zeros(mesh.vertices.shape)
+    layers, depths = np.zeros((len(meshes), *size, 4)), np.full((len(meshes), *size), -np.inf)
+    for layer, depth, (mesh, colour, opacity) in zip(layers, depths, meshes.values()):
+        vertices, normals = mesh.vertices @ view.T, np.zeros(mesh.vertices.shape)
         corners = vertices[mesh.faces]
         facing = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
         np.add.at(normals, mesh.faces, facing[:, None])
-        # Points so dense over each triangle that no pixel is left out
+        # Points on each triangle so dense that they leave no pixel out
         count = int(np.ceil(1.5 * np.abs(corners - np.roll(corners, 1, axis=1)).max() / pixel))
-        steps = [(i, j, count - i - j) for i in range(count + 1) for j in range(count + 1 - i)]
-        front = mesh.faces[facing[:, 2] > 0]
-        points, normals = (
-            (np.array(steps) / count @ values[front]).reshape(-1, 3)
-            for values in (vertices, normals)
-        )
+        weights = [(i, j, count - i - j) for i in range(count + 1) for j in range(count + 1 - i)]
+        front, weights = mesh.faces[facing[:, 2] > 0], np.array(weights) / count
+        points, normals = ((weights @ v[front]).reshape(-1, 3) for v in (vertices, normals))
         normals /= np.linalg.norm(normals, axis=1, keepdims=True) + 1e-12
         light = 0.4 + 0.6 * np.clip(normals @ LIGHT, 0, 1)
-        rim = opacity + (1 - opacity) * 0.5 * (1 - np.abs(normals[:, 2])) ** 2
+        rim = (1 - np.abs(normals[:, 2])) ** 2
+        alpha = opacity + (1 - opacity) * 0.5 * rim
         order = np.argsort(points[:, 2])  # the nearest point is written last
         column, row = ((points[order, :2] - low) / pixel).astype(int).T
-        layers.append(np.zeros((*size, 4)))
-        layers[-1][row, column] = np.column_stack([light[:, None] * to_rgb(colour), rim])[order]
-        depths.append(np.full(size, -np.inf))
-        depths[-1][row, column] = points[order, 2]
+        layer[row, column] = np.column_stack([light[:, None] * to_rgb(colour), alpha])[order]
+        depth[row, column] = points[order, 2]
     picture = np.ones((*size, 3))
-    for layer in np.take_along_axis(np.array(layers), np.argsort(depths, axis=0)[..., None], 0):
+    for layer in np.take_along_axis(layers, np.argsort(depths, axis=0)[..., None], 0):
         picture += layer[..., 3:] * (layer[..., :3] - picture)
     return picture

@@ -1,35 +1,28 @@
-"""Meaningful perturbation: the smallest blurred-out region that makes the network change its mind.
+"""Meaningful perturbation: the smallest region whose removal changes the network's mind.
 
-After Fong and Vedaldi 2017, arXiv 1704.03296, in 3D. With a volume x, its Gaussian blur b, and a
-saliency s in [0, 1] on a coarser grid, enlarged trilinearly to S, the network sees
-
-    x' = x + S (b - x)
-
-and, with l the log-odds of the target, s minimises
+After Fong and Vedaldi 2017, arXiv 1704.03296, in 3D. With a volume x, a reference r (by default the
+Gaussian blur of x) and a saliency s in [0, 1] on a coarser grid, enlarged trilinearly to S, the
+network sees x' = x + S (r - x), moved at random by one voxel at most. With l the log-odds of the
+target, s minimises
 
     weight · relu(l(x') - floor) / (l(x) - floor)
     + ramp · (area · mean s + smoothness · mean |∇s|²).
 
-The published objective has the probability in place of the log-odds. But a network that is sure of
-itself has a probability that no longer moves, with the volume or with its blur: log-odds do. The
-weight is a volume's own: it grows for as long as its target stays above the floor.
+The published objective has the probability in place of the log-odds, but a confident network's
+probability no longer moves. Each volume has a weight of its own, which grows for as long as the
+target stays above the floor. Saliency is 1 where the evidence was removed and 0 where the volume
+was kept: Fong and Vedaldi's 1 - m. A mask's persistence, the mean of the masks on the way to it,
+ranks the voxels: what is removed first and stays removed is highest.
 
-Saliency is 1 where the evidence was removed, 0 where the volume was kept: Fong and Vedaldi's
-1 - m. The settings were chosen by measurement against the published ones: tests/benchmarks.
-
-A mask is 0 or 1 nearly everywhere, and does not say which of its voxels the network needs most. Its
-persistence does: the mean of the masks on the way, in which what is removed first and kept to the
-end is highest. It costs nothing, and deletes and localises single subjects better (notebook 07).
-
-The blur is itself evidence: most networks take a blurred brain for one sex, whoever's it was. Any
-image may stand for b. With the other sex's mean the mask says what would have to change for the
-network to see that sex; but that reference brings the difference of the groups in with it, and only
-the same with a network of random weights tells what the network adds.
+A blurred brain is itself evidence for one sex. With the other sex's mean as reference, the mask
+says what would have to change for the network to see that sex; but that reference brings the
+groups' difference in with it, so compare with a network of random weights.
 """
 
 import copy
+import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,176 +30,31 @@ import pandas as pd
 import torch
 from scipy.ndimage import gaussian_filter1d
 from torch import Tensor, nn
-from torch.nn import functional as F
+from tqdm.auto import tqdm
 
-from brainsex import networks, seeded
+from brainsex import networks, speed
 
-WARM, RAMP, DECAY = 10, 20, 40
-"""Iterations after which masks count for persistence; over which the penalty grows to its full
-weight; after which the rate is cut."""
-LR, SMOOTHNESS, FLOOR = 0.3, 3.0, 0.02
-"""Rate of Adam; weight of the squared gradient; probability at which nothing is left to remove."""
-SURE = 10.0
-"""Log-odds beyond which the floor lies as many times lower: there, a hair's breadth decides."""
-GROWTH = 1.2
-"""By which a volume's weight grows each iteration after the ramp that its target is above floor."""
-SHIFT = 1
-"""Voxels by which the network's input is moved at most, at random, along each axis."""
+WARM_UP = 10  # iterations before masks count for persistence
+RAMP = 20  # iterations until the penalty has its full weight
+DECAY = 40  # iterations until the learning rate is cut to a tenth
+LEARNING_RATE = 0.3  # of Adam
+SMOOTHNESS = 3.0  # weight of a mask's squared gradient
+FLOOR = 0.02  # probability at which no evidence is left
+CONFIDENT_LOG_ODDS = 10.0  # beyond these, the floor lies as many times lower
+WEIGHT_GROWTH = 1.2  # factor per iteration, after the ramp, with the target above the floor
+MAX_SHIFT = 1  # voxels by which the network's input is moved at most along each axis
+GROUP_AREA = 30.0  # weight of a group mask's mean: groups differ in more than one subject needs
 
 
 @dataclass(frozen=True)
 class Masks:
-    """What was found for N volumes, in their order."""
+    """The masks of N volumes, in their order."""
 
-    masks: np.ndarray
-    """(N, X, Y, Z) float32 in [0, 1]: saliency, the very mask the network saw."""
-    persistence: np.ndarray
-    """(N, X, Y, Z) float32 in [0, 1]: the mean mask on the way there. It ranks voxels."""
+    masks: np.ndarray  # (N, X, Y, Z) float32 in [0, 1]: saliency, the very mask the network saw
+    persistence: np.ndarray  # (N, X, Y, Z) float32 in [0, 1]: the mean mask on the way there
     history: pd.DataFrame
     """One row a volume: target, the class whose evidence was removed; its probability before and
     after deletion, in float32; volume, the mean of the mask."""
-
-
-def blurred(volumes: Tensor, sigma: float = 5.0) -> Tensor:
-    """Volumes (N, 1, X, Y, Z) under a Gaussian of `sigma` voxels that reaches 4 sigma.
-
-    Edges are replicated, and the weights sum to one: a constant stays what it is.
-    """
-    for axis in (2, 3, 4):
-        weights = gaussian_filter1d(np.eye(volumes.shape[axis]), sigma, axis=0, mode="nearest")
-        weights = torch.from_numpy(weights).to(volumes)
-        volumes = torch.tensordot(volumes, weights, ([axis], [1])).movedim(-1, axis)
-    return volumes
-
-
-def _optimise(
-    network: nn.Module,
-    volumes: Tensor,
-    removed: Tensor,
-    target: Tensor,
-    log_odds: Tensor,
-    shifts: np.ndarray,
-    area: float,
-) -> tuple[Tensor, Tensor]:
-    """Masks (n, 1, X, Y, Z) of some volumes and their persistence, each of its own objective.
-
-    `removed`, of the volumes' shape, is what a mask of 1 adds: the reference minus the volumes.
-    `shifts` (n, iterations, 3) are in voxels.
-    """
-    lowest, scale = goal(log_odds)
-    weight = torch.ones_like(scale)
-
-    def evidence(coarse: Tensor, iteration: int, moves: Sequence) -> Tensor:
-        nonlocal weight
-        above = F.relu(seen(network, volumes, coarse, removed, target, moves) - lowest)
-        if iteration >= RAMP:
-            weight = torch.where(above > 0, GROWTH * weight, weight).detach()
-        return weight * above / scale
-
-    return descend(evidence, volumes, shifts.swapaxes(0, 1).tolist(), area)
-
-
-def goal(log_odds: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-odds (n,) at which nothing is left to remove, and how far away they are."""
-    lowest = math.log(FLOOR / (1 - FLOOR)) * (log_odds / SURE).clamp(min=1)
-    return lowest, (log_odds - lowest).clamp(min=1)
-
-
-def seen(network, volumes, coarse, removed, target, moves) -> Tensor:
-    """Log-odds (n,) of the targets in volumes under a mask, or one each, moved by some voxels."""
-    seen = volumes + enlarged(coarse, volumes.shape[2:]) * removed
-    seen = torch.stack([one.roll(move, (1, 2, 3)) for one, move in zip(seen, moves)])
-    return of_target(network(seen).float(), target)
-
-
-def _price(coarse: Tensor, area: float) -> Tensor:
-    """The second part of the objective, summed over masks."""
-    variation = sum(coarse.diff(dim=axis).square().mean() for axis in (2, 3, 4))
-    return len(coarse) * (area * coarse.mean() + SMOOTHNESS * variation)
-
-
-def descend(evidence, like: Tensor, steps: Iterable, area: float) -> tuple[Tensor, Tensor]:
-    """Masks of the shape of `like` (n, 1, X, Y, Z) that minimise `evidence` and their own price.
-
-    `evidence` takes the coarse mask, the iteration from 1 and what is next in `steps`. With the
-    masks comes their persistence.
-    """
-    sizes = like.shape[2:]
-    grid = [-(-size // 2) for size in sizes]
-    coarse = torch.full((len(like), 1, *grid), 0.5, device=like.device).requires_grad_()
-    optimiser = torch.optim.Adam([coarse], LR, betas=(0.9, 0.99), amsgrad=True)
-    schedule = torch.optim.lr_scheduler.StepLR(optimiser, DECAY)
-    total = count = 0
-    for iteration, step in enumerate(steps, 1):
-        ramp = min(1.0, iteration / RAMP)
-        loss = evidence(coarse, iteration, step).sum() + ramp * _price(coarse, area)
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        schedule.step()
-        with torch.no_grad():
-            coarse.clamp_(0, 1)
-            if iteration > WARM:
-                total, count = total + coarse, count + 1
-    mean = total / count if count else coarse
-    return tuple(enlarged(one.detach(), sizes) for one in (coarse, mean))
-
-
-def enlarged(coarse: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Masks (n, 1, x, y, z) on the volumes' grid, trilinearly, by one matrix an axis.
-
-    PyTorch's interpolation takes seven times as long, most of it on the way back.
-    """
-    for size in sizes:
-        cells = torch.eye(coarse.shape[2], device=coarse.device)[None]
-        weights = F.interpolate(cells, size=size, mode="linear")[0]
-        coarse = torch.tensordot(coarse, weights, ([2], [0]))  # the axis done goes last
-    return coarse
-
-
-def targets(target: int | np.ndarray | None, volumes: np.ndarray) -> np.ndarray | None:
-    """The class of each volume (N,), checked; None where the network's own prediction counts."""
-    if target is None:
-        return None
-    if np.shape(target) not in ((), (len(volumes),)) or not np.isin(target, (0, 1)).all():
-        raise ValueError(
-            f"expected a target of 0 or 1, or one for each of {len(volumes)} volumes, "
-            f"found {target}."
-        )
-    return np.broadcast_to(target, len(volumes))
-
-
-def matching(image: np.ndarray, volumes: np.ndarray, name: str) -> np.ndarray:
-    """A view (N, X, Y, Z) of one image (X, Y, Z) for all volumes, or of one each; checked."""
-    image = np.asarray(image)
-    if image.shape not in (volumes.shape, volumes.shape[1:]):
-        raise ValueError(
-            f"expected {name} {volumes.shape[1:]}, or one for each of {len(volumes)} volumes, "
-            f"found {image.shape}."
-        )
-    if not np.isfinite(image).all():
-        raise ValueError(f"expected {name} that is finite, found NaN or infinity.")
-    return np.broadcast_to(image, volumes.shape)
-
-
-def replacement(images: np.ndarray | None, rows, batch: Tensor, sigma: float = 5.0) -> Tensor:
-    """What takes the evidence's place in a batch (n, 1, X, Y, Z): its blur, where none is given."""
-    return blurred(batch, sigma) if images is None else tensor(images, rows, batch.device)
-
-
-def tensor(images: np.ndarray, rows, device: torch.device) -> Tensor:
-    """Some rows of images (N, X, Y, Z) as (n, 1, X, Y, Z); what is not finite is refused."""
-    found = np.array(images[rows], np.float32)
-    finite = np.isfinite(found).all((1, 2, 3))
-    if not finite.all():
-        row = np.atleast_1d(rows)[finite.argmin()]
-        raise ValueError(f"volume {row} holds NaN or infinity, not finite FA.")
-    return torch.from_numpy(found)[:, None].to(device)
-
-
-def of_target(logits: Tensor, target: Tensor) -> Tensor:
-    """Log-odds (n,) of each volume's target, of logits (n, 2)."""
-    return (logits * (2 * F.one_hot(target, 2) - 1)).sum(1)
 
 
 def optimise_masks(
@@ -224,77 +72,257 @@ def optimise_masks(
 ) -> Masks:
     """Learn, for each volume, the smallest mask whose blurring-out removes the network's evidence.
 
+    Neither order nor company of a volume changes its mask; on a CPU not by a bit.
+
     Parameters
     ----------
-    network : `MriNet3d`; a copy is folded and run in the machine's fast precision, the network
-        itself is left as it is.
+    network : `MriNet3d`; a copy runs in the machine's fast precision.
     volumes : (N, X, Y, Z) finite floats, FA in [0, 1].
     target : class whose evidence is removed, for all or (N,); by default the class predicted.
-    subjects : (N,) names that seed each volume's draws; by default its number, "0", "1", …
-    reference : what takes the evidence's place, (X, Y, Z) for all or (N, X, Y, Z); by default each
-        volume's blur. Means of a cohort come from training folds where volumes are held out.
-    seed : of the random shifts.
-    iterations : steps of Adam; the rate falls to a tenth after 40.
-    area : weight of the mask's mean.
-    sigma : of the Gaussian reference, in voxels.
+    subjects : (N,) IDs that seed each volume's draws; by default its number, "0", "1", …
+    reference : image that replaces the evidence, (X, Y, Z) or (N, X, Y, Z); by default each
+        volume's blur under a Gaussian of `sigma` voxels.
+    iterations, area : steps of Adam; weight of the mask's mean.
 
-    Returns
-    -------
-    Masks. Neither order nor company of a volume changes its mask; on a CPU not by a bit.
-
-    Raises
-    ------
-    ValueError
-        Volumes of another shape than the network's or not finite, a target that is no class, or
-        another number of targets or subjects than of volumes.
+    Raises ValueError for volumes of another shape than the network's or not finite, and for
+    targets, subjects or a reference that do not fit them.
     """
     device = networks.device()
-    plain, dtype = networks.frozen(network, device), networks.precision(device)
+    plain, dtype = speed.inference_copy(network, device), networks.fast_precision(device)
     fast = copy.deepcopy(plain).to(dtype)
-    size = networks.FEW if device.type == "cpu" and dtype == torch.float32 else None
+    size = speed.CPU_BATCH if device.type == "cpu" and dtype == torch.float32 else None
     subjects = [str(n) for n in range(len(volumes))] if subjects is None else subjects
+    shapes = f"{volumes.shape} and {len(subjects)}"
     if volumes.ndim != 4 or len(subjects) != len(volumes):
-        raise ValueError(
-            f"expected volumes (N, X, Y, Z) and N subjects, found {volumes.shape} and "
-            f"{len(subjects)}."
-        )
-    target = targets(target, volumes)
+        raise ValueError(f"expected volumes (N, X, Y, Z) and N subjects, found {shapes}.")
+    target = resolve_target(target, volumes)
     if reference is not None:
-        reference = matching(reference, volumes, "a reference")
-    draws = [np.random.default_rng(seeded(seed, subject)) for subject in subjects]
-    shifts = [draw.integers(-SHIFT, SHIFT + 1, (iterations, 3)) for draw in draws]
+        reference = broadcast_image(reference, volumes, "a reference")
+    draws = [np.random.default_rng(subject_seed(seed, subject)) for subject in subjects]
+    shifts = [draw.integers(-MAX_SHIFT, MAX_SHIFT + 1, (iterations, 3)) for draw in draws]
 
-    def some(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, list]:
+    def work(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, list]:
         count, rows = len(rows), np.resize(rows, size or len(rows))
-        batch = tensor(volumes, rows, device)
+        batch = volume_tensor(volumes, rows, device)
         with torch.no_grad():
-            logits = networks.passes(plain, batch)
-        before, chosen = logits.softmax(1), logits.argmax(1)
+            logits = speed.forward_in_chunks(plain, batch)
+        classes = logits.argmax(1)
         if target is not None:
-            chosen = torch.as_tensor(target[rows], dtype=torch.long, device=device)
-        removed = replacement(reference, rows, batch, sigma) - batch
-        moves = np.array([shifts[row] for row in rows])
-        found, mean = _optimise(
-            fast, batch, removed, chosen, of_target(logits, chosen), moves, area
-        )
+            classes = torch.as_tensor(target[rows], dtype=torch.long, device=device)
+        removed = reference_images(reference, rows, batch, sigma) - batch
+        steps = np.stack([shifts[row] for row in rows], 1).tolist()
+        evidence = _weighted_evidence(fast, batch, removed, classes, logits)
+        masks, persistence = _descend(evidence, batch, steps, area)
         with torch.no_grad():
-            after = networks.passes(plain, batch + found * removed).softmax(1)
-        columns = (
-            chosen,
-            before.gather(1, chosen[:, None])[:, 0],
-            after.gather(1, chosen[:, None])[:, 0],
-            found.mean((1, 2, 3, 4)),
-        )
+            after = speed.forward_in_chunks(plain, batch + masks * removed)
+        chances = (part.softmax(1).gather(1, classes[:, None])[:, 0] for part in (logits, after))
+        columns = classes, *chances, masks.mean((1, 2, 3, 4))
         records = list(zip(*(column[:count].tolist() for column in columns)))
-        return found[:count, 0].cpu().numpy(), mean[:count, 0].cpu().numpy(), records
+        return masks[:count, 0].cpu().numpy(), persistence[:count, 0].cpu().numpy(), records
 
     masks, persistence = np.empty((2, *volumes.shape), np.float32)
     history, name = [], "masks" if progress else None
-    for found, mean, records in networks.in_batches(
-        some, len(volumes), device, name=name, size=size
-    ):
+    for *maps, records in speed.map_batches(work, len(volumes), device, name=name, size=size):
         rows = slice(len(history), len(history) + len(records))
-        masks[rows], persistence[rows] = found, mean
+        masks[rows], persistence[rows] = maps
         history += records
-    columns = ["target", "before", "after", "volume"]
-    return Masks(masks, persistence, pd.DataFrame(history, columns=columns))
+    history = pd.DataFrame(history, columns=["target", "before", "after", "volume"])
+    return Masks(masks, persistence, history)
+
+
+def optimise_group_mask(
+    network: nn.Module,
+    volumes: np.ndarray,
+    *,
+    target: int | np.ndarray | None = None,
+    reference: np.ndarray | None = None,
+    seed: int = 0,
+    iterations: int = 60,
+    batch_size: int = 4,
+    progress: bool = True,
+) -> np.ndarray:
+    """Learn the one mask under which a set of subjects loses most of the network's evidence.
+
+    It minimises the mean of the subjects' objectives, all with a weight of 1: a subject that no
+    mask convinces would otherwise fill the mask of all. Men and women belong into one set, with
+    targets of their own: what tells the sexes apart lies at the same places in both.
+
+    Parameters
+    ----------
+    volumes : (N, X, Y, Z) finite floats; may be memory-mapped.
+    seed : of the batches and the random shifts.
+    batch_size : subjects a step; all have their turn before any has another.
+    network, target, reference, iterations : as in `optimise_masks`, as is what is raised.
+
+    Returns
+    -------
+    (X, Y, Z) float32 in [0, 1], the mask's persistence.
+    """
+    if len(volumes.shape) != 4 or len(volumes) == 0:
+        raise ValueError(f"expected volumes (N, X, Y, Z), found {volumes.shape}.")
+    if reference is not None:
+        reference = broadcast_image(reference, volumes, "a reference")
+    device = networks.device()
+    plain = speed.inference_copy(network, device)
+    logits = speed.predict_logits(plain, volumes, torch.float32)
+    target = resolve_target(target, volumes)
+    classes = logits.argmax(1) if target is None else torch.tensor(target, dtype=torch.long)
+    fast = plain.to(networks.fast_precision(device))
+    rng = np.random.default_rng(seed)
+    turns = iterations * batch_size
+    order = [rng.permutation(len(volumes)) for _ in range(-(-turns // len(volumes)))]
+    batches = np.concatenate(order)[:turns].reshape(iterations, batch_size)
+
+    def evidence(coarse: Tensor, _: int, rows: np.ndarray) -> Tensor:
+        batch = volume_tensor(volumes, rows, device)
+        removed = reference_images(reference, rows, batch) - batch
+        shifts = rng.integers(-MAX_SHIFT, MAX_SHIFT + 1, (len(rows), 3)).tolist()
+        seen = _perturb(batch, coarse, removed, shifts)
+        rest = (part[rows].to(device) for part in (classes, logits))
+        above, distance = _evidence(fast(seen), *rest)
+        return (above / distance).mean(0, keepdim=True)
+
+    like = torch.empty((1, 1, *volumes.shape[1:]), device=device)
+    steps = tqdm(batches, "group mask", unit="step", disable=not progress)
+    return _descend(evidence, like, steps, GROUP_AREA)[1][0, 0].cpu().numpy()
+
+
+def _enlarge(coarse: Tensor, sizes: Sequence[int]) -> Tensor:
+    """The parametrisation: coarse masks (n, 1, x, y, z) on the volumes' grid, trilinearly."""
+    for size in sizes:  # one matrix an axis; PyTorch's own backward takes seven times as long
+        cells = torch.eye(coarse.shape[2], device=coarse.device)[None]
+        weights = nn.functional.interpolate(cells, size=size, mode="linear")[0]
+        coarse = torch.tensordot(coarse, weights, ([2], [0]))  # the axis done goes last
+    return coarse
+
+
+def _perturb(volumes: Tensor, coarse: Tensor, removed: Tensor, shifts: Sequence) -> Tensor:
+    """The perturbation: volumes (n, 1, X, Y, Z) plus masks times what a mask of 1 adds, moved."""
+    seen = volumes + _enlarge(coarse, volumes.shape[2:]) * removed
+    return torch.stack([volume.roll(shift, (1, 2, 3)) for volume, shift in zip(seen, shifts)])
+
+
+def _evidence(logits: Tensor, target: Tensor, original: Tensor) -> tuple[Tensor, Tensor]:
+    """The objective's first part: log-odds (n,) above their floor, and those without a mask."""
+    log_odds, start = (target_log_odds(part.float(), target) for part in (logits, original))
+    floor = math.log(FLOOR / (1 - FLOOR)) * (start / CONFIDENT_LOG_ODDS).clamp(min=1)
+    return (log_odds - floor).relu(), (start - floor).clamp(min=1)
+
+
+def _penalty(coarse: Tensor, area: float) -> Tensor:
+    """The objective's second part, summed over masks (n, 1, x, y, z)."""
+    variation = sum(coarse.diff(dim=axis).square().mean() for axis in (2, 3, 4))
+    return len(coarse) * (area * coarse.mean() + SMOOTHNESS * variation)
+
+
+def _weighted_evidence(
+    network: nn.Module, volumes: Tensor, removed: Tensor, target: Tensor, original: Tensor
+) -> Callable[[Tensor, int, Sequence], Tensor]:
+    """The evidence (n,) as `_descend` takes it; a volume's weight grows while any is left."""
+    weight = torch.ones(len(volumes), device=volumes.device)
+
+    def evidence(coarse: Tensor, iteration: int, shifts: Sequence) -> Tensor:
+        nonlocal weight
+        logits = network(_perturb(volumes, coarse, removed, shifts))
+        above, distance = _evidence(logits, target, original)
+        if iteration >= RAMP:
+            weight = torch.where(above > 0, WEIGHT_GROWTH * weight, weight).detach()
+        return weight * above / distance
+
+    return evidence
+
+
+def _descend(
+    evidence: Callable, like: Tensor, steps: Iterable, area: float
+) -> tuple[Tensor, Tensor]:
+    """The loop: masks and persistence of the shape of `like` that minimise evidence and penalty.
+
+    `evidence` takes the coarse masks, the iteration from 1, and the next item of `steps`.
+    """
+    grid = [-(-size // 2) for size in like.shape[2:]]
+    coarse = torch.full((len(like), 1, *grid), 0.5, device=like.device).requires_grad_()
+    optimiser = torch.optim.Adam([coarse], LEARNING_RATE, betas=(0.9, 0.99), amsgrad=True)
+    schedule = torch.optim.lr_scheduler.StepLR(optimiser, DECAY)
+    total = count = 0
+    for iteration, step in enumerate(steps, 1):
+        ramp = min(1.0, iteration / RAMP)
+        loss = evidence(coarse, iteration, step).sum() + ramp * _penalty(coarse, area)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+        with torch.no_grad():
+            coarse.clamp_(0, 1)
+            if iteration > WARM_UP:
+                total, count = total + coarse, count + 1
+    mean = total / count if count else coarse
+    return tuple(_enlarge(masks.detach(), like.shape[2:]) for masks in (coarse, mean))
+
+
+def gaussian_blur(volumes: Tensor, sigma: float = 5.0) -> Tensor:
+    """Blur volumes (N, 1, X, Y, Z) by a Gaussian of `sigma` voxels, with edges replicated."""
+    for axis in (2, 3, 4):
+        weights = gaussian_filter1d(np.eye(volumes.shape[axis]), sigma, axis=0, mode="nearest")
+        weights = torch.from_numpy(weights).to(volumes)
+        volumes = torch.tensordot(volumes, weights, ([axis], [1])).movedim(-1, axis)
+    return volumes
+
+
+def reference_images(
+    images: np.ndarray | None, rows: np.ndarray, batch: Tensor, sigma: float = 5.0
+) -> Tensor:
+    """Return the references (n, 1, X, Y, Z) of a batch: rows of `images`, or its blur."""
+    if images is None:
+        return gaussian_blur(batch, sigma)
+    return volume_tensor(images, rows, batch.device)
+
+
+def volume_tensor(images: np.ndarray, rows: np.ndarray, device: torch.device) -> Tensor:
+    """Return rows of images (N, X, Y, Z) as a tensor (n, 1, X, Y, Z); ValueError if not finite."""
+    values = np.array(images[rows], np.float32)
+    finite = np.isfinite(values).all((1, 2, 3))
+    if not finite.all():
+        row = np.atleast_1d(rows)[finite.argmin()]
+        raise ValueError(f"volume {row} holds NaN or infinity, not finite FA.")
+    return torch.from_numpy(values)[:, None].to(device)
+
+
+def broadcast_image(image: np.ndarray, volumes: np.ndarray, name: str) -> np.ndarray:
+    """Return a view (N, X, Y, Z) of one image (X, Y, Z) for all volumes, or of one for each.
+
+    Raises ValueError, with the image's `name`, if it has another shape or is not finite.
+    """
+    image = np.asarray(image)
+    if image.shape not in (volumes.shape, volumes.shape[1:]):
+        raise ValueError(
+            f"expected {name} {volumes.shape[1:]}, or one for each of {len(volumes)} volumes, "
+            f"found {image.shape}."
+        )
+    if not np.isfinite(image).all():
+        raise ValueError(f"expected {name} that is finite, found NaN or infinity.")
+    return np.broadcast_to(image, volumes.shape)
+
+
+def resolve_target(target: int | np.ndarray | None, volumes: np.ndarray) -> np.ndarray | None:
+    """Return the class (N,) of each volume; None where the network's own prediction counts.
+
+    Raises ValueError for a class that is not 0 or 1, or another number of classes than of volumes.
+    """
+    if target is None:
+        return None
+    if np.shape(target) not in ((), (len(volumes),)) or not np.isin(target, (0, 1)).all():
+        raise ValueError(
+            f"expected a target of 0 or 1, or one for each of {len(volumes)} volumes, "
+            f"found {target}."
+        )
+    return np.broadcast_to(target, len(volumes))
+
+
+def target_log_odds(logits: Tensor, target: Tensor) -> Tensor:
+    """Return the log-odds (n,) of each volume's target, from logits (n, 2)."""
+    return (logits * (2 * nn.functional.one_hot(target, 2) - 1)).sum(1)
+
+
+def subject_seed(seed: int, subject: str) -> int:
+    """Return a seed for a subject's draws that depends on the run's seed and the ID alone."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{subject}".encode()).digest()[:7], "big")

@@ -1,322 +1,309 @@
-"""The other explanations of a network, by Captum, of the very score that the masks remove.
+"""Explanations of a network: masks and Captum's methods, in one table behind one function.
 
-All explain the log-odds of the target, since a number added to both logits changes no probability,
-on the plain network in float32. All take volumes (N, X, Y, Z), finite, and `target`, the class
-explained, 0 or 1, for all or (N,), by default the class predicted; a ValueError says what does not
-fit. Maps are (N, X, Y, Z) float32 on the volumes' grid, so in their space. With a reference, what
-is positive speaks for the target. Without one, as in a gradient or in a gradient times the input,
-the sign only says which way a voxel pushes: there the magnitude counts.
+All explain the log-odds of the target class, since a number added to both logits changes no
+probability, on the plain network in float32. With a reference, what is positive speaks for the
+target. Without one the sign only says which way a voxel pushes: there the magnitude counts.
 """
 
 import copy
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from captum.attr import GuidedBackprop, IntegratedGradients, LayerGradCam, Occlusion, Saliency
+from captum.attr import LRP, GuidedBackprop, IntegratedGradients, LayerGradCam, Occlusion, Saliency
+from captum.attr._utils.lrp_rules import EpsilonRule, GammaRule
 from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 
-from brainsex import networks, seeded
-from brainsex.networks import FEW
-from brainsex.perturbation import blurred, matching, targets, tensor
+from brainsex import networks, perturbation, speed
+from brainsex.speed import CPU_BATCH
 
-ALLOWED = re.compile(
-    r"torch::autograd::AccumulateGrad|(Convolution|NativeBatchNorm|(Adaptive)?(Max|Avg)Pool\dD"
-    r"(WithIndices)?|Addmm|Mm|Linear|Add|Mean|Cat|ConstantPadNd|Clone|ToCopy|View|UnsafeView|"
-    r"ReshapeAlias|T|Transpose|Permute|Squeeze|Unsqueeze|Unfold|Slice|Select)Backward\d"
+UNGUIDED_STEPS = re.compile(
+    r"torch::autograd::AccumulateGrad|_InputGradientBackward|(Convolution|NativeBatchNorm|Addmm|Mm|"
+    r"(Adaptive)?(Max|Avg)Pool\dD(WithIndices)?|Linear|Add|Mean|Cat|ConstantPadNd|Clone|ToCopy|"
+    r"View|UnsafeView|ReshapeAlias|T|Transpose|Permute|Squeeze|Unsqueeze|Unfold|Slice|Select)"
+    r"Backward\d"
 )
-"""Autograd's names of what needs no guiding: linear in the volumes, or a pooling."""
+"""Autograd's names of steps that need no guiding: linear in the volumes, or a pooling."""
 
 
 class LogOdds(nn.Module):
     """Log-odds (N, 2) of either class, of volumes (N, 1, X, Y, Z)."""
 
-    def __init__(self, network: nn.Module):
+    def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, volumes: Tensor) -> Tensor:
-        logits = networks.by_subject(self.network(volumes))
+        """Return the log-odds."""
+        logits = networks.average_slab_logits(self.network(volumes))
         return logits - logits.flip(1)
 
 
-def _maps(
-    explain: Callable[[LogOdds, Tensor, Tensor, np.ndarray], Tensor],
-    name: str,
+@dataclass(frozen=True)
+class Batch:
+    """Volumes to explain, with what the methods need beside them."""
+
+    volumes: Tensor  # (n, 1, X, Y, Z), which require a gradient
+    target: Tensor  # (n,) the class explained
+    reference: Tensor | None  # (n, 1, X, Y, Z), by `Method.reference`
+    seeds: list[int]  # (n,) of each subject's draws
+
+
+@dataclass(frozen=True)
+class Method:
+    """An entry of `METHODS`."""
+
+    name: str  # as figures and tables show it
+    compute: Callable[..., Tensor] | None  # maps of a LogOdds and a Batch; None for masks
+    reference: str | None = None  # None, blur, other or difference: see `reference_for`
+    signed: bool = True  # False where only the magnitude counts
+
+    @property
+    def options(self) -> dict[str, object]:
+        """The options of `attribute` that this method takes, with their defaults."""
+        if self.compute is None:
+            defaults = perturbation.optimise_masks.__kwdefaults__
+            return {name: defaults[name] for name in ("iterations", "area")}
+        return {"sigma": 1.0} | (self.compute.__kwdefaults__ or {})
+
+    @property
+    def needs_means(self) -> bool:
+        """Whether the reference comes from the means of a cohort's men and women."""
+        return self.reference in ("other", "difference")
+
+
+def attribute(
     network: nn.Module,
     volumes: np.ndarray,
-    target: int | np.ndarray | None,
-    progress: bool,
-    fold: bool = True,
-) -> np.ndarray:
-    """Maps (N, X, Y, Z) of volumes (N, X, Y, Z), batch by batch, each on its own copy.
-
-    `explain` takes the score, volumes (n, 1, X, Y, Z), their targets (n,) and their rows.
-    """
-    device = networks.device()
-    plain = networks.frozen(network, device, fold)
-    if volumes.ndim != 4:
-        raise ValueError(f"expected volumes (N, X, Y, Z), found {volumes.shape}.")
-    target = targets(target, volumes)
-    if target is None and len(volumes):
-        logits = networks.evaluate(plain, volumes, torch.float32)
-        target = networks.by_subject(logits).argmax(1).numpy()
-
-    def some(rows: np.ndarray) -> np.ndarray:
-        score = LogOdds(copy.deepcopy(plain))  # Captum hangs its hooks on it
-        batch = tensor(volumes, rows, device).requires_grad_()
-        chosen = torch.as_tensor(target[rows], dtype=torch.long, device=device)
-        return explain(score, batch, chosen, rows).detach()[:, 0].cpu().numpy()
-
-    done = networks.in_batches(some, len(volumes), device, name=name if progress else None)
-    return np.concatenate([np.empty((0, *volumes.shape[1:]), np.float32), *done])
-
-
-def grad_cam(
-    network: nn.Module,
-    volumes: np.ndarray,
+    method: str,
     *,
-    layer: str = "hidden3",
     target: int | np.ndarray | None = None,
+    reference: np.ndarray | None = None,
+    subjects: Sequence[str] | None = None,
+    seed: int = 0,
+    sigma: float = 1.0,
     progress: bool = True,
+    **options: object,
 ) -> np.ndarray:
-    """A layer's feature maps, weighted by their mean gradients; what is negative becomes 0.
-
-    Selvaraju et al. 2017, arXiv 1610.02391. The coarse map is enlarged linearly with each of its
-    cells at the centre of the voxels it sees. Stretching it over the volume instead, as is usual,
-    is wrong without padding: `hidden3` of `MriNet3d` sees from voxel 10.5 to 42.5 of 58, and
-    would be displaced by up to 9 voxels.
+    """Explain a network's decisions on volumes by one method.
 
     Parameters
     ----------
-    network : its convolutions and poolings up to `layer` follow each other.
-    layer : name of the module whose output (N, C, X', Y', Z') is explained.
+    volumes : (N, X, Y, Z), finite.
+    method : a key of `METHODS`; `options` are its own, as `Method.options` lists them.
+    target : the class explained, 0 or 1, for all or (N,); by default the class predicted.
+    reference : (X, Y, Z) or (N, X, Y, Z), where the method needs one, as from `reference_for`.
+    subjects, seed : (N,) IDs and the seed of the draws; by default a subject's number is its ID.
+    sigma : of the Gaussian under which all maps but masks are smoothed, voxels.
+
+    Returns
+    -------
+    (N, X, Y, Z) float32. Masks are given by their persistence.
 
     Raises
     ------
     ValueError
-        No such layer, or one without feature maps.
+        No such method, a reference that is missing or not used, or volumes, target, reference or
+        options that do not fit.
     """
-    names = [name for name, _ in network.named_modules()]
-    if layer not in names or not layer:
-        raise ValueError(f"expected a layer among {', '.join(names[1:])}, found {layer!r}.")
+    if method not in METHODS:
+        raise ValueError(f"expected a method among {', '.join(METHODS)}, found {method!r}.")
+    entry, needed = METHODS[method], METHODS[method].needs_means
+    if needed != (reference is not None):
+        expected, found = ("a", "none") if needed else ("no", "one")
+        raise ValueError(f"{method}: expected {expected} reference, found {found}.")
+    if volumes.ndim != 4:
+        raise ValueError(f"expected volumes (N, X, Y, Z), found {volumes.shape}.")
+    if entry.compute is None:
+        options |= {"target": target, "reference": reference, "subjects": subjects, "seed": seed}
+        options["progress"] = progress
+        return perturbation.optimise_masks(network, volumes, **options).persistence
+    device, name = networks.device(), entry.name if progress else None
+    plain = speed.inference_copy(network, device, fuse=method != "grad_cam")
+    target = perturbation.resolve_target(target, volumes)
+    if target is None and len(volumes):
+        target = predicted_classes(plain, volumes)
+    if needed:
+        reference = perturbation.broadcast_image(reference, volumes, "a reference")
+    subjects = range(len(volumes)) if subjects is None else subjects
 
-    def explain(score: LogOdds, batch: Tensor, target: Tensor, _) -> Tensor:
-        module = score.network.get_submodule(layer)
-        coarse = LayerGradCam(score, module).attribute(batch, target, relu_attributions=True)
-        if coarse.ndim != 5:
-            raise ValueError(f"expected feature maps (N, C, X, Y, Z) of a layer, {layer} has none.")
-        for axis in range(3):
-            step, start = _centres(score.network, layer, axis)
-            cells, sizes = coarse.shape[2 + axis], np.arange(batch.shape[2 + axis])
-            where = start + step * np.arange(cells)
-            weights = np.array([np.interp(sizes, where, cell) for cell in np.eye(cells)])
-            weights = torch.from_numpy(weights).to(coarse)
-            coarse = torch.tensordot(coarse, weights, ([2 + axis], [0])).movedim(-1, 2 + axis)
-        return coarse
+    def work(rows: np.ndarray) -> np.ndarray:
+        batch = perturbation.volume_tensor(volumes, rows, device)
+        classes = torch.as_tensor(target[rows], dtype=torch.long, device=device)
+        images = perturbation.volume_tensor(reference, rows, device) if needed else None
+        seeds = [perturbation.subject_seed(seed, subjects[row]) for row in rows]
+        batch = Batch(batch.requires_grad_(), classes, images, seeds)
+        score = LogOdds(copy.deepcopy(plain))  # Captum hangs its hooks on it
+        return entry.compute(score, batch, **options).detach()[:, 0].cpu().numpy()
 
-    return _maps(explain, "Grad-CAM", network, volumes, target, progress, fold=False)
+    maps = speed.map_batches(work, len(volumes), device, name=name)
+    maps = np.concatenate([np.empty((0, *volumes.shape[1:]), np.float32), *maps])
+    maps = smooth_maps(maps, sigma)
+    return np.abs(maps) if method == "smooth_grad" else maps  # no input gives it a sign
 
 
-def _centres(network: nn.Module, layer: str, axis: int) -> tuple[float, float]:
+def predicted_classes(network: nn.Module, volumes: np.ndarray) -> np.ndarray:
+    """Return the class (N,) that a network on its device predicts for volumes (N, X, Y, Z)."""
+    logits = speed.predict_logits(network, volumes, torch.float32)
+    return networks.average_slab_logits(logits).argmax(1).numpy()
+
+
+def reference_for(
+    method: str, means: np.ndarray, target: np.ndarray, sigma: float = 1.0
+) -> np.ndarray | None:
+    """Return the references (N, X, Y, Z) of a method for the classes (N,) explained, or None.
+
+    `means` (2, X, Y, Z) are those of women and men in training: the mean of the other sex, or, for
+    ``difference``, the mean of the target's minus the other's, under a Gaussian of `sigma` voxels.
+    """
+    if METHODS[method].reference == "other":
+        return means[1 - target]
+    if METHODS[method].reference == "difference":
+        return smooth_maps(means - means[::-1], sigma)[target]
+    return None
+
+
+def smooth_maps(maps: np.ndarray, sigma: float) -> np.ndarray:
+    """Return maps (N, X, Y, Z) under a Gaussian of `sigma` voxels."""
+    return gaussian_filter(maps, sigma, axes=(1, 2, 3), mode="nearest")
+
+
+def _gradient(score: LogOdds, batch: Batch) -> Tensor:
+    """The gradient times the volume, or the reference (Shrikumar et al. 2017, arXiv 1605.01713)."""
+    slopes = Saliency(score).attribute(batch.volumes, batch.target, abs=False)
+    return slopes * (batch.volumes if batch.reference is None else batch.reference)
+
+
+def _smooth_grad(score: LogOdds, batch: Batch, *, samples: int = 10, noise: float = 0.02) -> Tensor:
+    """The mean gradient of copies under noise, in FA (Smilkov et al. 2017, arXiv 1706.03825)."""
+    total = torch.zeros_like(batch.volumes)
+    for place, seed in enumerate(batch.seeds):  # NoiseTunnel has one generator for all subjects
+        generator = torch.Generator().manual_seed(seed)
+        draws = torch.randn((samples, *total.shape[1:]), generator=generator).to(total)
+        for copies in (batch.volumes[place] + noise * draws).split(CPU_BATCH):
+            target = batch.target[place]
+            total[place] += Saliency(score).attribute(copies, target, abs=False).sum(0)
+    return total / samples
+
+
+def _integrated_gradients(score: LogOdds, batch: Batch, *, steps: int = 8) -> Tensor:
+    """Gradients from the reference to the volume (Sundararajan et al. 2017, arXiv 1703.01365)."""
+    options = {"n_steps": steps, "internal_batch_size": max(CPU_BATCH, len(batch.volumes))}
+    integral = IntegratedGradients(score)
+    return integral.attribute(batch.volumes, batch.reference, batch.target, **options)
+
+
+def _occlusion(score: LogOdds, batch: Batch, *, window: int = 16, stride: int = 14) -> Tensor:
+    """What a blurred cube takes from the log-odds (Zeiler and Fergus 2014, arXiv 1311.2901)."""
+    volumes, least = batch.volumes.detach(), min(batch.volumes.shape[2:])
+    if not 1 <= stride <= window <= least:
+        raise ValueError(
+            f"expected 1 <= stride <= window <= {least}, the volumes' shortest side, found a "
+            f"stride of {stride} and a window of {window}."
+        )
+    cubes = (1, *[window] * 3), (1, *[stride] * 3), perturbation.gaussian_blur(volumes)
+    options = {"target": batch.target, "perturbations_per_eval": CPU_BATCH}
+    return Occlusion(score).attribute(volumes, *cubes, **options)
+
+
+def _grad_cam(score: LogOdds, batch: Batch, *, layer: str = "hidden3") -> Tensor:
+    """A layer's maps, weighted by their mean gradients (Selvaraju et al. 2017, arXiv 1610.02391).
+
+    Each cell is put at the centre of the voxels it sees. Stretching the map over the volume, as is
+    usual, is wrong without padding: `hidden3` sees from voxel 10.5 to 42.5 of 58.
+    """
+    names = [name for name, _ in score.network.named_modules()][1:]
+    if layer not in names:
+        raise ValueError(f"expected a layer among {', '.join(names)}, found {layer!r}.")
+    camera = LayerGradCam(score, score.network.get_submodule(layer))
+    coarse = camera.attribute(batch.volumes, batch.target, relu_attributions=True)
+    if coarse.ndim != 5:
+        raise ValueError(f"expected feature maps (N, C, X, Y, Z) of a layer, {layer} has none.")
+    for axis in range(3):
+        step, start = _receptive_field(score.network, layer, axis)
+        cells, voxels = coarse.shape[2 + axis], np.arange(batch.volumes.shape[2 + axis])
+        centres = start + step * np.arange(cells)
+        weights = np.array([np.interp(voxels, centres, cell) for cell in np.eye(cells)])
+        weights = torch.from_numpy(weights).to(coarse)
+        coarse = torch.tensordot(coarse, weights, ([2 + axis], [0])).movedim(-1, 2 + axis)
+    return coarse
+
+
+def _receptive_field(network: nn.Module, layer: str, axis: int) -> tuple[float, float]:
     """Voxels from one cell of a layer to the next, and the voxel the first is centred on."""
     step, start = 1, 0.0
     leaves = [(n, m) for n, m in network.named_modules() if not list(m.children())]
     last = max(i for i, (n, _) in enumerate(leaves) if f"{n}.".startswith(f"{layer}."))
     for _, module in leaves[: last + 1]:
         if hasattr(module, "kernel_size"):
-            size, stride, dilation = (
-                value if isinstance(value, int) else value[axis]
-                for value in (module.kernel_size, module.stride, getattr(module, "dilation", 1))
-            )
-            reach, padding = dilation * (size - 1) / 2, module.padding
-            if isinstance(padding, str):
-                padding = reach if padding == "same" else 0
-            start += step * (reach - (padding if np.ndim(padding) == 0 else padding[axis]))
+            names = ("kernel_size", "stride", "padding", "dilation")
+            sizes = (np.broadcast_to(getattr(module, name, 1), 3)[axis] for name in names)
+            size, stride, padding, dilation = map(int, sizes)
+            start += step * (dilation * (size - 1) / 2 - padding)
             step *= stride
     return step, start
 
 
-def guided_backpropagation(
-    network: nn.Module,
-    volumes: np.ndarray,
-    *,
-    target: int | np.ndarray | None = None,
-    progress: bool = True,
-) -> np.ndarray:
-    """The gradient with what is negative set to 0 on its way back through every ReLU.
-
-    Springenberg et al. 2015, arXiv 1412.6806.
-
-    Raises
-    ------
-    ValueError
-        No nn.ReLU, or a step that is neither one nor among `ALLOWED`, such as a function call: it
-        cannot be guided, and the plain gradient would come back under this name.
-    """
-    if len(volumes) and volumes.ndim == 4:
-        if found := _unguided(network, volumes[:1]):
-            raise ValueError(
-                "expected nn.ReLU modules between convolutions, batch norms, poolings and linear "
-                f"layers, found {', '.join(found)}: nothing but an nn.ReLU can be guided. Make "
-                "every rectifier one, also those that are function calls."
-            )
-
-    def explain(score: LogOdds, batch: Tensor, target: Tensor, _) -> Tensor:
-        return GuidedBackprop(score).attribute(batch, target)
-
-    return _maps(explain, "guided backpropagation", network, volumes, target, progress)
+def _guided_backpropagation(score: LogOdds, batch: Batch) -> Tensor:
+    """The gradient, kept positive at every ReLU (Springenberg et al. 2015, arXiv 1412.6806)."""
+    if steps := _unguidable_steps(score.network, batch.volumes[:1].detach()):
+        raise ValueError(
+            "expected nn.ReLU modules between convolutions, batch norms, poolings and linear "
+            f"layers, found {', '.join(steps)}: nothing but an nn.ReLU can be guided. Make every "
+            "rectifier one, also those that are function calls."
+        )
+    return GuidedBackprop(score).attribute(batch.volumes, batch.target)
 
 
-def _unguided(network: nn.Module, volumes: np.ndarray) -> list[str]:
-    """Autograd's names of the steps from volumes to output that are nonlinear and no nn.ReLU."""
-    network = copy.deepcopy(network).cpu().eval().requires_grad_(False)  # a graph of volumes only
-    guided = set()
+def _unguidable_steps(network: nn.Module, volume: Tensor) -> list[str]:
+    """Autograd's names of the steps from a volume to the logits that are nonlinear, no nn.ReLU."""
+    network, guided = copy.deepcopy(network), set()
     for module in network.modules():
         if isinstance(module, nn.ReLU):
             module.register_forward_hook(lambda *call: guided.add(call[-1].grad_fn))
-    volume = torch.from_numpy(np.array(volumes, np.float32))[:, None].requires_grad_()
-    seen, ahead = set(), [network(volume).grad_fn]
+    seen, ahead = set(), [network(volume.requires_grad_()).grad_fn]
     while ahead:
         node = ahead.pop()
         if node is not None and node not in seen:
             seen.add(node)
             ahead += [parent for parent, _ in node.next_functions]
     names = sorted({node.name() for node in seen - guided})
-    found = [name for name in names if not ALLOWED.fullmatch(name)]
-    return found if seen & guided else [*found, "no nn.ReLU"]
+    names = [name for name in names if not UNGUIDED_STEPS.fullmatch(name)]
+    return names if seen & guided else [*names, "no nn.ReLU"]
 
 
-def gradient(
-    network: nn.Module,
-    volumes: np.ndarray,
-    *,
-    times: np.ndarray | None = None,
-    target: int | np.ndarray | None = None,
-    progress: bool = True,
-) -> np.ndarray:
-    """The gradient times the volume itself, or times another image.
+def _lrp(score: LogOdds, batch: Batch, *, gamma: float = 0.25) -> Tensor:
+    """Layer-wise relevance, by the γ-rule in convolutions, elsewhere by the ε-rule.
 
-    Simonyan et al. 2014, arXiv 1312.6034; Shrikumar et al. 2017, arXiv 1605.01713. Times the mean
-    of the target's sex minus the other's it is, to first order, what the log-odds would lose if a
-    subject moved from the one to the other, voxel by voxel.
-
-    Parameters
-    ----------
-    times : (X, Y, Z), or (N, X, Y, Z), one a volume; by default the volumes.
+    Montavon et al. 2019, doi 10.1007/978-3-030-28954-6_10. With γ = 0 it is the gradient times the
+    input.
     """
-    factors = matching(volumes if times is None else times, volumes, "an image to multiply with")
-
-    def explain(score: LogOdds, batch: Tensor, target: Tensor, rows: np.ndarray) -> Tensor:
-        slopes = Saliency(score).attribute(batch, target, abs=False)
-        return slopes * tensor(factors, rows, batch.device)
-
-    return _maps(explain, "gradient", network, volumes, target, progress)
-
-
-def smooth_grad(
-    network: nn.Module,
-    volumes: np.ndarray,
-    *,
-    samples: int = 10,
-    noise: float = 0.02,
-    subjects: Sequence[str] | None = None,
-    seed: int = 0,
-    target: int | np.ndarray | None = None,
-    progress: bool = True,
-) -> np.ndarray:
-    """The mean gradient of noisy copies of a volume.
-
-    Smilkov et al. 2017, arXiv 1706.03825. Captum's NoiseTunnel draws from torch's one generator, so
-    that a subject's map would depend on which came first: here each has its own.
-
-    Parameters
-    ----------
-    samples : copies a volume.
-    noise : standard deviation, FA.
-    subjects : (N,) names that seed each volume's draws; by default its number, "0", "1", …
-    """
-    names = range(len(volumes)) if subjects is None else subjects
-
-    def explain(score: LogOdds, batch: Tensor, target: Tensor, rows: np.ndarray) -> Tensor:
-        total = torch.zeros_like(batch)
-        for place, row in enumerate(rows):
-            generator = torch.Generator().manual_seed(seeded(seed, names[row]))
-            draws = torch.randn((samples, *batch.shape[1:]), generator=generator).to(batch)
-            for some in (batch[place] + noise * draws).split(FEW):
-                total[place] += Saliency(score).attribute(some, target[place], abs=False).sum(0)
-        return total / samples
-
-    return _maps(explain, "SmoothGrad", network, volumes, target, progress)
+    layers = list(score.network.modules())
+    for layer in layers:
+        if isinstance(layer, nn.Conv3d | nn.MaxPool3d):
+            layer.rule = GammaRule(gamma) if isinstance(layer, nn.Conv3d) else EpsilonRule()
+    for parameter in [layer for layer in layers if isinstance(layer, nn.Linear)][-1].parameters():
+        parameter.data = parameter - parameter.flip(0)  # the log-odds
+    return LRP(score.network).attribute(batch.volumes, target=batch.target)
 
 
-def integrated_gradients(
-    network: nn.Module,
-    volumes: np.ndarray,
-    *,
-    reference: np.ndarray,
-    steps: int = 16,
-    target: int | np.ndarray | None = None,
-    progress: bool = True,
-) -> np.ndarray:
-    """The mean gradient on the way from a reference to the volume, times their difference.
-
-    Sundararajan et al. 2017, arXiv 1703.01365. Adds up to the log-odds of the volume minus those of
-    the reference.
-
-    Parameters
-    ----------
-    reference : (X, Y, Z), or (N, X, Y, Z), one a volume.
-    steps : of the Gauss-Legendre sum over the way.
-    """
-    reference = matching(reference, volumes, "a reference")
-
-    def explain(score: LogOdds, batch: Tensor, target: Tensor, rows: np.ndarray) -> Tensor:
-        start = tensor(reference, rows, batch.device)
-        options = {"n_steps": steps, "internal_batch_size": max(FEW, len(batch))}
-        return IntegratedGradients(score).attribute(batch, start, target, **options)
-
-    return _maps(explain, "integrated gradients", network, volumes, target, progress)
-
-
-def occlusion(
-    network: nn.Module,
-    volumes: np.ndarray,
-    *,
-    window: int = 8,
-    stride: int = 4,
-    target: int | np.ndarray | None = None,
-    progress: bool = True,
-) -> np.ndarray:
-    """What the log-odds lose when a cube is blurred, averaged over the cubes a voxel lies in.
-
-    Zeiler and Fergus 2014, arXiv 1311.2901.
-
-    Parameters
-    ----------
-    window, stride : the cube's side and the step from one to the next, voxels.
-
-    Raises
-    ------
-    ValueError
-        A cube larger than the volumes, or a step larger than a cube, which leaves voxels out.
-    """
-    if not 1 <= stride <= window <= min(volumes.shape[-3:]):
-        raise ValueError(
-            f"expected 1 <= stride <= window <= {min(volumes.shape[-3:])}, the volumes' shortest "
-            f"side, found a stride of {stride} and a window of {window}."
-        )
-
-    def explain(score: LogOdds, batch: Tensor, target: Tensor, _) -> Tensor:
-        batch = batch.detach()
-        how = ((1, *[window] * 3), (1, *[stride] * 3), blurred(batch), target)
-        return Occlusion(score).attribute(batch, *how, perturbations_per_eval=FEW)
-
-    return _maps(explain, "occlusion", network, volumes, target, progress)
-
-
-def smoothed(maps: np.ndarray, sigma: float) -> np.ndarray:
-    """Maps (N, X, Y, Z) under a Gaussian of `sigma` voxels: the last step of every explanation."""
-    return gaussian_filter(maps, sigma, axes=(1, 2, 3), mode="nearest")
+METHODS = {
+    "mask": Method("mask (blur)", None, "blur"),
+    "counterfactual": Method("mask (other sex's mean)", None, "other"),
+    "gradient_difference": Method("gradient × group difference", _gradient, "difference"),
+    "integrated_gradients": Method(
+        "integrated gradients (other sex's mean)", _integrated_gradients, "other"
+    ),
+    "occlusion": Method("occlusion (blur)", _occlusion, "blur"),
+    "grad_cam": Method("Grad-CAM", _grad_cam),
+    "guided_backpropagation": Method(
+        "guided backpropagation", _guided_backpropagation, signed=False
+    ),
+    "gradient_input": Method("gradient × input", _gradient, signed=False),
+    "smooth_grad": Method("SmoothGrad", _smooth_grad, signed=False),
+    "lrp": Method("LRP", _lrp),
+}
+"""The methods of `attribute`."""

@@ -1,32 +1,195 @@
-"""Volumes as the networks take them: one at a time (`nifti`), or a folder of them to one array."""
+"""FA or T1 volumes: read in RAS, cleaned, reduced to the study's grid; a folder to one array.
+
+The study reduces each volume with ``skimage.transform.resize``: a Gaussian of (factor - 1) / 2
+voxels against aliasing, then linear interpolation; here, a small matrix for each axis.
+"""
 
 import hashlib
 import json
-import os
+import math
 import shutil
-from collections.abc import Iterator
+from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 
 import joblib
+import nibabel as nib
 import numpy as np
 import pandas as pd
-from scipy.ndimage import affine_transform, gaussian_filter
+from isal import igzip
+from nibabel.affines import from_matvec
+from scipy.ndimage import affine_transform, gaussian_filter, gaussian_filter1d, zoom
 from tqdm.auto import tqdm
 
-from brainsex import LABELS, SHAPE, cohort, identifier, read_record, replacing, runs, tables, write
-from brainsex.archives import UNREADABLE
-from brainsex.nifti import brain_volume, clean, load, normalise, read, resample
+from brainsex import LABELS, SHAPE, storage, tables
 
-__all__ = ["brain_volume", "clean", "convert", "identifier", "load", "prepare", "resample"]
-
+MAX_VOXELS = 1 << 25  # of the largest grid; a head at 0.7 mm has two thirds, HCP's FA 3.7 million
+MAX_EXTRA_BYTES = 1 << 20  # read before the voxels (header and extensions), and after them
+BRAIN_THRESHOLD = 0.02  # FA, or scaled T1 intensity, above which a voxel counts as brain
+MAX_OUT_OF_RANGE = 0.01  # share of the voxels beyond [0, 1] that an FA map may have
+FILLED_SHARE = 0.75  # of each axis of the grid, that `normalise_size` makes a brain fill
+MAX_BRAIN_ML = 2500  # a T1-weighted volume with more of it is a head with its skull
 MEASURES = ("brain_volume_ml", "non_finite", "negative", "above_one")
-RECORD = {"volume", "affine", "native_shape", "native_affine", *MEASURES}
-MAX_BRAIN = 2500
-"""ml: a T1-weighted volume with more of it is a head with its skull."""
+RESULTS = ("subjects.csv", "labels.npy", "rejected.csv", "grid.json", "tensors.npy")
+
+
+def load_volume(path: str | Path, *, contiguous: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    """Read a NIfTI volume (.nii, .nii.gz) whole, with its checksum verified, in RAS orientation.
+
+    Returns a volume (X, Y, Z) float32, its axes closest to right, anterior, superior and the file's
+    scaling applied; and its affine (4, 4), voxel indices to mm. Unless `contiguous`, it is a view
+    in the file's memory order, whose axes may run backwards. Raises FileNotFoundError; ValueError
+    if the file is damaged, not NIfTI-1, not 3D, not real, or without an affine.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such volume; DATA_ACCESS.md says how to get the data")
+    with storage.reading(path, "a whole NIfTI-1 volume"):
+        with igzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            header = nib.Nifti1Header(file.read(nib.Nifti1Header.sizeof_hdr))
+            shape, dtype = header.get_data_shape(), header.get_data_dtype()
+            if len(shape) != 3 or not 0 < math.prod(shape) <= MAX_VOXELS or dtype.kind not in "iuf":
+                expected = f"expected a real 3D volume of at most {MAX_VOXELS} voxels"
+                raise ValueError(f"{path}: {expected}, found {shape} of {dtype}; choose another")
+            if not header.sizeof_hdr <= (offset := header.get_data_offset()) <= MAX_EXTRA_BYTES:
+                raise ValueError(f"its voxels begin at byte {offset}")
+            size = offset + dtype.itemsize * math.prod(shape)
+            file.seek(0)
+            if len(content := file.read(size)) < size:
+                raise ValueError(f"truncated: {size} bytes are declared, {len(content)} there")
+            file.read(MAX_EXTRA_BYTES)  # to its end, where gzip compares the checksum
+        image = nib.Nifti1Image.from_bytes(content)
+        affine = image.affine
+        if header["sform_code"] == 0 and header["qform_code"] == 0:
+            raise ValueError("no affine (its codes are 0): left and right are unknown")
+        if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-6:
+            raise ValueError(f"its affine is singular: {affine.tolist()}")
+        image = nib.as_closest_canonical(image)
+        volume = np.asarray(image.dataobj).astype(np.float32, copy=False)
+    return np.ascontiguousarray(volume) if contiguous else volume, image.affine
+
+
+load = load_volume
+
+
+def _memory_order(volume: np.ndarray) -> tuple[slice, ...]:
+    """Index that mirrors backward axes: numpy is ten times as fast in the order of memory."""
+    return tuple(slice(None, None, -1 if step < 0 else 1) for step in volume.strides)
+
+
+def _range(volume: np.ndarray) -> tuple[np.number, np.number]:
+    """Return the least and the largest value; NaN where there is one."""
+    stored = volume[_memory_order(volume)]
+    return stored.min(), stored.max()
+
+
+@lru_cache(maxsize=32)
+def _axis_operator(old: int, new: int) -> np.ndarray:
+    """Build the (new, old) float32 matrix of anti-aliasing and interpolation along one axis."""
+    smooth = np.eye(old)
+    if old > new:
+        smooth = gaussian_filter1d(smooth, (old / new - 1) / 2, axis=0, mode="mirror")
+    return np.float32(zoom(smooth, (new / old, 1), order=1, mode="mirror", grid_mode=True))
+
+
+def resample(
+    volume: np.ndarray, affine: np.ndarray, shape: tuple[int, int, int] = SHAPE
+) -> tuple[np.ndarray, np.ndarray]:
+    """Reduce a finite volume (X, Y, Z) to `shape` over the same field of view, without aliasing.
+
+    Equal to ``skimage.transform.resize(volume, shape)`` up to float32 rounding. Returns the volume,
+    float32 within the range of its values, and its affine (4, 4): voxel faces stay aligned. Raises
+    ValueError if volume or shape are not 3D, or a value is not finite: `clean` it first.
+    """
+    low, high = _range(volume)
+    if volume.ndim != 3 or len(shape) != 3 or min(shape) < 1 or not np.isfinite([low, high]).all():
+        problem = f"found {volume.shape} with {low} to {high}, and shape {shape}"
+        raise ValueError(f"expected a finite 3D volume and a 3D shape, {problem}; clean it first")
+    x, y, z = (_axis_operator(old, new) for old, new in zip(volume.shape, shape))
+    order = _memory_order(volume)
+    stored = np.asfortranarray(volume[order], dtype=np.float32).T  # (Z, Y, X), a file's uncopied
+    # mirrored afterwards, which is the same: each operator mirrored along both axes is itself
+    reduced = np.tensordot(z, y @ (stored @ x.T), 1).T[order]
+    factors = np.divide(volume.shape, shape)
+    to_old = from_matvec(np.diag(factors), (factors - 1) / 2)
+    return np.ascontiguousarray(reduced.clip(np.float32(low), np.float32(high))), affine @ to_old
+
+
+def clean(volume: np.ndarray, modality: str = "fa") -> tuple[np.ndarray, dict[str, int]]:
+    """Bring a volume (X, Y, Z) into [0, 1]: non-finite and negative voxels to 0, those above to 1.
+
+    A T1-weighted volume (``t1``, of the brain alone) has arbitrary units. It is divided first by
+    twice the median of the brain, that being what is above a tenth of the 99th percentile: white
+    matter then lies near 0.6, grey matter near 0.45, CSF below 0.3.
+
+    Returns the volume, float32, and how many voxels were ``non_finite``, ``negative``,
+    ``above_one``. Raises ValueError if nothing is left, or more than 1 % of FA was out of range.
+    """
+    counts = dict.fromkeys(MEASURES[1:], 0)
+    if not np.isfinite(_range(volume)).all():
+        counts["non_finite"] = int(np.count_nonzero(~np.isfinite(volume)))
+        volume = np.nan_to_num(volume, posinf=0, neginf=0)
+    values = volume.astype(np.float32, copy=False)
+    if modality == "t1" and (floor := np.percentile(values, 99) / 10) > 0:
+        values = values / (2 * np.median(values[values > floor]))
+    low, high = _range(values)
+    if high <= 0:
+        raise ValueError("no voxel above 0: an empty volume")
+    if low < 0 or high > 1:
+        counts["negative"] = int(np.count_nonzero(values < 0))
+        counts["above_one"] = int(np.count_nonzero(values > 1))
+        values, outside = values.clip(0, 1), counts["negative"] + counts["above_one"]
+        if modality == "fa" and outside > MAX_OUT_OF_RANGE * np.count_nonzero(values):
+            problem = f"values from {low:.4g} to {high:.4g}: another kind of image, or scaled"
+            raise ValueError(f"expected fractional anisotropy in [0, 1], found {problem}")
+    return values, counts
+
+
+def normalise_size(volume: np.ndarray) -> np.ndarray:
+    """Stretch and shift a brain along X, Y and Z to fill the middle three quarters of its grid.
+
+    A brain's ends along an axis are where the half per cent of its voxels begins, so that a stray
+    voxel does not count. Takes (X, Y, Z) in [0, 1]; returns float32 on the same grid, interpolated
+    linearly. Raises ValueError if no voxel is brain.
+    """
+    brain, step, middle = volume > BRAIN_THRESHOLD, np.ones(3), np.zeros(3)
+    if not brain.any():
+        raise ValueError("no voxel that counts as brain")
+    for axis, size in enumerate(volume.shape):
+        share = np.cumsum(brain.sum(axis=tuple({0, 1, 2} - {axis})))
+        edges = np.arange(size + 1) - 0.5  # of the voxels, between which the share grows evenly
+        low, high = np.interp((0.005, 0.995), np.concatenate([[0], share]) / share[-1], edges)
+        step[axis] = max((high - low) / (FILLED_SHARE * size), 1e-3)
+        middle[axis] = (low + high) / 2
+    offset = middle - step * (np.array(volume.shape) - 1) / 2
+    return affine_transform(volume, step, offset, order=1)  # step < 4/3: nothing to smooth for
+
+
+def brain_volume(volume: np.ndarray, affine: np.ndarray) -> float:
+    """Return the volume in ml of what is above `BRAIN_THRESHOLD`: in native space, brain size."""
+    brain = volume[_memory_order(volume)] > BRAIN_THRESHOLD
+    return float(np.count_nonzero(brain) * abs(np.linalg.det(affine[:3, :3])) / 1000)
+
+
+def prepare(
+    path: str | Path, modality: str = "fa", normalised: bool = False
+) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
+    """Read and clean a volume on its own grid, as a cohort of `modality` and `normalised` has it.
+
+    Returns the volume (X, Y, Z) float32 in [0, 1]; its affine (4, 4), voxel indices to mm; and the
+    counts of `clean` with the native ``brain_volume_ml``. Raises ValueError for a skull in T1.
+    """
+    volume, affine = load_volume(path, contiguous=False)
+    volume, counts = clean(volume, modality)
+    size = round(brain_volume(volume, affine), 3)
+    if modality == "t1" and size > MAX_BRAIN_ML:
+        raise ValueError(f"expected a brain without its skull, found {size:.0f} ml; take it off")
+    volume = normalise_size(volume) if normalised else volume
+    return volume, affine, {"brain_volume_ml": size, **counts}
 
 
 def convert(
-    fa_dir: str | Path | pd.DataFrame,
+    source: str | Path | pd.DataFrame,
     table: str | Path,
     out_dir: str | Path,
     *,
@@ -35,238 +198,133 @@ def convert(
     normalised: bool = False,
     leave_out_qc: bool = False,
     workers: int | None = None,
+    overwrite: bool = False,
 ) -> Path:
-    """Turn a folder of volumes and a table of people into a cohort that loads at once.
+    """Turn volumes and a table of people into a cohort; return the path of its ``tensors.npy``.
 
-    Streams: memory does not depend on the number of subjects. Resumes after a kill where it
-    stopped, and does nothing when files, table and options are those of the last complete run.
+    Memory does not depend on the number of subjects. A killed run goes on where it stopped; a
+    complete one is repeated only if files or people have changed. A bad subject is only left out.
 
     Parameters
     ----------
-    fa_dir : folder of ``<ID>.nii.gz`` or ``<ID>.nii``, FA at native resolution; or what
-        `sources.choose` found in any other layout.
-    table : the behavioural CSV (Subject, Gender, …), or the folder that holds it.
+    source : folder of FA ``<ID>.nii.gz`` or ``<ID>.nii``; or rows from `layouts.choose_volumes`.
+    table : of people, or the folder that holds it.
     out_dir : gets ``tensors.npy`` (N, X, Y, Z) float32 in RAS, ``labels.npy`` (N,) int64,
         ``subjects.csv``, ``grid.json`` and ``rejected.csv``; subjects in the order of their IDs.
-    regrid : resample volumes on another grid than the first accepted one's, instead of rejecting.
-    normalised : bring all brains to one size and place (`nifti.normalise`): in native space a
-        network sees the size of a head. The brain volume in ``subjects.csv`` stays the native one.
+    regrid : resample volumes on another grid than the first usable one's, instead of rejecting.
     leave_out_qc : reject the subjects whose QC_Issue is not blank.
-    workers : threads; all cores by default.
-
-    Returns
-    -------
-    Path of ``tensors.npy``.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        No volumes, no table, or not one usable volume. A bad subject is only left out.
+    overwrite : start anew in a folder made with other options, otherwise a ValueError.
     """
     table, out_dir = Path(table), Path(out_dir)
-    if not isinstance(fa_dir, pd.DataFrame):
-        fa_dir = Path(fa_dir)
-        paths = sorted([*fa_dir.glob("*.nii.gz"), *fa_dir.glob("*.nii")])
-        found = pd.DataFrame({"Subject": map(identifier, paths), "path": paths})
-    else:
-        found, fa_dir = fa_dir, os.path.commonpath(list(fa_dir["path"]))
-    files = found.groupby("Subject")["path"].agg(list).to_dict()
-    if not files:
-        advice = "Run `python -m brainsex extract` first, or fit FA as DATA_ACCESS.md says."
-        raise FileNotFoundError(f"{fa_dir}: expected <ID>.nii.gz volumes, found none. {advice}")
-    rows = tables.read(tables.find(table) if table.is_dir() else table)
-    accepted, rejected = tables.match(files, rows, leave_out_qc)
-    known = rows.loc[list(accepted)]
-    stamps = [(s.st_size, s.st_mtime_ns) for s in (path.stat() for path in accepted.values())]
-    modality = "fa" if "modality" not in found else found["modality"].iloc[0]
-    options = [list(map(int, shape)), regrid, modality, normalised]
-    key = json.dumps([stamps, rejected, known.to_json(), *options])
-    key = hashlib.sha256(key.encode()).hexdigest()
-    target, parts = out_dir / "tensors.npy", out_dir / f".convert-{key[:16]}"
-    if not _done(out_dir, key):
-        with runs.alone(out_dir):
-            for stale in set(out_dir.glob(".convert-*")) - {parts}:
-                shutil.rmtree(stale)
-            records = _reduce(accepted, parts, workers or joblib.cpu_count(), *options)
-            rejected |= {s: record["reason"] for s, record in records.items() if "reason" in record}
-            target.unlink(missing_ok=True)  # nothing loads until everything is written
-            reasons = pd.DataFrame(sorted(rejected.items()), columns=["Subject", "reason"])
-            write(out_dir / "rejected.csv", reasons.to_csv(index=False))
-            kept = {s: record for s, record in records.items() if "reason" not in record}
-            if kept:
-                again = any("again" in record for record in records.values())
-                grid = {"key": "" if again else key, "shape": options[0]}
-                grid |= {"modality": modality, "normalised": normalised}
-                facts = {"source": fa_dir, "table": table}
-                facts |= {"regrid": regrid, "leave_out_qc": leave_out_qc}
-                _write(out_dir, grid, facts, known.loc[list(kept)], kept, parts)
-    shutil.rmtree(parts, ignore_errors=True)
-    if not target.is_file():
-        raise ValueError(
-            f"{fa_dir}: not one of {len(files)} volumes is usable; {out_dir / 'rejected.csv'} "
-            f"lists why, the first being {min(files)}: {rejected[min(files)]}"
-        )
-    reasons = tables.written(out_dir / "rejected.csv", "reason")["reason"]
-    absent = int((reasons == tables.NO_VOLUME).sum())
-    print(
-        f"{out_dir.name}: {len(cohort.load(out_dir))} subjects; {len(reasons) - absent} "
-        f"volumes rejected, {absent} rows without a volume (rejected.csv)"
-    )
-    return target
+    if not isinstance(source, pd.DataFrame):
+        paths = sorted([*Path(source).glob("*.nii.gz"), *Path(source).glob("*.nii")])
+        if not paths:
+            remedy = "run `python -m brainsex extract` first"
+            raise FileNotFoundError(f"{source}: expected <ID>.nii.gz volumes, found none; {remedy}")
+        subjects = map(tables.subject_id, paths)
+        source = pd.DataFrame({"Subject": subjects, "path": paths, "modality": "fa"})
+    people = tables.read_people(tables.find_people(table) if table.is_dir() else table)
+    files = source.groupby("Subject")["path"].agg(list).to_dict()
+    accepted, rejected = tables.match_subjects(files, people, leave_out_qc)
+    grid = {"shape": list(map(int, shape)), "modality": str(source["modality"].iloc[0])}
+    grid["normalised"] = normalised
+    settings = grid | {"regrid": regrid, "leave_out_qc": leave_out_qc}
+    results = (*RESULTS, ".parts/*.npz")
+    storage.start_run(out_dir, "convert", settings, overwrite=overwrite, results=results)
+    stamps = [(stat.st_size, stat.st_mtime_ns) for stat in map(Path.stat, accepted.values())]
+    inputs = json.dumps([stamps, rejected, people.loc[list(accepted)].to_json(), settings])
+    inputs = hashlib.sha256(inputs.encode()).hexdigest()
+    whole = all((out_dir / name).is_file() for name in RESULTS)
+    if not whole or storage.read_json(out_dir / "grid.json").get("inputs") != inputs:
+        records = _convert_subjects(accepted, out_dir / ".parts", workers, settings)
+        rejected |= {s: record["reason"] for s, record in records.items() if "reason" in record}
+        grid["inputs"] = "" if any("retry" in record for record in records.values()) else inputs
+        _write_cohort(out_dir, grid, people, records, rejected)
+    shutil.rmtree(out_dir / ".parts", ignore_errors=True)
+    reasons = tables.read_output_table(out_dir / "rejected.csv", "reason")["reason"]
+    absent, subjects = sum(reasons == tables.NO_VOLUME), np.load(out_dir / "labels.npy").size
+    rejected = f"{len(reasons) - absent} volumes rejected, {absent} rows without a volume"
+    print(f"{out_dir.name}: {subjects} subjects; {rejected} (rejected.csv)")
+    return out_dir / "tensors.npy"
 
 
-def _done(out_dir: Path, key: str) -> bool:
-    """Whether a run before left a whole cohort of the same files, table and options."""
-    names = ("subjects.csv", "rejected.csv", "grid.json")
+def _convert_subjects(
+    accepted: dict[str, Path], parts: Path, workers: int | None, settings: dict
+) -> dict[str, dict]:
+    """Reduce each subject into ``parts/<ID>.npz``; the first usable one sets the cohort's grid."""
+    grid = None
+    for path in accepted.values():
+        with suppress(ValueError, OSError):  # `_convert_subject` says why
+            volume, affine, _ = prepare(path, settings["modality"])
+            grid = [list(volume.shape), affine.tolist()]
+            break
+    work = joblib.delayed(_convert_subject)
+    jobs = (work(parts / f"{s}.npz", path, grid, settings) for s, path in accepted.items())
+    run = joblib.Parallel(workers or joblib.cpu_count(), "threading", return_as="generator")
+    return dict(zip(accepted, tqdm(run(jobs), "convert", total=len(accepted), unit="subject")))
+
+
+def _convert_subject(part: Path, path: Path, grid: list | None, settings: dict) -> dict:
+    """Write a volume of the cohort's native `grid` (shape, affine) to `part`; return its record."""
     try:
-        cohort.load(out_dir)
-        tables.written(out_dir / "rejected.csv", "reason")
-        same = read_record(out_dir / "grid.json").get("key") == key
-    except (ValueError, FileNotFoundError):
-        return False
-    return same and all((out_dir / name).is_file() for name in names)
-
-
-def _reduce(accepted: dict[str, Path], parts: Path, workers: int, *options) -> dict[str, dict]:
-    """The record of each subject, reduced into ``parts/<ID>.npz`` unless that is there."""
-    tasks = ((parts / f"{subject}.npz", path, *options) for subject, path in accepted.items())
-
-    def records() -> Iterator[dict]:
-        for task in tasks:  # one by one, until there is one whose grid is the cohort's
-            yield (first := _part(None, *task))
-            if "reason" not in first:
-                break
-        run = joblib.Parallel(workers, prefer="threads", return_as="generator")
-        yield from run(joblib.delayed(_part)(first, *task) for task in tasks)
-
-    return dict(zip(accepted, tqdm(records(), "convert", total=len(accepted), unit="subject")))
-
-
-def _part(first: dict | None, part: Path, path: Path, *options) -> dict:
-    """What `_reduced` found, without the volume, or the reason why it could not: kept in `part`."""
-    if (record := _kept(part, options[0])) is None:
-        try:
-            content = _reduced(first, path, *options)
-        except ValueError as error:
-            content = {"reason": str(error)}
-        except OSError as error:  # a disk's fault, not the file's: the next run tries again
-            return {"reason": f"cannot be read now: {error}", "again": True}
-        with replacing(part) as partial, partial.open("wb") as file:
-            np.savez(file, **content)
-        record = _plain(content)
+        stat = path.stat()
+        made_from = [stat.st_size, stat.st_mtime_ns, grid]
+        with suppress(Exception), np.load(part, allow_pickle=False) as saved:  # if it is there
+            if (record := json.loads(str(saved["record"])))["made_from"] == made_from:
+                return record
+        volume, affine, record = prepare(path, settings["modality"])
+        if list(volume.shape) != grid[0] or not np.allclose(affine, grid[1], atol=1e-3):
+            own = f"its grid {volume.shape}, {np.round(affine, 3).tolist()}"
+            other = f"the cohort's {tuple(grid[0])}, {np.round(grid[1], 3).tolist()}"
+            if not settings["regrid"]:
+                raise ValueError(f"{own} is not {other}; regrid=True resamples it")
+            volume, affine = _regrid(volume, affine, *grid), np.array(grid[1])
+        volume = normalise_size(volume) if settings["normalised"] else volume
+        volume, affine = resample(volume, affine, tuple(settings["shape"]))
+    except ValueError as error:
+        return {"reason": str(error)}
+    except OSError as error:  # a disk's fault, not the file's: the next run tries again
+        return {"reason": f"cannot be read now: {error}", "retry": True}
+    record |= {"made_from": made_from, "affine": affine.tolist()}
+    with storage.atomic_path(part) as partial, partial.open("wb") as file:
+        np.savez(file, volume=volume, record=json.dumps(record))
     return record
 
 
-def _plain(content: dict) -> dict:
-    """All but the volume, in Python's own types."""
-    return {name: np.asarray(value).tolist() for name, value in content.items() if name != "volume"}
-
-
-def _kept(part: Path, shape: list[int]) -> dict | None:
-    """A subject's record, but for the volume; None where it is not there, or not whole."""
-    if not part.is_file():
-        return None
-    try:
-        with np.load(part, allow_pickle=False) as saved:
-            record = {name: saved[name] for name in saved.files}
-    except (*UNREADABLE, *cohort.NO_ARRAY):
-        return None
-    if "reason" not in record and (
-        not RECORD <= record.keys() or record["volume"].shape != tuple(shape)
-    ):
-        return None
-    return _plain(record)
-
-
-def prepare(
-    path: str | Path, modality: str = "fa", normalised: bool = False
-) -> tuple[np.ndarray, np.ndarray, dict]:
-    """Read a volume as a cohort's `modality` and `normalised` want it, on its own grid.
-
-    Returns
-    -------
-    volume : (X, Y, Z) float32 in [0, 1], RAS; in memory as `nifti.read` has it.
-    affine : (4, 4), voxel indices to mm; of a normalised brain, those of its grid.
-    record : ``brain_volume_ml``, of the native brain, and the counts of `clean`.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        As `load` and `clean`; a T1-weighted volume with its skull.
-    """
-    volume, affine, record = _measured(path, modality)
-    return normalise(volume) if normalised else volume, affine, record
-
-
-def _measured(path: str | Path, modality: str) -> tuple[np.ndarray, np.ndarray, dict]:
-    """As `prepare`, not normalised."""
-    volume, affine = read(path)
-    volume, counts = clean(volume, modality)
-    size = round(brain_volume(volume, affine), 3)
-    if modality == "t1" and size > MAX_BRAIN:
-        raise ValueError(
-            f"expected the brain alone, at most {MAX_BRAIN} ml, found {size:.0f} ml: take the "
-            "skull off first (HCP's is T1w_acpc_dc_restore_brain.nii.gz)."
-        )
-    return volume, affine, {"brain_volume_ml": size, **counts}
-
-
-def _reduced(
-    first: dict | None, path: Path, shape, regrid: bool, modality: str, normalised: bool
-) -> dict:
-    """A subject's volume on the small grid, what it measured and what was cleaned before."""
-    volume, affine, record = _measured(path, modality)
-    if first is not None:
-        grid, to_mm = tuple(first["native_shape"]), np.array(first["native_affine"])
-        if volume.shape != grid or not np.allclose(affine, to_mm, atol=1e-3):
-            if not regrid:
-                raise ValueError(
-                    f"its grid {volume.shape}, {np.round(affine, 3).tolist()} is not the cohort's "
-                    f"{grid}, {np.round(to_mm, 3).tolist()}; regrid=True resamples it."
-                )
-            volume, affine = _onto(volume, affine, grid, to_mm), to_mm
-    volume = normalise(volume) if normalised else volume  # within the cohort's grid, not its own
-    small, small_affine = resample(volume, affine, shape)
-    record |= {"native_shape": volume.shape, "native_affine": affine, "affine": small_affine}
-    return {"volume": small, **record}
-
-
-def _onto(volume: np.ndarray, affine: np.ndarray, shape: tuple, to_mm: np.ndarray) -> np.ndarray:
-    """A volume on another grid, interpolated linearly and without aliasing; 0 outside its own."""
+def _regrid(volume: np.ndarray, affine: np.ndarray, shape: list, to_mm: list) -> np.ndarray:
+    """Interpolate a volume linearly on another grid, without aliasing; 0 outside its own."""
     to_own = np.linalg.inv(affine) @ to_mm
     step = np.linalg.norm(to_own[:3, :3], axis=1)  # along each own axis, in own voxels
     smooth = gaussian_filter(volume, np.maximum(step - 1, 0) / 2, mode="mirror")
-    moved = affine_transform(smooth, to_own[:3, :3], to_own[:3, 3], shape, order=1)
-    if brain_volume(moved, to_mm) < 0.5 * brain_volume(volume, affine):
-        raise ValueError("more than half of its brain lies outside the cohort's grid.")
+    moved = affine_transform(smooth, to_own[:3, :3], to_own[:3, 3], tuple(shape), order=1)
+    if brain_volume(moved, np.array(to_mm)) < 0.5 * brain_volume(volume, affine):
+        raise ValueError("more than half of its brain lies outside the cohort's grid")
     return moved
 
 
-def _write(
-    out_dir: Path, grid: dict, facts: dict, known: pd.DataFrame, records: dict, parts: Path
+def _write_cohort(
+    out_dir: Path, grid: dict, people: pd.DataFrame, records: dict[str, dict], rejected: dict
 ) -> None:
-    """The cohort's files from its parts; ``tensors.npy``, without which nothing loads, last."""
-
-    def volumes() -> Iterator[np.ndarray]:
-        for subject in records:
-            with np.load(parts / f"{subject}.npz") as saved:
-                volume = saved["volume"]
-            file.write(volume.tobytes())
-            yield volume
-
-    subjects = known.reset_index()
+    """Write the cohort's files from its parts; ``tensors.npy``, without which none loads, last."""
+    (out_dir / "tensors.npy").unlink(missing_ok=True)
+    reasons = pd.DataFrame(sorted(rejected.items()), columns=["Subject", "reason"])
+    storage.write_text(path := out_dir / "rejected.csv", reasons.to_csv(index=False))
+    records = {s: record for s, record in records.items() if s not in rejected}
+    if not records:
+        first = next(reason for reason in reasons["reason"] if reason != tables.NO_VOLUME)
+        raise ValueError(f"{path}: expected a usable volume, found none, the first as: {first}")
+    subjects = people.loc[list(records)].reset_index()
     subjects.insert(2, "label", subjects["Gender"].map(LABELS))
     for column in MEASURES:
         subjects[column] = [record[column] for record in records.values()]
-    write(out_dir / "subjects.csv", subjects.to_csv(index=False))
-    with replacing(out_dir / "labels.npy") as path, path.open("wb") as file:
+    storage.write_text(out_dir / "subjects.csv", subjects.to_csv(index=False))
+    with storage.atomic_path(out_dir / "labels.npy") as partial, partial.open("wb") as file:
         np.save(file, subjects["label"].to_numpy(np.int64))
     grid = {"affine": next(iter(records.values()))["affine"], **grid}
-    write(out_dir / "grid.json", json.dumps(grid))
-    with replacing(out_dir / "tensors.npy") as path:
-        with path.open("wb") as file:
-            header = {"shape": (len(records), *grid["shape"]), "fortran_order": False}
-            header["descr"] = np.lib.format.dtype_to_descr(np.dtype(np.float32))
-            np.lib.format.write_array_header_1_0(file, header)
-            digest = cohort.fingerprint(subjects["Subject"], subjects["label"], volumes())
-        runs.record(out_dir, "convert", cohort=digest, **facts, **grid)
+    storage.write_text(out_dir / "grid.json", json.dumps(grid))
+    with storage.atomic_path(out_dir / "tensors.npy") as partial, partial.open("wb") as file:
+        header = {"shape": (len(records), *grid["shape"]), "fortran_order": False, "descr": "<f4"}
+        np.lib.format.write_array_header_1_0(file, header)
+        for subject in records:
+            with np.load(out_dir / ".parts" / f"{subject}.npz", allow_pickle=False) as saved:
+                file.write(saved["volume"].tobytes())

@@ -6,6 +6,7 @@ other run writes results/<cohort>-<profile>/.
 
 import argparse
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -14,14 +15,14 @@ import nbformat
 import papermill
 import yaml
 
-from brainsex import KEEP_MEMORY, replacing, runs
+from brainsex import speed, storage
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 
 
 def execute(source: Path, target: Path, parameters: dict) -> None:
-    """Run one notebook as it would run in its own folder; the copy holds its outputs.
+    """Run one notebook as if in its own folder; the copy at `target` holds its outputs.
 
     Its kernel is killed at the end: asked to finish first, it keeps Ctrl-C waiting for seconds.
     """
@@ -40,13 +41,13 @@ def execute(source: Path, target: Path, parameters: dict) -> None:
 
 
 def tidy(path: Path) -> None:
-    """Drop what differs from run to run or names this machine, so that git sees the science."""
+    """Drop what differs from run to run or names the machine, so that git sees the science."""
     notebook = nbformat.read(path, as_version=4)
     notebook.metadata.pop("papermill", None)
     for cell in notebook.cells:
         cell.metadata.pop("papermill", None)
         cell.metadata.pop("execution", None)
-        if cell.cell_type == "code":  # progress bars were for the one who watched
+        if cell.cell_type == "code":  # progress bars served whoever watched
             cell.outputs = [
                 output
                 for output in cell.outputs
@@ -57,8 +58,8 @@ def tidy(path: Path) -> None:
     nbformat.write(notebook, path)
 
 
-def from_here(path: Path) -> str:
-    """A path as the notebooks' folder sees it; absolute where it lies on another drive."""
+def relative_to_notebooks(path: Path) -> str:
+    """Return a path relative to the notebooks' folder; absolute where it is on another drive."""
     try:
         return Path(os.path.relpath(path, HERE)).as_posix()
     except ValueError:
@@ -71,6 +72,9 @@ def main() -> None:
     parser.add_argument("--profile", default="default", help="a file of notebooks/profiles")
     parser.add_argument("--out", type=Path, help="folder for everything the run leaves")
     parser.add_argument("--in-place", action="store_true", help="execute the notebooks themselves")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="start anew: delete an earlier run"
+    )
     arguments = parser.parse_args()
 
     if arguments.in_place and len(sys.argv) > 2:
@@ -82,21 +86,22 @@ def main() -> None:
     cohort = Path(os.path.abspath(arguments.cohort))  # a link keeps its own name
     if not cohort.is_dir():
         parser.error(f"{arguments.cohort}: no such cohort. DATA_ACCESS.md says how to get the data")
-    own = cohort == ROOT / "data" / "synthetic" and arguments.profile == "default"
-    out = arguments.out or (
-        ROOT / "build" if own else ROOT / "results" / f"{cohort.name}-{arguments.profile}"
-    )
-    image = ROOT / "image" if own and not arguments.out else out / "image"
-    out.mkdir(parents=True, exist_ok=True)
+    is_default = cohort == ROOT / "data" / "synthetic" and arguments.profile == "default"
+    results = ROOT / "results" / f"{cohort.name}-{arguments.profile}"
+    out = arguments.out or (ROOT / "build" if is_default else results)
+    image = ROOT / "image" if is_default and not arguments.out else out / "image"
+    if arguments.overwrite and (out / storage.RUN_RECORD).is_file():
+        shutil.rmtree(out)
     folders = {"COHORT": cohort, "OUT": out, "IMAGE": image}
-    folders = {name: from_here(path) for name, path in folders.items()}
+    folders = {name: relative_to_notebooks(path) for name, path in folders.items()}
 
-    os.environ.update(KEEP_MEMORY | os.environ)
+    os.environ.update(speed.MALLOC_ENVIRONMENT | os.environ)
+    record = {"profile": arguments.profile, "settings": settings, **folders}
     try:
-        with runs.alone(out):
-            runs.record(out, "notebooks", profile=arguments.profile, settings=settings, **folders)
+        with storage.folder_lock(out):
+            storage.start_run(out, "notebooks", record, overwrite=True)
             run(out, folders, settings, arguments.in_place)
-    except BlockingIOError as error:
+    except OSError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print(f"stopped: the same command goes on from what is in {out}", file=sys.stderr)
@@ -105,11 +110,11 @@ def main() -> None:
 
 
 def run(out: Path, folders: dict, settings: dict, in_place: bool) -> None:
-    """All notebooks, in order."""
+    """Run all notebooks in order."""
     start = time.monotonic()
     for source in sorted(HERE.glob("[0-9][0-9]_*.ipynb")):
         if in_place:  # with its own parameters, which are the default profile
-            with replacing(source) as partial:
+            with storage.atomic_path(source) as partial:
                 execute(source, partial, {})
                 tidy(partial)
         else:

@@ -1,12 +1,16 @@
 """The commands, from archives to masks, on a small synthetic cohort."""
 
+import errno
+import shlex
+from concurrent.futures.process import BrokenProcessPool
+
 import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
 
-from brainsex import cohort, networks, training
-from brainsex.__main__ import main
+from brainsex import archives, cohort, networks, storage, training
+from brainsex.__main__ import build_parser, main
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +32,7 @@ def trained(folder):
 
 
 def test_convert_leaves_a_cohort_of_all_who_have_a_volume(folder):
-    data = cohort.load(folder)
+    data = cohort.load_cohort(folder)
     table = pd.read_csv(folder / "unrestricted_behavioral.csv", dtype=str).set_index("Subject")
     assert len(data) == 10
     assert data.synthetic
@@ -37,21 +41,23 @@ def test_convert_leaves_a_cohort_of_all_who_have_a_volume(folder):
 
 def test_a_synthetic_cohort_converted_elsewhere_stays_one(folder, tmp_path, capsys):
     main(["convert", str(folder), "--out", str(tmp_path / "other"), "--normalised"])
-    data = cohort.load(tmp_path / "other")
+    data = cohort.load_cohort(tmp_path / "other")
     assert (len(data), data.synthetic, data.normalised) == (10, True, True)
-    assert not cohort.load(folder).normalised
+    assert not cohort.load_cohort(folder).normalised
     main(["survey", str(folder)])
     assert "archive" in capsys.readouterr().out
 
 
 def test_predict_prints_what_the_network_says_of_each_file(folder, trained, capsys):
-    data = cohort.load(folder)
+    data = cohort.load_cohort(folder)
     files = [str(folder / "fa" / f"{subject}.nii.gz") for subject in data.subjects[:2]]
     capsys.readouterr()
     main(["predict", str(trained / "fold-0.pt"), *files])
     printed = [line.split(",") for line in capsys.readouterr().out.split()]
     assert [row[0] for row in printed] == ["Subject", *data.subjects[:2]]
-    expected = training.predict(networks.load(trained / "fold-0.pt"), data.volumes[:2])[:, 1]
+    expected = training.predict(networks.load_network(trained / "fold-0.pt"), data.volumes[:2])[
+        :, 1
+    ]
     np.testing.assert_allclose([float(row[1]) for row in printed[1:]], expected, atol=1e-6)
 
 
@@ -60,15 +66,17 @@ def test_masks_are_nifti_in_the_cohorts_space_and_resume(folder, trained, capsys
     main(["masks", str(folder), str(trained), str(out)])
     table = pd.read_csv(out / "masks.csv", dtype={"Subject": str})
     assert sorted(table["Subject"]) == sorted(data.subjects)
-    image = nib.load(out / f"{data.subjects[3]}.nii.gz")
+    image = nib.load(out / "mask" / f"{data.subjects[3]}.nii.gz")
     np.testing.assert_allclose(image.affine, data.affine, atol=1e-4)
     assert image.shape == data.volumes.shape[1:]
     volume = table.set_index("Subject").loc[data.subjects[3], "volume"]
     assert image.get_fdata().mean() == pytest.approx(volume, abs=1e-6)
-    stamps = {path: path.stat().st_mtime_ns for path in out.glob("*.nii.gz")}
+    stamps = {path: path.stat().st_mtime_ns for path in out.rglob("*.nii.gz")}
     main(["masks", str(folder), str(trained), str(out)])
-    assert stamps == {path: path.stat().st_mtime_ns for path in out.glob("*.nii.gz")}
-    main(["masks", str(folder), str(trained), str(out), "--seed", "1"])
+    assert stamps == {path: path.stat().st_mtime_ns for path in out.rglob("*.nii.gz")}
+    with pytest.raises(SystemExit, match=r"seed = 1, found those with 0.*--overwrite"):
+        main(["masks", str(folder), str(trained), str(out), "--seed", "1"])
+    main(["masks", str(folder), str(trained), str(out), "--seed", "1", "--overwrite"])
     assert all(path.stat().st_mtime_ns > stamp for path, stamp in stamps.items())
 
 
@@ -93,5 +101,53 @@ def test_bad_input_ends_with_one_line_that_says_what_to_do(folder, command, mess
 
 def test_predict_refuses_a_file_that_is_no_network(folder, tmp_path):
     (tmp_path / "bad.pt").write_bytes(b"not a network")
-    with pytest.raises(SystemExit, match="no state dict"):
+    with pytest.raises(SystemExit, match=r"bad\.pt: .*state dict of MriNet3d"):
         main(["predict", str(tmp_path / "bad.pt"), "x.nii.gz"])
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    def interrupted(**_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(archives, "extract", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        main(["extract", "x", str(tmp_path / "fa")])
+    assert stopped.value.code == 130
+    assert "the same command goes on from what is finished" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (BrokenProcessPool("A worker was killed.\n\nSIGKILL"), "A worker was killed. SIGKILL"),
+        (OSError(errno.ENOSPC, "No space left on device", "a.npz"), "a.npz.*make room and run ag"),
+    ],
+)
+def test_a_killed_worker_and_a_full_disk_end_with_one_line(tmp_path, monkeypatch, error, line):
+    def fails(**_):
+        raise error
+
+    monkeypatch.setattr(archives, "extract", fails)
+    with pytest.raises(SystemExit, match=f"^error: .*{line}"):
+        main(["extract", "x", str(tmp_path / "fa")])
+
+
+def test_a_second_run_in_a_folder_is_refused(tmp_path):
+    with (
+        storage.folder_lock(tmp_path / "fa"),
+        pytest.raises(SystemExit, match="another run is writing here"),
+    ):
+        main(["extract", str(tmp_path), str(tmp_path / "fa")])
+
+
+def command_examples():
+    (sub,) = (action for action in build_parser()._actions if getattr(action, "choices", None))
+    return {name: parser.epilog for name, parser in sub.choices.items()}
+
+
+@pytest.mark.parametrize("name", command_examples())
+def test_the_example_in_a_commands_help_is_one(name):
+    start = f"Example: python -m brainsex {name} "
+    assert command_examples()[name].startswith(start)
+    words = shlex.split(command_examples()[name].removeprefix("Example: python -m brainsex "))
+    assert build_parser().parse_args(words).function.__name__ == f"_{name}"

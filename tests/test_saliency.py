@@ -9,21 +9,23 @@ import torch
 from scipy.interpolate import RegularGridInterpolator
 from scipy.ndimage import gaussian_filter
 from torch import nn
-from torch.nn import functional as F
+from torch.nn import functional
 
-from brainsex import networks, saliency
+from brainsex import saliency, speed
 from brainsex.networks import MriNet2d, MriNet3d
+from brainsex.saliency import METHODS
+
+pytestmark = pytest.mark.usefixtures("one_cpu_thread")
 
 SHAPE = (22, 24, 27)
-IN_BATCHES = networks.in_batches
-METHODS = {
-    "grad_cam": {},
-    "guided_backpropagation": {},
-    "gradient": {},
-    "smooth_grad": {"samples": 2},
-    "integrated_gradients": {"steps": 3, "reference": np.full(SHAPE, 0.1, np.float32)},
+QUICK = {
+    "mask": {"iterations": 3, "area": 1.0},
+    "counterfactual": {"iterations": 3, "area": 1.0},
+    "integrated_gradients": {"steps": 3},
     "occlusion": {"window": 12, "stride": 10},
+    "smooth_grad": {"samples": 2},
 }
+CAPTUM = [method for method in METHODS if METHODS[method].compute]
 
 
 class Weighted(nn.Module):
@@ -40,10 +42,10 @@ class Weighted(nn.Module):
 
 @pytest.fixture(scope="module")
 def volumes():
-    found = np.random.default_rng(0).uniform(0, 0.6, (3, *SHAPE)).astype(np.float32)
-    found[:, 4:10, 5:12, 6:14] += 0.3
-    found.flags.writeable = False  # as a memory-mapped cohort's are
-    return found
+    volumes = np.random.default_rng(0).uniform(0, 0.6, (3, *SHAPE)).astype(np.float32)
+    volumes[:, 4:10, 5:12, 6:14] += 0.3
+    volumes.flags.writeable = False  # as a memory-mapped cohort's are
+    return volumes
 
 
 @pytest.fixture(scope="module")
@@ -61,20 +63,29 @@ def weight():
     return np.random.default_rng(5).standard_normal(SHAPE).astype(np.float32)
 
 
-def log_odds(network, volume, target):
-    logits = network(torch.as_tensor(volume)[None, None]).reshape(-1, 2).mean(0)  # of slabs
-    return logits[target] - logits[1 - target]
-
-
 def plain_gradient(network, volume, target):
     volume = torch.tensor(volume, requires_grad=True)
-    return torch.autograd.grad(log_odds(network, volume, target), volume)[0].numpy()
+    logits = network(volume[None, None]).reshape(-1, 2).mean(0)  # of slabs
+    return torch.autograd.grad(logits[target] - logits[1 - target], volume)[0].numpy()
 
 
-def explained(name, network, volumes, **options):
-    return getattr(saliency, name)(
-        network, volumes, **METHODS[name] | {"progress": False} | options
-    )
+def explain(method, network, volumes, **options):
+    """Attribute without smoothing, quickly, with a reference where the method needs one."""
+    settings = {"sigma": 0, "progress": False} | QUICK.get(method, {})
+    if METHODS[method].needs_means:
+        settings["reference"] = np.full(volumes.shape[1:], 0.1, np.float32)
+    return saliency.attribute(network, volumes, method, **settings | options)
+
+
+def test_names_and_options_of_the_methods():
+    names = {key: method.name for key, method in METHODS.items() if not method.signed}
+    assert names == {
+        "guided_backpropagation": "guided backpropagation",
+        "gradient_input": "gradient × input",
+        "smooth_grad": "SmoothGrad",
+    }
+    assert METHODS["mask"].options == {"iterations": 60, "area": 200.0}
+    assert METHODS["occlusion"].options == {"sigma": 1.0, "window": 16, "stride": 14}
 
 
 @pytest.mark.parametrize(
@@ -83,68 +94,33 @@ def explained(name, network, volumes, **options):
     [("hidden1", 1, 1.5, 2), ("hidden2", 2, 4.5, 4), ("hidden3", 3, 10.5, 8)],
 )
 def test_grad_cam_is_its_definition(layer, part, start, step):
-    rng = np.random.default_rng(2)
-    shape = (38, 46, 54)  # 3, 4 and 5 cells in hidden3
+    rng, shape = np.random.default_rng(2), (30, 38, 46)  # 2, 3 and 4 cells in hidden3
     volumes = rng.uniform(0, 1, (2, *shape)).astype(np.float32)
     torch.manual_seed(1)
     network = MriNet3d(4, shape).eval()
-    found = saliency.grad_cam(network, volumes, layer=layer, target=[1, 0], progress=False)
-    assert found.any()
-    for volume, target, one in zip(volumes, (1, 0), found):
-        features = torch.from_numpy(volume)[None, None]
-        for hidden in (network.hidden1, network.hidden2, network.hidden3)[:part]:
-            features = hidden(features)
+    hidden = network.hidden1, network.hidden2, network.hidden3
+    maps = explain("grad_cam", network, volumes, layer=layer, target=np.array([1, 0]))
+    assert maps.any()
+    for volume, target, image in zip(volumes, (1, 0), maps):
+        features = nn.Sequential(*hidden[:part])(torch.from_numpy(volume)[None, None])
         features = features.detach().requires_grad_()
-        rest = features
-        for hidden in (network.hidden1, network.hidden2, network.hidden3)[part:]:
-            rest = hidden(rest)
-        logits = network.linear(rest.flatten(1))[0]
+        logits = network.linear(nn.Sequential(*hidden[part:])(features).flatten(1))[0]
         slope = torch.autograd.grad(logits[target] - logits[1 - target], features)[0]
         weights = slope.mean((2, 3, 4), keepdim=True)
         coarse = (weights * features).sum(1).clamp(min=0)[0].detach().double().numpy()
         centres = [start + step * np.arange(cells) for cells in coarse.shape]
-        voxels = [
-            np.clip(np.arange(n), c[0], c[-1]) for n, c in zip(shape, centres)
-        ]  # beyond the outermost centres nothing is known but them
-        expected = RegularGridInterpolator(centres, coarse)(
-            np.stack(np.meshgrid(*voxels, indexing="ij"), -1)
-        )
-        assert one.dtype == np.float32
-        np.testing.assert_allclose(one, expected, atol=1e-5 * max(1, coarse.max()))
+        voxels = [np.clip(np.arange(n), c[0], c[-1]) for n, c in zip(shape, centres)]
+        grid = np.stack(np.meshgrid(*voxels, indexing="ij"), -1)
+        expected = RegularGridInterpolator(centres, coarse)(grid)
+        np.testing.assert_allclose(image, expected, atol=1e-5 * max(1, coarse.max()))
 
 
-def test_grad_cam_lies_where_the_evidence_is():
-    """A layer of means: one bright spot; the map's centre of mass is at it, not displaced."""
-
-    class Spot(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = nn.Sequential(nn.Conv3d(1, 1, 3, bias=False), nn.AvgPool3d(4))
-            nn.init.ones_(self.layer[0].weight)
-
-        def forward(self, volumes):
-            score = self.layer(volumes).sum((1, 2, 3, 4))
-            return torch.stack([-score, score], 1)
-
-    volume = np.zeros((1, 42, 46, 50), np.float32)
-    centre = (2.5 + 4 * 8, 2.5 + 4 * 2, 2.5 + 4 * 10)  # of a cell that sees 6 voxels a side
-    spot = tuple(slice(int(c - 0.5), int(c + 1.5)) for c in centre)
-    volume[0][spot] = 1
-    found = saliency.grad_cam(Spot(), volume, layer="layer", target=1, progress=False)[0]
-    for axis, expected in enumerate(centre):
-        profile = found.sum(tuple({0, 1, 2} - {axis}))
-        assert (profile * np.arange(len(profile))).sum() / profile.sum() == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("layer", ["hidden4", "", "hidden1.9"])
-def test_grad_cam_of_no_layer(network, volumes, layer):
-    with pytest.raises(ValueError, match=rf"layer among hidden1, .*linear, found '{layer}'"):
-        saliency.grad_cam(network, volumes, layer=layer, progress=False)
-
-
-def test_grad_cam_of_a_layer_without_feature_maps(network, volumes):
-    with pytest.raises(ValueError, match=r"feature maps .* linear has none"):
-        saliency.grad_cam(network, volumes, layer="linear", progress=False)
+def test_receptive_field_with_padding_and_dilation():
+    """Padding by the kernel's reach moves nothing, a dilation of 2 two voxels, pooling doubles."""
+    layers = nn.Conv3d(1, 2, 3, padding=1), nn.Conv3d(2, 2, 3, dilation=2), nn.MaxPool3d(2)
+    network = nn.Sequential(*layers, nn.Conv3d(2, 2, (3, 1, 1), padding=(1, 0, 0)))
+    assert [saliency._receptive_field(network, "3", axis) for axis in range(3)] == [(2, 2.5)] * 3
+    assert saliency._receptive_field(network, "0", 0) == (1, 0)
 
 
 class Guided(torch.autograd.Function):
@@ -168,288 +144,213 @@ class Apply(nn.Module):
         return self.function(values)
 
 
-class Idle(nn.Module):
-    """A module whose output nobody takes, beside the function call that counts."""
-
-    def __init__(self):
-        super().__init__()
-        self.relu = nn.ReLU()
-
-    def forward(self, values):
-        self.relu(values)
-        return F.relu(values)
-
-
 def replaced(network, function, names=("hidden1", "hidden2", "hidden3")):
+    """A copy of a network with a function in place of the ReLUs of some layers."""
     network = copy.deepcopy(network)
-    for name in names:
-        getattr(network, name)[3] = Apply(function)
+    for layer in (network.get_submodule(name) for name in names):
+        place = [isinstance(module, nn.ReLU) for module in layer].index(True)
+        layer[place] = Apply(function)
     return network
 
 
-def test_guided_backpropagation_is_its_definition_and_not_the_gradient(network, volumes):
-    found = saliency.guided_backpropagation(network, volumes, target=1, progress=False)
-    by_hand = replaced(network, Guided.apply)
-    for volume, one in zip(volumes, found):
-        expected = plain_gradient(by_hand, volume.copy(), 1)
-        np.testing.assert_allclose(one, expected, atol=1e-5 * np.abs(expected).max())
-        gradient = plain_gradient(network, volume.copy(), 1)
-        assert np.abs(one - gradient).max() > 0.1 * np.abs(gradient).max()
+@pytest.mark.parametrize("kind", ["3d", "slabs", "residual"])
+def test_guided_backpropagation_is_its_definition_and_not_the_gradient(network, volumes, kind):
+    torch.manual_seed(0)
+    if kind != "3d":
+        network = MriNet2d(3, channels=8, shape=SHAPE, residual=kind == "residual").eval()
+    image = explain("guided_backpropagation", network, volumes[:1], target=1)[0]
+    expected = plain_gradient(replaced(network, Guided.apply), volumes[0].copy(), 1)
+    np.testing.assert_allclose(image, expected, atol=1e-5 * np.abs(expected).max())
+    gradient = plain_gradient(network, volumes[0].copy(), 1)
+    assert np.abs(image - gradient).max() > 0.1 * np.abs(gradient).max()
 
 
 @pytest.mark.parametrize(
-    ("function", "found"),
+    ("function", "steps"),
     [
-        (F.relu, "ReluBackward0"),
+        (functional.relu, "ReluBackward0"),
         (nn.LeakyReLU(), "LeakyReluBackward0"),
-        (Idle(), "ReluBackward0"),
         (lambda values: values.clamp(min=0), "ClampBackward1"),
-        (lambda values: F.threshold(values, 0, 0), "ThresholdBackward0"),
-        (F.relu6, "HardtanhBackward0"),
-        (F.elu, "EluBackward0"),
-        (F.gelu, "GeluBackward0"),
-        (torch.tanh, "TanhBackward0"),
-        (lambda values: torch.maximum(values, torch.zeros(())), "MaximumBackward0"),
-        (lambda values: torch.where(values > 0, values, 0), "WhereBackward0"),
-        (lambda values: values * (values > 0), "MulBackward0"),
         (lambda values: (values + values.abs()) / 2, "AbsBackward0, DivBackward0"),
         (Guided.apply, "GuidedBackward"),
     ],
 )
-def test_guided_backpropagation_refuses_what_it_cannot_guide(network, volumes, function, found):
-    with pytest.raises(ValueError, match=rf"layers, found {found}: nothing but an nn\.ReLU"):
-        saliency.guided_backpropagation(
-            replaced(network, function, ["hidden2"]), volumes, progress=False
-        )
+def test_guided_backpropagation_refuses_what_it_cannot_guide(network, volumes, function, steps):
+    changed = replaced(network, function, ["hidden2"])
+    with pytest.raises(ValueError, match=rf"layers, found .*{steps}: nothing but an nn\.ReLU"):
+        explain("guided_backpropagation", changed, volumes)
 
 
 def test_guided_backpropagation_needs_a_relu(network, volumes):
-    network = replaced(network, nn.Identity())
     with pytest.raises(ValueError, match=r"layers, found no nn\.ReLU"):
-        saliency.guided_backpropagation(network, volumes, progress=False)
+        explain("guided_backpropagation", replaced(network, nn.Identity()), volumes)
 
 
-@pytest.mark.parametrize("axis", [0, 1, 2])
-@pytest.mark.parametrize("residual", [False, True])
-def test_guided_backpropagation_of_slabs_is_its_definition(volumes, axis, residual):
+@pytest.mark.parametrize("slabs", [False, True])
+def test_gradient_times_input_and_times_another_image(network, volumes, weight, slabs):
     torch.manual_seed(0)
-    network = MriNet2d(3, axis=axis, channels=8, shape=SHAPE, residual=residual).eval()
-    found = saliency.guided_backpropagation(network, volumes[:1], target=1, progress=False)[0]
-    expected = plain_gradient(replaced(network, Guided.apply), volumes[0].copy(), 1)
-    assert found.any()
-    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
-
-
-def test_linear_steps_and_poolings_need_no_guiding(volumes):
-    def steps(values):  # (N, 4, X, Y, Z)
-        values = torch.cat([values[:, 2:], values[:, :2]], 1) + values.transpose(1, 2).permute(
-            0, 2, 1, 3, 4
-        )
-        return values.mean((2, 3)).reshape(len(values), -1)
-
-    network = nn.Sequential(
-        *(nn.ZeroPad3d(1), nn.Conv3d(1, 4, 3, padding="same"), nn.BatchNorm3d(4), nn.ReLU()),
-        *(nn.AvgPool3d(2), nn.AdaptiveMaxPool3d(8), nn.AdaptiveAvgPool3d(4), Apply(steps)),
-        *(nn.Dropout(), nn.Linear(16, 8, bias=False), nn.ReLU(), nn.Linear(8, 2)),
-    )
-    assert saliency.guided_backpropagation(network, volumes[:1], progress=False).any()
-
-
-def test_gradient_times_input_and_times_another_image(network, volumes, weight):
-    found = saliency.gradient(network, volumes, target=[0, 1, 0], progress=False)
-    other = saliency.gradient(network, volumes, target=[0, 1, 0], times=weight, progress=False)
-    for n, target in enumerate((0, 1, 0)):
+    network = MriNet2d(3, channels=2, shape=SHAPE).eval() if slabs else network
+    targets = np.array([0, 1, 0])
+    by_input = explain("gradient_input", network, volumes, target=targets)
+    by_weight = explain("gradient_difference", network, volumes, target=targets, reference=weight)
+    for n, target in enumerate(targets):
         slope = plain_gradient(network, volumes[n].copy(), target)
         atol = 1e-5 * np.abs(slope).max()
-        np.testing.assert_allclose(found[n], slope * volumes[n], atol=atol)
-        np.testing.assert_allclose(other[n], slope * weight, atol=4 * atol)
-    each = saliency.gradient(network, volumes, target=1, times=volumes, progress=False)
-    same = saliency.gradient(network, volumes, target=1, progress=False)
-    np.testing.assert_array_equal(each, same)
+        np.testing.assert_allclose(by_input[n], slope * volumes[n], atol=atol)
+        np.testing.assert_allclose(by_weight[n], slope * weight, atol=4 * atol)
 
 
 def test_integrated_gradients_add_up_to_the_difference(volumes, weight):
     """Of squares the integrand is linear, so the sum is exact: w (x² − r²)."""
-    network = Weighted(weight, power=2)
-    reference = np.full(SHAPE, 0.25, np.float32)
-    found = saliency.integrated_gradients(
-        network, volumes, reference=reference, target=1, steps=2, progress=False
-    )
+    network, reference = Weighted(weight, power=2), np.full(SHAPE, 0.25, np.float32)
+    settings = {"reference": reference, "target": 1, "steps": 2}
+    maps = explain("integrated_gradients", network, volumes, **settings)
     # (x - r) times the mean gradient 2 w (x + r) / 2
-    np.testing.assert_allclose(found, weight * (volumes**2 - 0.25**2), atol=1e-5)
+    np.testing.assert_allclose(maps, weight * (volumes**2 - 0.25**2), atol=1e-5)
 
 
-def test_integrated_gradients_take_no_more_than_a_batch_at_once(network, volumes, monkeypatch):
-    """On a GPU, of 32 volumes with their gradients; a single one goes `FEW` steps at once."""
-    network, sizes = copy.deepcopy(network), []
-    network.linear.register_forward_hook(lambda _, given, __: sizes.append(len(given[0])))
-    volumes = np.concatenate([volumes, volumes])
-    for size, most in ((6, 6), (1, saliency.FEW)):
-        monkeypatch.setattr(networks, "in_batches", partial(IN_BATCHES, size=size))
-        sizes.clear()
-        explained("integrated_gradients", network, volumes, steps=8, target=1)
-        assert max(sizes) == most
-
-
-def test_smooth_grad_is_the_mean_gradient_of_noisy_copies(volumes, weight):
+def test_smooth_grad_is_the_magnitude_of_the_mean_gradient_of_noisy_copies(volumes, weight):
     """Of squares: 2 w (x + the mean of the noise), which is normal with noise² / samples."""
-    found = saliency.smooth_grad(
-        Weighted(weight, power=2), volumes, target=1, samples=9, noise=0.3, progress=False
-    )
-    noise = found / (2 * weight) - volumes
-    assert noise[np.broadcast_to(np.abs(weight) > 0.1, noise.shape)].std() == pytest.approx(
-        0.1, rel=0.05
-    )
-    quiet = saliency.smooth_grad(Weighted(weight), volumes, target=0, noise=0.3, progress=False)
-    np.testing.assert_allclose(quiet, np.broadcast_to(-weight, quiet.shape), atol=1e-5)
+    network, far = Weighted(weight, power=2), np.abs(weight) > 0.1
+    maps = explain("smooth_grad", network, 0 * volumes, target=1, samples=9, noise=0.3)
+    noise = (maps / (2 * np.abs(weight)))[:, far]
+    assert np.sqrt((noise**2).mean()) == pytest.approx(0.1, rel=0.05)
+    quiet = explain("smooth_grad", network, volumes, target=1, noise=1e-6)
+    np.testing.assert_allclose(quiet, 2 * np.abs(weight) * volumes, atol=1e-4)
 
 
-def test_smooth_grads_draws_come_from_seed_and_subject(network, volumes):
-    options = {"target": 1, "samples": 2, "noise": 0.1, "progress": False}
-    found = saliency.smooth_grad(network, volumes, subjects=["a", "b", "c"], **options)
-    state = torch.get_rng_state()
-    again = saliency.smooth_grad(network, volumes[[2, 0]], subjects=["c", "a"], **options)
+@pytest.mark.parametrize("method", ["mask", "smooth_grad"])
+def test_draws_come_from_seed_and_subject(network, volumes, method):
+    names, state = np.array(["a", "b", "c"]), torch.get_rng_state()
+    maps = explain(method, network, volumes, target=1, subjects=names)
+    again = explain(method, network, volumes[[2, 0]], target=1, subjects=names[[2, 0]])
+    np.testing.assert_array_equal(again, maps[[2, 0]])
+    reseeded = explain(method, network, volumes, target=1, subjects=names, seed=1)
+    assert np.abs(reseeded - maps).max() > 1e-6
     assert torch.equal(torch.get_rng_state(), state)
-    np.testing.assert_array_equal(again, found[[2, 0]])
-    other = saliency.smooth_grad(network, volumes, subjects=["a", "b", "c"], seed=1, **options)
-    assert np.abs(other - found).max() > 1e-6
 
 
 def test_occlusion_by_hand(volumes):
     """Cubes of 12 voxels from 0, 10 and 20: what a cube loses, averaged over a voxel's cubes."""
-    found = saliency.occlusion(
-        Weighted(np.ones(SHAPE, np.float32)),
-        volumes,
-        window=12,
-        stride=10,
-        target=1,
-        progress=False,
-    )
-    assert np.abs(found).max() > 1
-    for volume, one in zip(volumes.astype(float), found):
+    maps = explain("occlusion", Weighted(np.ones(SHAPE, np.float32)), volumes, target=1)
+    assert np.abs(maps).max() > 1
+    for volume, image in zip(volumes.astype(float), maps):
         lost = volume - gaussian_filter(volume, 5.0, mode="nearest")
         total, count = np.zeros((2, *SHAPE))
-        for x in (0, 10):
-            for y in (0, 10, 20):
-                for z in (0, 10, 20):
-                    cube = (slice(x, x + 12), slice(y, y + 12), slice(z, z + 12))
-                    total[cube] += lost[cube].sum()
-                    count[cube] += 1
-        np.testing.assert_allclose(one, total / count, atol=1e-2)
+        for x, y, z in np.ndindex(2, 3, 3):
+            cube = tuple(slice(10 * n, 10 * n + 12) for n in (x, y, z))
+            total[cube] += lost[cube].sum()
+            count[cube] += 1
+        np.testing.assert_allclose(image, total / count, atol=1e-2)
 
 
-@pytest.mark.parametrize(("window", "stride"), [(23, 4), (8, 9), (8, 0), (0, 0)])
-def test_occlusion_of_cubes_that_do_not_fit(network, volumes, window, stride):
-    message = rf"window <= 22, .* found a stride of {stride} and a window of {window}\."
-    with pytest.raises(ValueError, match=message):
-        explained("occlusion", network, volumes, window=window, stride=stride)
+def test_lrp_by_hand(network, volumes):
+    """Inputs 1, 2, 3; a convolution of taps 2, -1 and bias 0.5; log-odds of 2 a + b + 1.
+
+    Features are 0.5 and 1.5, so the linear layer passes on 2 · 0.5 and 1.5, and its bias keeps 1.
+    Gamma makes the taps 2.5, -1: of 1 = 2.5 · 1 - 2 + 0.5 and of 2.5 = 2.5 · 2 - 3 + 0.5 the
+    inputs get their parts, the bias the rest. Without gamma it is the gradient times the input.
+    """
+
+    class Tiny(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(nn.Conv3d(1, 1, (1, 1, 2)), nn.ReLU())
+            self.linear = nn.Linear(2, 2)
+            values = [[2.0, -1.0], [0.5], [[1.0, 0.0], [3.0, 1.0]], [0.0, 1.0]]
+            for parameter, value in zip(self.parameters(), values):
+                parameter.data = torch.tensor(value).view(parameter.shape)
+
+        def forward(self, volumes):
+            return self.linear(self.layers(volumes).flatten(1))
+
+    volume = np.array([1, 2, 3], np.float32).reshape(1, 1, 1, 3)
+    expected = [2.5, -2 + 2.5 * 2 / 2.5 * 1.5, -3 / 2.5 * 1.5]
+    for target, sign in ((1, 1), (0, -1)):
+        image = explain("lrp", Tiny(), volume, target=target)[0, 0, 0]
+        np.testing.assert_allclose(image, sign * np.array(expected), rtol=1e-5)
+    assert sum(expected) == pytest.approx(3.5 - 1 - 0.5 / 1 * 1 - 0.5 / 2.5 * 1.5)
+    product = explain("gradient_input", network, volumes, target=1)
+    without = explain("lrp", network, volumes, target=1, gamma=0.0)
+    np.testing.assert_allclose(without, product, atol=1e-4 * np.abs(product).max())
 
 
-def test_smoothed_map_by_map():
-    maps = np.random.default_rng(1).standard_normal((2, 9, 10, 11)).astype(np.float32)
-    for one, expected in zip(saliency.smoothed(maps, 1.5), maps):
-        np.testing.assert_allclose(one, gaussian_filter(expected, 1.5, mode="nearest"), atol=1e-6)
+def test_reference_for_and_smoothing(network, volumes, weight):
+    means, target = np.stack([weight, 3 * weight**2]), np.array([1, 0, 1])
+    assert saliency.reference_for("occlusion", means, target) is None
+    other = saliency.reference_for("counterfactual", means, target)
+    np.testing.assert_array_equal(other, means[[0, 1, 0]])
+    difference = saliency.reference_for("gradient_difference", means, target, 1.5)
+    expected = gaussian_filter(means[1] - means[0], 1.5, mode="nearest")
+    np.testing.assert_allclose(difference, [expected, -expected, expected], atol=1e-5)
+    for method in ("mask", "lrp"):
+        plain, smoothed = (explain(method, network, volumes[:1], sigma=s)[0] for s in (0, 1.5))
+        expected = gaussian_filter(plain, 1.5, mode="nearest") if method == "lrp" else plain
+        np.testing.assert_allclose(smoothed, expected, atol=1e-6 * np.abs(plain).max())
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_every_method_alike(name, network, volumes):
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_alike(method, network, volumes):
     """The class predicted by default, the same bits in any company, nothing left on the network."""
     network = copy.deepcopy(network).train()
     network.hidden1[0].bias.requires_grad_(False)
     network.linear.register_forward_hook(lambda *_: None)
 
     def state():
-        return (
-            [m.training for m in network.modules()],
-            [(p.requires_grad, p.grad) for p in network.parameters()],
-            [(len(m._forward_hooks), len(m._backward_hooks)) for m in network.modules()],
-            torch.get_num_threads(),
-        )
+        modules = [(m.training, *map(len, (m._forward_hooks, m._backward_hooks))) for m in parts]
+        return modules, [(p.requires_grad, p.grad) for p in network.parameters()]
+
+    parts = list(network.modules())
 
     before, weights = state(), copy.deepcopy(network.state_dict())
-    found = explained(name, network, volumes)
-    assert found.shape == volumes.shape
-    assert found.dtype == np.float32
-    assert np.isfinite(found).all()
-    assert found.any()
+    maps = explain(method, network, volumes)
+    assert (maps.shape, maps.dtype) == (volumes.shape, np.float32)
+    assert np.isfinite(maps).all()
+    assert maps.any()
     with torch.no_grad():
         logits = copy.deepcopy(network).eval()(torch.from_numpy(volumes.copy())[:, None])
     predicted = logits.argmax(1).numpy()
-    np.testing.assert_array_equal(explained(name, network, volumes, target=predicted), found)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        alone = explained(name, network, volumes[:1])
-        np.testing.assert_array_equal(alone, found[:1])
-    finally:
-        torch.set_num_threads(threads)
+    single = explain(method, network, volumes[:1], target=predicted[:1])
+    np.testing.assert_array_equal(single, maps[:1])
     assert state() == before
     for key, value in network.state_dict().items():
         assert torch.equal(value, weights[key])
-    assert explained(name, network, volumes[:0]).shape == (0, *SHAPE)
+    assert explain(method, network, volumes[:0]).shape == (0, *SHAPE)
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_a_batch_as_a_gpu_has_it_is_one_after_the_other(name, network, volumes, monkeypatch):
-    alone = explained(name, network, volumes, target=np.array([1, 0, 1]))
-    monkeypatch.setattr(networks, "in_batches", partial(IN_BATCHES, size=2))
-    together = explained(name, network, volumes, target=np.array([1, 0, 1]))
-    np.testing.assert_allclose(together, alone, atol=1e-4 * np.abs(alone).max())
+@pytest.mark.parametrize("method", CAPTUM)
+def test_a_batch_as_a_gpu_has_it_is_one_after_the_other(method, network, volumes, monkeypatch):
+    target = np.array([1, 0, 1])
+    single = explain(method, network, volumes, target=target)
+    monkeypatch.setattr(speed, "map_batches", partial(speed.map_batches, size=2))
+    together = explain(method, network, volumes, target=target)
+    np.testing.assert_allclose(together, single, atol=1e-4 * np.abs(single).max())
 
 
-@pytest.mark.parametrize("name", ["gradient", "smooth_grad", "integrated_gradients", "occlusion"])
-def test_the_other_target_turns_the_sign(name, network, volumes):
-    men, women = (explained(name, network, volumes, target=target) for target in (1, 0))
+@pytest.mark.parametrize("method", ["gradient_input", "integrated_gradients", "occlusion", "lrp"])
+def test_the_other_target_turns_the_sign(method, network, volumes):
+    men, women = (explain(method, network, volumes, target=target) for target in (1, 0))
     np.testing.assert_allclose(men, -women, atol=1e-5 * np.abs(men).max())
 
 
-def test_networks_of_slabs_are_explained_too(volumes):
-    torch.manual_seed(0)
-    network = MriNet2d(3, axis=0, channels=2, shape=SHAPE).eval()
-    found = saliency.gradient(network, volumes, target=1, progress=False)
-    slope = plain_gradient(network, volumes[0].copy(), 1)
-    np.testing.assert_allclose(found[0], slope * volumes[0], atol=1e-6)
-
-
-@pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize(
-    ("change", "options", "message"),
+    ("method", "change", "options", "message"),
     [
-        (lambda v: v[0], {}, r"\(N, X, Y, Z\), found \(22, 24, 27\)"),
-        (lambda v: np.where(v > 0.89, np.nan, v), {"target": 1}, "NaN or infinity"),
-        (lambda v: v, {"target": 2}, "target of 0 or 1"),
-        (lambda v: v, {"target": [0, 1]}, "each of 3 volumes"),
+        ("grad_camera", lambda v: v, {}, "a method among mask, .*, found 'grad_camera'"),
+        ("lrp", lambda v: v[0], {}, r"\(N, X, Y, Z\), found \(22, 24, 27\)"),
+        ("gradient_input", lambda v: np.where(v > 0.89, np.nan, v), {}, "NaN or infinity"),
+        ("smooth_grad", lambda v: v, {"target": 2}, "target of 0 or 1"),
+        ("occlusion", lambda v: v, {"target": [0, 1]}, "each of 3 volumes"),
+        ("occlusion", lambda v: v, {"window": 23}, "stride <= window <= 22, .* a window of 23"),
+        ("occlusion", lambda v: v, {"stride": 13}, "found a stride of 13 and a window of 12"),
+        ("grad_cam", lambda v: v, {"layer": "hidden4"}, "layer among hidden1, .*'hidden4'"),
+        ("grad_cam", lambda v: v, {"layer": "linear"}, r"feature maps .* linear has none"),
+        ("counterfactual", lambda v: v, {"reference": None}, "expected a reference, found none"),
+        ("grad_cam", lambda v: v, {"reference": np.zeros(SHAPE)}, "no reference, found one"),
+        ("gradient_difference", lambda v: v, {"reference": np.zeros((5, 6))}, r"found \(5, 6\)"),
     ],
 )
-def test_bad_input(name, network, volumes, change, options, message):
+def test_bad_input(method, change, options, message, network, volumes):
+    settings = {"progress": False} | QUICK.get(method, {})
     with pytest.raises(ValueError, match=message):
-        explained(name, network, change(volumes), **options)
-
-
-@pytest.mark.parametrize(
-    ("name", "option"),
-    [("gradient", "times"), ("integrated_gradients", "reference")],
-)
-@pytest.mark.parametrize(
-    ("image", "message"),
-    [
-        (np.zeros((5, 6)), r"\(22, 24, 27\), or one for each of 3 .* found \(5, 6\)"),
-        (np.full(SHAPE, np.nan), "finite, found NaN"),
-    ],
-)
-def test_image_on_another_grid_or_not_finite(name, option, image, message, network, volumes):
-    with pytest.raises(ValueError, match=message):
-        explained(name, network, volumes, **{option: image})
-
-
-def test_where_a_cell_looks_with_padding_and_dilation():
-    """Same padding moves nothing, a dilation of 2 two voxels, pooling half a voxel and doubles."""
-    network = nn.Sequential(
-        nn.Conv3d(1, 2, 3, padding="same"),
-        nn.ReLU(),
-        nn.Conv3d(2, 2, 3, dilation=2, padding="valid"),
-        nn.MaxPool3d(2),
-        nn.Conv3d(2, 2, (3, 1, 1), padding=(1, 0, 0)),
-    )
-    assert [saliency._centres(network, "4", axis) for axis in range(3)] == [(2, 2.5)] * 3
-    assert saliency._centres(network, "0", 0) == (1, 0)
+        saliency.attribute(network, change(volumes), method, **settings | options)

@@ -22,22 +22,21 @@ from sklearn.metrics import average_precision_score
 from torch import nn
 
 from brainsex import (
-    KEEP_MEMORY,
     archives,
     cohort,
     diffusion,
     networks,
     perturbation,
+    speed,
     synthetic,
     tables,
     training,
     volumes,
 )
-from brainsex.nifti import BRAIN_FA
 from tests.benchmarks import archive, epoch
 from tests.benchmarks.measure import Table, machine, operations, peaks, seconds
 from tests.benchmarks.published import ITERATIONS, deleted, published_mask
-from tests.benchmarks.reading import reading
+from tests.benchmarks.reading import read_cohort
 
 BUILD = Path("build")
 TRAINED = 160  # subjects of 200; the masks are of the others
@@ -51,10 +50,12 @@ def prepare() -> tuple[cohort.Cohort, np.ndarray]:
     with redirect_stdout(sys.stderr):  # the table alone goes to the output
         archives.extract(folder / "archives", folder / "fa")
         volumes.convert(folder / "fa", folder, folder)
-    return cohort.load(folder), synthetic.load_truth(folder)[0] > 0
+    return cohort.load_cohort(folder), synthetic.load_truth(folder)[0] > 0
 
 
-def quality(table: Table, name: str, found, truth: np.ndarray, brain: np.ndarray) -> None:
+def quality(
+    table: Table, name: str, masks_and_probabilities, truth: np.ndarray, brain: np.ndarray
+) -> None:
     """How well masks delete and localise: of each (masks, probabilities after), ours first.
 
     The truth is given within the brain, where masks are judged.
@@ -72,7 +73,9 @@ def quality(table: Table, name: str, found, truth: np.ndarray, brain: np.ndarray
         ("average precision of the mean mask", lambda masks, _: precision([np.mean(masks, 0)])),
     )
     for what, measure in rows:
-        table.add("masks", f"{name}: {what}", "", *(measure(*one) for one in found))
+        table.add(
+            "masks", f"{name}: {what}", "", *(measure(*pair) for pair in masks_and_probabilities)
+        )
 
 
 def masks(data, truth, subjects: int, peak, table: Table) -> None:
@@ -83,7 +86,7 @@ def masks(data, truth, subjects: int, peak, table: Table) -> None:
     training.fit(network, data.volumes[:TRAINED], data.sex[:TRAINED], **SETTINGS)
     held_out, sex = np.array(data.volumes[TRAINED:]), data.sex[TRAINED:]
     correct = (training.predict(network, held_out).argmax(1) == sex).mean()
-    brain = np.mean(data.volumes, 0) > BRAIN_FA
+    brain = np.mean(data.volumes, 0) > volumes.BRAIN_THRESHOLD
     inside = truth[brain]
     table.heading(
         f"Masks: {subjects} held-out subjects, 8 channels, accuracy {correct:.2f} of {len(sex)}; "
@@ -93,29 +96,29 @@ def masks(data, truth, subjects: int, peak, table: Table) -> None:
     names = data.subjects[TRAINED:]
 
     def masked(count, seed=0):
-        some, known = held_out[:count], names[:count]
-        return perturbation.optimise_masks(network, some, subjects=known, seed=seed)
+        options = {"subjects": names[:count], "seed": seed}
+        return perturbation.optimise_masks(network, held_out[:count], **options)
 
     masked(2)  # warm
     start = time.perf_counter()
-    found = masked(len(held_out))
+    ours = masked(len(held_out))
     ours_s = (time.perf_counter() - start) / len(held_out)
-    chosen, after = found.history["target"], found.history["after"]
+    chosen, after = ours.history["target"], ours.history["after"]
     start = time.perf_counter()
     plain = [published_mask(network, held_out[n], chosen[n], seed=n) for n in range(subjects)]
     plain_s = (time.perf_counter() - start) / subjects
     left = [deleted(network, held_out[n], plain[n], chosen[n]) for n in range(subjects)]
     share = _share_of_peak(network, held_out, ours_s, peak)
     table.add("masks", "8 channels: a mask", "s", ours_s, plain_s, share)
-    compared = (found.masks[:subjects], after[:subjects]), (plain, left)
+    compared = (ours.masks[:subjects], after[:subjects]), (plain, left)
     quality(table, f"{subjects} subjects", compared, inside, brain)
-    quality(table, f"{len(held_out)} subjects", [(found.masks, after)], inside, brain)
-    with patch.object(networks, "precision", lambda device: torch.float32):
+    quality(table, f"{len(held_out)} subjects", [(ours.masks, after)], inside, brain)
+    with patch.object(networks, "fast_precision", lambda device: torch.float32):
         exact, other = (masked(subjects, seed).masks for seed in (0, 1))
-    pairs = ("float32 and this precision", found.masks[:subjects]), ("two seeds in float32", other)
-    for what, one in pairs:
-        both = np.corrcoef(one.ravel(), exact.ravel())[0, 1]
-        table.add("masks", f"{subjects} subjects: correlation of masks, {what}", "", both)
+    pairs = ("float32 and this precision", ours.masks[:subjects]), ("two seeds in float32", other)
+    for what, maps in pairs:
+        correlation = np.corrcoef(maps.ravel(), exact.ravel())[0, 1]
+        table.add("masks", f"{subjects} subjects: correlation of masks, {what}", "", correlation)
 
 
 def masks_at_full_width(held_out: np.ndarray, peak, table: Table) -> None:
@@ -131,13 +134,13 @@ def masks_at_full_width(held_out: np.ndarray, peak, table: Table) -> None:
     table.add("masks", what, "s", ours, plain * ITERATIONS / part, share)
 
 
-def _share_of_peak(network, some, seconds_a_mask: float, peak) -> float:
+def _share_of_peak(network, volumes_, seconds_a_mask: float, peak) -> float:
     """What the convolutions of a mask's iterations need, over what the machine could do."""
-    fast = networks.folded(network)
-    one = torch.from_numpy(some[:1])[:, None].to(networks.device()).requires_grad_()
-    count = operations(lambda: fast(one).sum().backward())
+    fast = speed.inference_copy(network, networks.device())
+    volume = torch.from_numpy(volumes_[:1])[:, None].to(networks.device()).requires_grad_()
+    count = operations(lambda: fast(volume).sum().backward())
     iterations = perturbation.optimise_masks.__kwdefaults__["iterations"]
-    return count * iterations / seconds_a_mask / peak[networks.precision(networks.device())]
+    return count * iterations / seconds_a_mask / peak[networks.fast_precision(networks.device())]
 
 
 def convert(table: Table) -> None:
@@ -149,7 +152,10 @@ def convert(table: Table) -> None:
     synthetic.write_cohort(folder, subjects=32, spacing=1.25)
     with redirect_stdout(sys.stderr):
         archives.extract(folder / "archives", folder / "made")
-    made, names = sorted((folder / "made").glob("*.nii.gz")), tables.read(tables.find(folder)).index
+    made, names = (
+        sorted((folder / "made").glob("*.nii.gz")),
+        tables.read_people(tables.find_people(folder)).index,
+    )
     shutil.rmtree(folder / "fa", ignore_errors=True)
     (folder / "fa").mkdir()
     paths = [folder / "fa" / f"{name}.nii.gz" for name in names[: 8 * len(made)]]
@@ -199,35 +205,13 @@ def fit(table: Table) -> None:
 
     def ours():
         with redirect_stdout(sys.stderr):
-            diffusion.fit(folder, folder / "fa", workers=1, overwrite=True)
+            diffusion.fit_folder(folder, folder / "fa", workers=1, overwrite=True)
 
     def dipys():
         _ = TensorModel(table_).fit(signal[..., keep], mask=mask).fa
 
     table.heading(f"Fitting: {mask.sum()} voxels, {keep.sum()} of {len(bvals)} volumes, one worker")
     table.add("fit", "a series, read, fitted, written", "s", seconds(ours, 2), seconds(dipys, 2))
-
-
-def train(data, peak, table: Table) -> None:
-    """A training epoch in the machine's fast precision against float32."""
-    table.heading("Training: an epoch of 30 subjects in batches of 10, against float32")
-    rows = slice(0, 30)
-    few, sex = np.array(data.volumes[rows]), data.sex[rows]
-    dtype = networks.precision(networks.device())
-    for channels in (8, 32):
-        network = networks.MriNet3d(channels)
-        options = {"epochs": 1, "batch_size": 10, "progress": False}
-
-        def epoch(precision, network=network, options=options):
-            training.fit(network, few, sex, precision=precision, **options)
-
-        def step(network=network):
-            batch = torch.from_numpy(few[:10])[:, None]
-            network(batch).sum().backward()
-
-        ours, plain = (seconds(lambda p=p: epoch(p), 2) / len(sex) for p in (dtype, torch.float32))
-        share = operations(step) / 10 / ours / peak[dtype]
-        table.add("train", f"{channels} channels: a subject", "s", ours, plain, share)
 
 
 def accuracy(data, table: Table) -> None:
@@ -241,19 +225,19 @@ def accuracy(data, table: Table) -> None:
         torch.manual_seed(seed)
         network = networks.MriNet3d(8)
         training.fit(network, data.volumes[:TRAINED], data.sex[:TRAINED], seed=seed, **SETTINGS)
-        found = training.predict(network, held_out)
-        loss = -np.log(found[np.arange(len(sex)), sex]).mean()
-        return float(loss), float((found.argmax(1) == sex).mean())
+        predicted = training.predict(network, held_out)
+        loss = -np.log(predicted[np.arange(len(sex)), sex]).mean()
+        return float(loss), float((predicted.argmax(1) == sex).mean())
 
     for seed in range(4):
         ours = tested(seed)
         with (
-            patch.object(networks._Hidden, "forward", nn.Sequential.forward),
-            patch.object(networks, "precision", lambda device: torch.float32),
+            patch.object(speed, "training_forward", lambda network, batch: network(batch)),
+            patch.object(networks, "fast_precision", lambda device: torch.float32),
         ):
             plain = tested(seed)
-        for what, one, other in zip(("loss (nats)", "accuracy"), ours, plain):
-            table.add("train", f"{what}, seed {seed}", "", one, other)
+        for what, *pair in zip(("loss (nats)", "accuracy"), ours, plain):
+            table.add("train", f"{what}, seed {seed}", "", *pair)
 
 
 def train_published(table: Table) -> None:
@@ -262,13 +246,15 @@ def train_published(table: Table) -> None:
         f"Training: an epoch of {epoch.TRAINED} subjects in batches of {epoch.BATCH} with its "
         f"validation on {epoch.VALIDATED}, 32 channels, against the published loop"
     )
-    found = {}
-    for way, more in (("ours", KEEP_MEMORY), ("published", {})):
+    results = {}
+    for way, more in (("ours", speed.MALLOC_ENVIRONMENT), ("published", {})):
         call = [sys.executable, "-m", "tests.benchmarks.epoch", way, BUILD / "benchmark-cohort"]
-        said = subprocess.run(call, env=os.environ | more, check=True, stdout=subprocess.PIPE)
-        found[way] = json.loads(said.stdout)
+        done = subprocess.run(call, env=os.environ | more, check=True, stdout=subprocess.PIPE)
+        results[way] = json.loads(done.stdout)
     for what, unit, name in (("a subject", "s", "seconds"), ("peak memory", "GB", "gb")):
-        table.add("train", f"32 channels: {what}", unit, *(one[name] for one in found.values()))
+        table.add(
+            "train", f"32 channels: {what}", unit, *(result[name] for result in results.values())
+        )
 
 
 def gpu(data, table: Table) -> None:
@@ -285,7 +271,7 @@ def gpu(data, table: Table) -> None:
     took = seconds(lambda: perturbation.optimise_masks(network, volumes), 2)
     table.add("gpu", f"masks of {subjects} subjects", "s", took * subjects / count)
     few = torch.from_numpy(volumes[:45])[:, None].to(device, memory_format=torch.channels_last_3d)
-    fast = networks.place(networks.MriNet3d(32), device).to(torch.bfloat16)
+    fast = networks.to_device(networks.MriNet3d(32), device).to(torch.bfloat16)
     layers = [hidden[0] for hidden in (fast.hidden1, fast.hidden2, fast.hidden3)]
 
     def convolutions():
@@ -304,30 +290,6 @@ def gpu(data, table: Table) -> None:
     table.add("gpu", f"{folds} folds of {epochs} epochs, {subjects} subjects", "s", whole)
 
 
-def train_slabs(data, peak, table: Table) -> None:
-    """An epoch of the 2D network at the study's width; its goal is 10 s on two cores."""
-    few, sex = np.array(data.volumes), data.sex
-    network = networks.MriNet2d(5)
-    slabs = network.shape[network.axis] // network.depth
-    subjects = 128 // slabs
-    table.heading(
-        f"Training on slabs: an epoch of {len(sex)} subjects x {slabs} slabs, 32 channels, in "
-        f"batches of {subjects} subjects, against float32"
-    )
-    dtype = networks.precision(networks.device())
-
-    def epoch(precision):
-        options = {"epochs": 1, "batch_size": subjects, "precision": precision}
-        training.fit(network, few, sex, progress=False, **options)
-
-    def step():
-        network(torch.from_numpy(few[:subjects])[:, None]).sum().backward()
-
-    ours, plain = (seconds(lambda p=p: epoch(p), 2) for p in (dtype, torch.float32))
-    share = operations(step) / subjects * len(sex) / ours / peak[dtype]
-    table.add("train", "2D, 32 channels: an epoch", "s", ours, plain, share)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
     parser.add_argument("--subjects", type=int, default=4, help="of the published loop")
@@ -339,11 +301,9 @@ def main() -> None:
     peak = peaks(networks.device(), table)
     data, truth = prepare()
     convert(table)
-    archive.reading(BUILD / "benchmark-archives", table)
+    archive.read_member(BUILD / "benchmark-archives", table)
     fit(table)
-    reading(BUILD / "benchmark-reading" / "tensors.npy", table)
-    train(data, peak, table)
-    train_slabs(data, peak, table)
+    read_cohort(BUILD / "benchmark-reading" / "tensors.npy", table)
     train_published(table)
     accuracy(data, table)
     masks(data, truth, arguments.subjects, peak, table)

@@ -30,7 +30,7 @@ def _made(path: Path, how: int) -> None:
     inner.unlink()
 
 
-def reading(folder: Path, table: Table) -> None:
+def read_member(folder: Path, table: Table) -> None:
     table.heading(
         "Archives: a member of an inner archive of 1 GB, against reading its bytes, inflating them "
         "and their checksum (where the inner archive is compressed, all of its bytes)"
@@ -42,8 +42,8 @@ def reading(folder: Path, table: Table) -> None:
 
         def ours(path=path):
             with ExitStack() as stack:
-                (member,) = archives.find(path, path.name, ("*_FA.nii",), stack, folder)
-                for _ in archives.chunks(member, archives.MAX_MEMBER):
+                (member,) = archives.find_members(path, path.name, ("*_FA.nii",), stack, folder)
+                for _ in archives.member_chunks(member, archives.MAX_MEMBER):
                     pass
 
         start, size = _place(path, how)

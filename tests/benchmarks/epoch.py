@@ -18,7 +18,7 @@ TRAINED, VALIDATED, BATCH = 90, 10, 45
 
 
 def main(way: str, folder: str) -> None:
-    data = cohort.load(folder)
+    data = cohort.load_cohort(folder)
     volumes, sex = np.array(data.volumes[: TRAINED + VALIDATED]), data.sex
     train = volumes[:TRAINED], sex[:TRAINED]
     validation = volumes[TRAINED:], sex[TRAINED : TRAINED + VALIDATED]

@@ -59,14 +59,14 @@ def peaks(device: torch.device, table: Table) -> dict[torch.dtype, float]:
     """Operations a second of a large matrix product: what the machine can do."""
     size, taken = (8192 if device.type == "cuda" else 2048), {}
     for dtype in (torch.float32, torch.bfloat16):
-        one = torch.randn(size, size, device=device).to(dtype)
-        taken[dtype] = seconds(lambda one=one: one @ one, 5)
-    found = {dtype: 2 * size**3 / took for dtype, took in taken.items()}
-    plain, fast = (f"{found[dtype] / 1e9:.0f} GFLOP/s in {str(dtype)[6:]}" for dtype in found)
+        matrix = torch.randn(size, size, device=device).to(dtype)
+        taken[dtype] = seconds(lambda matrix=matrix: matrix @ matrix, 5)
+    rates = {dtype: 2 * size**3 / took for dtype, took in taken.items()}
+    plain, fast = (f"{rate / 1e9:.0f} GFLOP/s in {str(dtype)[6:]}" for dtype, rate in rates.items())
     table.heading("Machine: a large matrix product, bfloat16 against float32")
     what = f"{size} x {size}: {fast}, {plain}"
     table.add("machine", what, "s", taken[torch.bfloat16], taken[torch.float32])
-    return found
+    return rates
 
 
 def machine() -> dict:
@@ -77,9 +77,10 @@ def machine() -> dict:
     return {
         "date": date.today().isoformat(),
         "cpu": model or platform.machine(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-        "precision": str(networks.precision(networks.device())),
+        "precision": str(networks.fast_precision(networks.device())),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,

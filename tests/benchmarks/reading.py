@@ -1,6 +1,5 @@
 """Reading a cohort larger than memory: one in ten of its volumes, from the disk."""
 
-import hashlib
 import os
 import sys
 import time
@@ -10,15 +9,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from brainsex import SHAPE, networks
-from brainsex.cohort import Rows
+from brainsex import SHAPE, speed
+from brainsex.cohort import VolumeRows
 from tests.benchmarks.measure import Table
 
 VOLUMES, TAKEN, BATCH = 2000, 200, 40  # so few that what is read beside them is of no use
 COHORT = 40_000
 
 
-def reading(path: Path, table: Table) -> None:
+def read_cohort(path: Path, table: Table) -> None:
     """Batches in random order as training reads them, and by a plain map, against one sweep."""
     if sys.platform != "linux":
         print("\nReading is measured on Linux alone.")
@@ -42,12 +41,7 @@ def reading(path: Path, table: Table) -> None:
     def batches(form: Callable):
         source = form(np.load(path, mmap_mode="r"))
         for rows in np.array_split(order, TAKEN // BATCH):
-            networks.batch(source, rows, torch.device("cpu"))
-
-    def hashed():
-        found = hashlib.sha256()
-        for one in np.load(path, mmap_mode="r")[:TAKEN]:
-            found.update(one)
+            speed.read_batch(source, rows, torch.device("cpu"))
 
     table.heading(
         f"Reading {TAKEN} of {VOLUMES} volumes of {volume / 1e6:.2f} MB from the disk, scaled to "
@@ -55,9 +49,10 @@ def reading(path: Path, table: Table) -> None:
     )
     sweep, swept_bytes = _cold(swept, path)
     ways = {
-        "random order, as in training": lambda: batches(lambda v: Rows(v, np.arange(VOLUMES))),
+        "random order, as in training": lambda: batches(
+            lambda v: VolumeRows(v, np.arange(VOLUMES))
+        ),
         "random order, by a plain map": lambda: batches(lambda v: v),
-        "the fingerprint (SHA-256)": hashed,
     }
     for what, way in ways.items():
         took, read = _cold(way, path)

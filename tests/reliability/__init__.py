@@ -1,1 +1,1 @@
-"""What survives kills, Ctrl-C, full disks and second runs: measured here, tested beside."""
+"""What survives kills, Ctrl-C and hostile files; tests/test_reliability.py runs it."""

@@ -1,12 +1,13 @@
 """Kill commands at random moments, start them again until they are done, and compare.
 
-Each attempt is a fork of this process, which has imported everything and computed nothing: so a
-kill falls within the work, not within imports.
+An attempt is a fork of this process, which has imported everything and computed nothing: so a kill
+falls within the work, not within imports. ``python -m tests.reliability.kills`` prints the figures.
 """
 
 import contextlib
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -15,6 +16,7 @@ import sys
 import tempfile
 import time
 import traceback
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -22,35 +24,42 @@ import pandas as pd
 import torch
 import torch._dynamo  # which Adam would import in each attempt
 
-from brainsex import masks, runs, volumes
+from brainsex import explain, storage, volumes
 from brainsex.__main__ import main
 from tests.test_diffusion import save, series
 
-KILLS = {"extract": 25, "convert": 25, "train": 25, "train, 2 workers": 5, "masks": 20, "fa": 25}
-"""How many at least in `make soak`."""
-CV = "--channels 2 --folds 2 --batch-size 6 --lr 0.003 --milestones 3".split()
+KILLS = {"extract": 20, "convert": 20, "train": 20, "train, 2 workers": 5, "masks": 15, "fa": 20}
+"""Kills of each command, at least, in `make soak`."""
+TRAIN = "--channels 2 --folds 2 --batch-size 6 --lr 0.003 --milestones 3".split()
+FINISHED = {"convert": ".parts/[!.]*.npz", "train": "fold-*.json", "masks": "mask/*.nii.gz"}
+"""Files that no later run may write again; of other commands the volumes of the subjects."""
 
 
-def make(folder: Path, copies: int = 1, epochs: int = 6) -> dict[str, list[str]]:
-    """Small inputs, each subject so many times, and the arguments of every command; OUT is open."""
+def make_inputs(folder: Path, copies: int = 1, epochs: int = 6) -> dict[str, list[str]]:
+    """Write 12 subjects, `copies` times each, and return each command; OUT stands for its folder.
+
+    Only extract, convert and fa take the copies.
+    """
     data, small = folder / "cohort", folder / "small"
     main(["synthesize", str(data), "--subjects", "12", "--spacing", "5"])
     main(["extract", str(data), str(data / "fa")])
     volumes.convert(data / "fa", data, small, shape=(22, 22, 22))
-    main(["train", str(small), str(folder / "networks"), *CV, "--epochs", "1", "--workers", "1"])
+    main(["train", str(small), str(folder / "networks"), *TRAIN, "--epochs", "1", "--workers", "1"])
     people = pd.read_csv(data / "unrestricted_behavioral.csv", dtype=str).set_index("Subject")
     rows = []
-    for n, path in itertools.product(range(copies), sorted((data / "archives").glob("*.zip"))):
-        old, new = path.name.split("_")[0], f"{n}{path.name.split('_')[0]}"
-        for place, end in (("packages", "_FA.zip"), ("people/fa", ".nii.gz")):
-            (folder / place).mkdir(parents=True, exist_ok=True)
-            source = path if end == "_FA.zip" else data / "fa" / f"{old}.nii.gz"
-            os.link(source, folder / place / f"{new}{end}")
-        rows.append({"Subject": new, "Gender": people.at[old, "Gender"]})
-        save(folder / "series" / new / "T1w" / "Diffusion", series(seed=len(rows) % 7))
+    for copy, path in itertools.product(range(copies), sorted((data / "archives").glob("*.zip"))):
+        original = path.name.split("_")[0]
+        subject = f"{copy}{original}"
+        links = {f"packages/{subject}_FA.zip": path}
+        links[f"people/fa/{subject}.nii.gz"] = data / "fa" / f"{original}.nii.gz"
+        for name, source in links.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            os.link(source, folder / name)
+        rows.append({"Subject": subject, "Gender": people.at[original, "Gender"]})
+        save(folder / "series" / subject / "T1w" / "Diffusion", series(seed=len(rows) % 7))
     table = pd.DataFrame(rows)
     table.to_csv(folder / "people" / "unrestricted_behavioral.csv", index=False)
-    train = ["train", str(small), "OUT", *CV, "--epochs", str(epochs), "--workers"]
+    train = ["train", str(small), "OUT", *TRAIN, "--epochs", str(epochs), "--workers"]
     return {
         "extract": ["extract", str(folder / "packages"), "OUT"],
         "convert": f"convert {folder}/people --fa {folder}/people/fa --out OUT".split(),
@@ -61,20 +70,26 @@ def make(folder: Path, copies: int = 1, epochs: int = 6) -> dict[str, list[str]]
     }
 
 
-def forked(work) -> int:
-    """Do something in a child process, the head of its own group."""
+def start(arguments: list[str], out: Path) -> int:
+    """Start a command in a child process, the head of its own group; return its ID."""
     if pid := os.fork():
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.setpgid(pid, pid)
         return pid
     os.setpgid(0, 0)
-    code = 2
+    with (out.parent / f"{out.name}.log").open("a") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    explain.CHUNK, replace, code = 2, os.replace, 1
+
+    def replace_slowly(*paths) -> None:  # between a file's writing and its naming kills are worst
+        time.sleep(0.005)
+        replace(*paths)
+
+    os.replace = replace_slowly
     try:
-        work()
+        main([str(out) if word == "OUT" else word for word in arguments])
         code = 0
-    except SystemExit as stop:
-        print(stop, file=sys.stderr)
-        code = 1
     except BaseException:
         traceback.print_exc()
     finally:
@@ -82,30 +97,9 @@ def forked(work) -> int:
         os._exit(code)
 
 
-def start(arguments: list[str], out: Path) -> int:
-    def work() -> None:
-        with (out.parent / f"{out.name}.log").open("a") as log:
-            os.dup2(log.fileno(), 1)
-            os.dup2(log.fileno(), 2)
-        masks.CHUNK, replace = 2, os.replace
-
-        def slowly(*paths) -> None:  # between a file's writing and its naming kills are worst
-            time.sleep(0.005)
-            replace(*paths)
-
-        os.replace = slowly
-        main([str(out) if word == "OUT" else word for word in arguments])
-
-    return forked(work)
-
-
-def ended(pid: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-def gone(group: int) -> None:
-    """Wait until no process of a group is left: what outlives its parent by 20 s fails."""
-    for _ in range(2000):
+def wait_for_group(group: int) -> None:
+    """Wait until no process of a group is left; one that outlives its parent by a minute fails."""
+    for _ in range(6000):
         try:
             os.killpg(group, 0)
         except ProcessLookupError:
@@ -114,116 +108,87 @@ def gone(group: int) -> None:
     raise AssertionError(f"processes of {group} outlive the run that was killed")
 
 
-def tree(folder: Path) -> dict[str, bytes]:
-    """Files under final names; none of them hidden, but for the lock."""
-    found = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    return {name: content for name, content in found.items() if name != ".lock"}
+def read_tree(folder: Path) -> dict[str, bytes]:
+    """Read the files of a folder at any depth, but for its lock."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
-def check(out: Path, expected: dict[str, bytes]) -> None:
-    """Each file under a final name is the undisturbed run's, or on the way to it, and whole."""
-    for path in (path for path in out.rglob("*") if path.is_file()):
-        name = str(path.relative_to(out))
-        if path.name.endswith(".partial") or name == ".lock":
-            continue
-        if path.suffix == ".npz":  # of convert, which deletes them
+def check_whole(out: Path, expected: dict[str, bytes]) -> None:
+    """Assert that each file under a final name is whole, and the undisturbed run's or a part."""
+    for name in read_tree(out):
+        path = out / name
+        if path.suffix == ".npz":
             with np.load(path) as part:
-                assert all(np.isfinite(part[key]).all() for key in part.files)
+                assert np.isfinite(part["volume"]).all()
         elif path.suffix == ".checkpoint":
             assert torch.load(path, weights_only=True)["history"]
-        elif name == "masks.csv":  # which grows
-            rows = path.read_bytes().splitlines()
-            assert set(rows) <= set(expected[name].splitlines()), name
-        else:
+        elif path.suffix != ".partial":
             assert path.read_bytes() == expected[name], name
 
 
-def finished(out: Path, command: str) -> dict[Path, tuple[int, int]]:
-    """Inode and time of what no later run may make again."""
-    paths = {
-        "extract": lambda: out.glob("*.nii.gz"),
-        "fa": lambda: out.glob("*.nii.gz"),
-        "convert": lambda: out.glob(".convert-*/[!.]*.npz"),
-        "train": lambda: (p.with_suffix(end) for p in out.glob("fold-*.json") for end in ENDS),
-        "masks": lambda: saved(out),
-    }[command.split(",")[0]]()
+def finished_files(out: Path, command: str) -> dict[Path, tuple[int, int]]:
+    """Return inode and time of the files that no later run may write again."""
+    paths = list(out.glob(FINISHED.get(command.split(",")[0], "*.nii.gz")))
+    if command.startswith("train"):
+        paths += [path.with_suffix(".pt") for path in paths]
     return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in paths}
 
 
-ENDS = (".json", ".pt")
-
-
-def saved(out: Path):
-    if (out / "masks.csv").is_file():
-        for subject in pd.read_csv(out / "masks.csv", dtype=str)["Subject"]:
-            yield from masks._paths(out, subject)
-
-
-def kill(command: str, arguments: list[str], folder: Path, least: int, draw) -> dict:
-    """At least so many kills of a command; an AssertionError where anything is lost or differs."""
+def kill(command: str, arguments: list[str], folder: Path, least: int, draw: random.Random) -> dict:
+    """Kill a command `least` times or more; AssertionError where anything is lost or differs."""
     began = time.monotonic()
-    assert ended(start(arguments, folder / "whole")) == 0, (folder / "whole.log").read_text()
-    duration, expected = time.monotonic() - began, tree(folder / "whole")
-    assert not any(Path(name).name.startswith(".") for name in expected)
-    found = {"kills": 0, "partial": 0, "kept": 0, "runs": 0, "duration": duration}
-    while found["kills"] < least:
-        out, before = folder / f"out-{found['runs']}", {}
-        found["runs"] += 1
-        while True:
+    pid = start(arguments, folder / "whole")
+    assert os.waitpid(pid, 0)[1] == 0, (folder / "whole.log").read_text()
+    duration, expected = time.monotonic() - began, read_tree(folder / "whole")
+    assert not any(part.startswith(".") for name in expected for part in Path(name).parts)
+    figures = {"kills": 0, "runs": 0, "partial files": 0, "finished files kept": 0}
+    while figures["kills"] < least:
+        out, before = folder / f"out-{figures['runs']}", {}
+        figures["runs"] += 1
+        for attempts in itertools.count():
             pid = start(arguments, out)
-            time.sleep(draw.uniform(0, 0.9 * duration))
+            time.sleep(draw.uniform(0, 0.9 * duration) * (1 + attempts / 8))  # so one gets there
             if os.waitpid(pid, os.WNOHANG)[0]:
-                break  # and was not waited for again: its code is seen in what it left
-            alone, overlap = draw.random() < 0.5, draw.random() < 0.5
-            (os.kill if alone else os.killpg)(pid, signal.SIGKILL)
+                break  # it was done before: what it left shows how it ended
+            only_parent, overlap = draw.random() < 0.5, draw.random() < 0.5
+            (os.kill if only_parent else os.killpg)(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
-            found["kills"] += 1
+            figures["kills"] += 1
             if not overlap:
-                gone(pid)
-            check(out, expected)
-            found["partial"] += len(list(out.rglob(".*.partial")))
+                wait_for_group(pid)
+            check_whole(out, expected)
+            figures["partial files"] += len(list(out.rglob(".*.partial")))
             if overlap:
                 continue  # the next one starts while orphans may still be there
-            now = finished(out, command)
-            lost = {p for p, stamp in before.items() if p in now and now[p] != stamp}
-            assert not lost, f"{command}: made again: {lost}"
+            now = finished_files(out, command)
+            repeated = {path for path in before.keys() & now if now[path] != before[path]}
+            assert not repeated, f"{command}: made again: {repeated}"
             before |= now
-            found["kept"] = max(found["kept"], len(before))
+            figures["finished files kept"] = max(figures["finished files kept"], len(before))
         log = (folder / f"{out.name}.log").read_text()
-        assert tree(out) == expected, f"{command}: differs from an undisturbed run\n{log[-2000:]}"
-        now = finished(out, command)
+        assert read_tree(out) == expected, f"{command}: another result than undisturbed\n{log}"
+        now = finished_files(out, command)
         assert all(now.get(path, stamp) == stamp for path, stamp in before.items())
         shutil.rmtree(out)
-    return found
+    return figures | {"seconds undisturbed": round(duration, 2)}
 
 
-def survived(kills: dict[str, int], seed: int = 0) -> dict[str, dict]:
-    """Figures of each command after so many kills of it."""
-    draw, found = random.Random(seed), {}
-    runs.environment()  # once: a commit on the way would be on record
-    with tempfile.TemporaryDirectory() as folder:
-        made = Path(folder, "made.json")
-        work = forked(lambda: made.write_text(json.dumps(make(Path(folder, "made"), copies=3))))
-        assert ended(work) == 0
-        arguments = json.loads(made.read_text())
+def measure(kills: dict[str, int], seed: int = 0) -> dict[str, dict]:
+    """Return the figures of each command after so many kills of it."""
+    draw, figures = random.Random(seed), {}
+    storage.environment()  # once: a commit on the way would be on record
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+            commands = pool.submit(make_inputs, folder / "made", copies=3).result()
         for command, least in kills.items():
-            place = Path(folder, command.replace(", ", "-").replace(" ", "-"))
+            place = folder / command.replace(", ", "-").replace(" ", "-")
             place.mkdir()
-            found[command] = kill(command, arguments[command], place, least, draw)
-            print(command, found[command], file=sys.stderr, flush=True)
-    return found
-
-
-def figures() -> list[tuple[str, str]]:
-    """Rows of the README's table."""
-    return [
-        (
-            f"`{command}`: kills survived, of {each['runs']} runs",
-            f"{each['kills']}; results identical, no finished work repeated",
-        )
-        for command, each in survived(KILLS).items()
-    ]
+            figures[command] = kill(command, commands[command], place, least, draw)
+            print(command, figures[command], file=sys.stderr, flush=True)
+    return figures
 
 
 if __name__ == "__main__":  # a process of its own, for tests whose process has threads
-    print(json.dumps(survived(json.loads(sys.argv[1]), int(sys.argv[2]))))
+    print(json.dumps(measure(*map(json.loads, sys.argv[1:3] or [json.dumps(KILLS)]))))

@@ -1,9 +1,7 @@
-"""Test with the lowest versions that the requirements allow, or with the newest.
+"""Test with the lowest versions that pyproject.toml allows, or with the newest.
 
 ``python -m tests.reliability.versions {lowest,newest} [--python PYTHON]`` makes a virtual
-environment in build/, fills it from requirements.txt, requirements-diffusion.txt and the test extra
-of pyproject.toml, and runs the test suite with it: what pytest ends with, this ends with. It needs
-nothing installed, and downloads what it installs. PYTHON is the interpreter, else this one.
+environment in build/ and runs the test suite with it. It downloads what it installs.
 """
 
 import argparse
@@ -14,41 +12,26 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = ("requirements.txt", "requirements-diffusion.txt")
 
 
-def requirements() -> list[str]:
-    """What the project asks for but for itself, one requirement each."""
-    lines = [
-        line.split("#")[0].strip()
-        for name in FILES
-        for line in (ROOT / name).read_text(encoding="utf-8").splitlines()
-    ]
+def requirements(which: str) -> list[str]:
+    """Return what the project and its extras need; of the lowest version allowed, or any."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    asked = lines + project["optional-dependencies"]["test"]
-    return [line for line in asked if line and not line.startswith("-")]
-
-
-def lowest(requirement: str) -> str:
-    """The same, of its lowest version; what is pinned stays so."""
-    return requirement.replace(">=", "==", 1)
+    needed = sum(project["optional-dependencies"].values(), project["dependencies"])
+    return [line.replace(">=", "==") for line in needed] if which == "lowest" else needed
 
 
 def install(which: str, python: str) -> str:
-    """Make the environment anew, and give its interpreter."""
-    ask = [python, "-c", "import platform; print(platform.python_version())"]
-    version = subprocess.check_output(ask, text=True).strip()
+    """Make the environment anew, and return its interpreter."""
+    code = "import platform; print(platform.python_version())"
+    version = subprocess.check_output([python, "-c", code], text=True).strip()
     folder = ROOT / "build" / f"versions-{which}-{version}"
     subprocess.run([python, "-m", "venv", "--clear", folder], check=True)
     scripts = sysconfig.get_path("scripts", "venv", {"base": str(folder)})
-    inside = str(Path(scripts, "python"))
-    pip = [inside, "-m", "pip", "install", "--quiet"]
-    wanted = requirements()
-    if which == "lowest":
-        wanted = [lowest(each) for each in wanted]
-    subprocess.run([*pip, *wanted], check=True)
+    pip = [Path(scripts, "python"), "-m", "pip", "install", "--quiet"]
+    subprocess.run([*pip, *requirements(which)], check=True)
     subprocess.run([*pip, "--no-deps", "--editable", ROOT], check=True)
-    return inside
+    return pip[0]
 
 
 def main() -> int:

@@ -1,0 +1,264 @@
+"""How networks run fast: the same functions as the plain ones of `networks`, in another order."""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import joblib
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from tqdm.auto import tqdm
+
+from brainsex import networks
+
+CPU_BATCH = 2
+"""Volumes a pass on a CPU: one alone in float32 takes twice as long, more than a few leave the
+cache (tests/benchmarks)."""
+GPU_BATCH = 32
+"""Volumes a pass on a GPU."""
+
+MALLOC_ENVIRONMENT = {
+    "GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=8000000000"
+}
+"""For child processes: glibc keeps the memory of a training step for the next one, whose pages the
+kernel would otherwise clear anew."""
+
+
+def training_forward(network: nn.Module, batch: Tensor) -> Tensor:
+    """Compute ``network(batch)`` in training mode; our networks faster than by their own forward.
+
+    Pooling comes before the ReLU, with which a maximum commutes. The first batch norm of `MriNet3d`
+    is folded into its convolution, as in inference: mean and variance of what a convolution makes
+    of one channel follow from the moments of that channel. So the largest tensors are never
+    normalised, and on a CPU they are made and pooled `CPU_BATCH` volumes at a time, in the cache.
+    Statistics and gradients are those of the whole batch.
+    """
+    if type(network) is networks.MriNet3d and network.training:
+        networks.check_input(batch, network.shape)
+        features = _first_layer(network.hidden1, batch)
+        features = _hidden_layer(network.hidden3, _hidden_layer(network.hidden2, features))
+        return network.linear(network.dropout(features.flatten(1)))
+    if type(network) is networks.MriNet2d:
+        features = network.convolution(network.slabs(batch))
+        for layer in (network.hidden1, network.hidden2, network.hidden3):
+            features = _hidden_layer(layer, features)
+        logits = network.linear(network.dropout(features.flatten(1)))
+        return logits.unflatten(0, (len(batch), -1))
+    return network(batch)
+
+
+def _hidden_layer(layer: nn.Sequential, features: Tensor) -> Tensor:
+    """Compute ``layer(features)``, plain or residual, with the pooling before the ReLU."""
+    convolution, norm, relu, pooling, *projection = layer
+    normed = norm(convolution(features))
+    if projection:
+        normed = normed + projection[0](features[..., 1:-1, 1:-1])
+    return relu(_MaxPool3d(2)(normed) if normed.ndim == 5 else pooling(normed))
+
+
+class _MaxPool3d(nn.MaxPool3d):
+    """Max pooling that keeps the input's dtype; CPU autocast would upcast to float32."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        with torch.autocast(features.device.type, enabled=False):
+            return super().forward(features)
+
+
+def _first_layer(layer: nn.Sequential, volumes: Tensor) -> Tensor:
+    """Compute ``layer(volumes)`` of volumes (N, 1, X, Y, Z) with the batch norm folded."""
+    convolution, norm, relu, _ = layer
+    # Batch norm removes any constant; without it bfloat16 gradients cancel less. Rounded to
+    # bfloat16, the constant leaves a background of zeros exact.
+    offset = volumes.detach().mean().bfloat16().float()
+    chunks = (volumes - offset).split(CPU_BATCH if volumes.device.type == "cpu" else len(volumes))
+    weight, bias = _fold_batch_norm(convolution, norm, chunks, offset)
+    pooling = _MaxPool3d(2)
+    pooled = torch.cat([pooling(nn.functional.conv3d(chunk, weight)) for chunk in chunks])
+    return relu(pooled + bias.view(-1, 1, 1, 1))  # in the bias's precision
+
+
+def _fold_batch_norm(
+    convolution: nn.Conv3d, norm: nn.BatchNorm3d, chunks: Sequence[Tensor], offset: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Weight (C, 1, 3, 3, 3) and bias (C,) of both; `chunks` are the batch less `offset`."""
+    with torch.autocast(chunks[0].device.type, enabled=False):
+        count, sums, products = _patch_moments(chunks)
+        kernels = convolution.weight.double().flatten(1)
+        centre = kernels @ sums / count
+        variance = (kernels @ products * kernels).sum(1) / count - centre**2
+        mean = centre + convolution.bias
+        scale = norm.weight / (variance + norm.eps).sqrt()
+        bias = norm.bias + scale * (convolution.bias - mean)  # its gradient is 0, and not None
+        with torch.no_grad():
+            norm.num_batches_tracked += 1
+            unbiased = variance * count / (count - 1)
+            mean = mean + offset * kernels.sum(1)
+            for running, batch in ((norm.running_mean, mean), (norm.running_var, unbiased)):
+                running.lerp_(batch.to(running.dtype), norm.momentum)
+        dtype = convolution.weight.dtype
+        return scale.to(dtype).view(-1, 1, 1, 1, 1) * convolution.weight, bias.to(dtype)
+
+
+def _patch_moments(chunks: Sequence[Tensor]) -> tuple[int, Tensor, Tensor]:
+    """Count, sum (27,) and sum of products (27, 27), float64, of all 3×3×3 patches of chunks.
+
+    A product of planes across X serves all pairs of a kernel's taps that are equally far apart.
+    """
+    x, y, z = (size - 2 for size in chunks[0].shape[2:])
+    sums = torch.zeros(3, 9, dtype=torch.float64, device=chunks[0].device)
+    products = sums.new_zeros(3, 9, 3, 9)
+    for chunk in chunks:
+        slices = chunk[:, 0].transpose(0, 1)
+        taps = [slices[..., b : b + y, c : c + z] for b in range(3) for c in range(3)]
+        planes = torch.stack(taps, 2).flatten(3)  # (X, n, 9, Y Z)
+        plane_sums = planes.sum(3).sum(1, dtype=torch.float64)
+        pairs = [(planes[: x + 2 - step] @ planes[step:].mT).sum(1) for step in range(3)]
+        for a in range(3):
+            sums[a] += plane_sums[a : a + x].sum(0)
+            for b in range(a, 3):
+                products[a, :, b] += pairs[b - a][a : a + x].sum(0, dtype=torch.float64)
+    upper = products.view(27, 27)
+    return sum(map(len, chunks)) * x * y * z, sums.flatten(), upper.triu() + upper.triu(1).T
+
+
+def inference_copy(network: nn.Module, device: torch.device, fuse: bool = True) -> nn.Module:
+    """Copy a network to a device, in evaluation mode, with parameters that need no gradient.
+
+    With `fuse`, a `MriNet3d` gets its batch norms fused into its convolutions, its poolings before
+    its ReLUs, and a first convolution with a fast gradient of its input: the same function, up to
+    rounding. Other networks keep their modules. A copy may be copied again.
+    """
+    network = copy.deepcopy(network).eval().requires_grad_(False)
+    if fuse and isinstance(network, networks.MriNet3d) and len(network.hidden1) == 4:
+        for name in ("hidden1", "hidden2", "hidden3"):
+            convolution, norm, relu, _ = getattr(network, name)
+            layers = fuse_conv_bn_eval(convolution, norm), _MaxPool3d(2), relu
+            setattr(network, name, nn.Sequential(*layers))
+        fused = network.hidden1[0]
+        network.hidden1[0] = nn.utils.skip_init(_FirstConv3d, 1, fused.out_channels, 3)
+        network.hidden1[0].weight, network.hidden1[0].bias = fused.weight, fused.bias
+    return networks.to_device(network, device)
+
+
+class _FirstConv3d(nn.Conv3d):
+    """A convolution of one channel that takes volumes of any precision."""
+
+    def forward(self, volumes: Tensor) -> Tensor:
+        return _InputGradient.apply(volumes, self.weight, self.bias)
+
+
+class _InputGradient(torch.autograd.Function):
+    """Convolution of one channel whose input's gradient is one matrix product and a sum over taps.
+
+    PyTorch's takes a third of a mask's time at 32 channels, most of it at 8 (tests/benchmarks).
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, volumes: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        volumes = volumes.to(weight.dtype, memory_format=torch.channels_last_3d)
+        return nn.functional.conv3d(volumes, weight, bias)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        taps, (count, _, *sizes) = weight.shape[2:], gradient.shape
+        products = weight.flatten(1).T @ gradient.movedim(1, -1).flatten(0, -2).T
+        products = products.view(*taps, count, *sizes)
+        shape = count, *(size + tap - 1 for size, tap in zip(sizes, taps))
+        dtype = torch.promote_types(gradient.dtype, torch.float32)
+        input_gradient = torch.zeros(shape, dtype=dtype, device=gradient.device)
+        for tap in np.ndindex(*taps):
+            x, y, z = (slice(start, start + size) for start, size in zip(tap, sizes))
+            input_gradient[:, x, y, z] += products[tap]
+        return input_gradient[:, None], None, None
+
+
+def forward_in_chunks(network: nn.Module, volumes: Tensor) -> Tensor:
+    """Compute ``network(volumes)``, on a CPU in chunks of just `CPU_BATCH` volumes.
+
+    So a volume's logits do not depend on how many there are.
+    """
+    if volumes.device.type != "cpu":
+        return network(volumes)
+    missing = -len(volumes) % CPU_BATCH
+    padded = torch.cat([volumes, *[volumes[-1:]] * missing])
+    return torch.cat([network(chunk) for chunk in padded.split(CPU_BATCH)])[: len(volumes)]
+
+
+def predict_logits(network: nn.Module, volumes: np.ndarray, dtype: torch.dtype) -> Tensor:
+    """Compute logits (N, 2), or (N, S, 2) of slabs, float32, of volumes (N, X, Y, Z) in `dtype`.
+
+    An `inference_copy` does so, on the device of the network.
+    """
+    device = next(network.parameters()).device
+    fast = inference_copy(network, device)
+
+    @torch.no_grad()
+    def logits(rows: np.ndarray) -> Tensor:
+        with autocast(device, dtype):
+            return forward_in_chunks(fast, read_batch(volumes, rows, device)).float().cpu()
+
+    size = CPU_BATCH if device.type == "cpu" else GPU_BATCH
+    return torch.cat(list(map_batches(logits, len(volumes), device, size=size)))
+
+
+def map_batches(
+    work: Callable[[np.ndarray], object],
+    count: int,
+    device: torch.device,
+    *,
+    name: str | None = None,
+    size: int | None = None,
+) -> Iterator:
+    """Yield ``work(rows)`` for the rows of each batch of `count` subjects, in their order.
+
+    Batches have `size` subjects, by default one on a CPU and `GPU_BATCH` on a GPU. A batch runs on
+    each CPU core at once, on one thread: small convolutions gain less from a second thread than two
+    subjects do, and results do not depend on the number of cores. `name` labels a progress bar.
+    """
+    on_cpu, threads = device.type == "cpu", torch.get_num_threads()
+    size = size or (1 if on_cpu else GPU_BATCH)
+    batches = [np.arange(start, min(start + size, count)) for start in range(0, count, size)]
+    torch.set_num_threads(1 if on_cpu else threads)
+    try:
+        with float32_convolutions():
+            workers = joblib.Parallel(
+                threads if on_cpu else 1, require="sharedmem", return_as="generator"
+            )
+            results = workers(joblib.delayed(work)(rows) for rows in batches)
+            yield from tqdm(results, name, total=len(batches), unit="batch", disable=name is None)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def float32_convolutions() -> Iterator[None]:
+    """Switch cuDNN's TF32 off, then back: float32 means it, and bfloat16 is what is faster."""
+    allowed = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = allowed
+
+
+def read_batch(volumes: np.ndarray, rows: np.ndarray, device: torch.device) -> Tensor:
+    """Read volumes (n, 1, X, Y, Z) of rows in any order, in the order they lie on disk."""
+    order = np.argsort(rows)
+    batch = np.empty((len(rows), 1, *volumes.shape[1:]), np.float32)
+    batch[order, 0] = volumes[rows[order]]
+    return torch.from_numpy(batch).to(device, memory_format=torch.channels_last_3d)
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Return the context in which networks compute in `dtype` what is safe in it."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def parallel_networks() -> int:
+    """Return how many networks to train at once: one a CPU core, in processes; one on a GPU."""
+    return 1 if networks.device().type == "cuda" else joblib.cpu_count()

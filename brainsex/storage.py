@@ -1,0 +1,182 @@
+"""What is written stays whole: atomic files, one record a run, one border for unreadable files."""
+
+import errno
+import glob
+import json
+import os
+import platform
+import secrets
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import joblib
+from filelock import FileLock, Timeout
+
+RUN_RECORD = "run.json"
+RECORDED_PACKAGES = "brainsex numpy pandas scipy torch nibabel scikit-learn dipy".split()
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path, which replaces `path` if the block succeeds: so `path` is whole.
+
+    Temporary files that a killed run left for it are deleted; a writer that outlives its run fails.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for stale in path.parent.glob(f".{glob.escape(path.name)}.????????.partial"):
+        with suppress(OSError):
+            stale.unlink()
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    except OSError as error:
+        if error.errno and not error.filename:  # a write to a full disk names no file
+            error.filename = str(path)
+        raise
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a UTF-8 text file, whole or not at all."""
+    with atomic_path(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def reading(
+    path: str | Path, expected: str, remedy: str = "download it again", *, label: str = ""
+) -> Iterator[None]:
+    """Turn whatever an unreadable file raises into one ValueError that names it, and the remedy.
+
+    A ValueError that names the file already, and an OSError of the disk itself, pass unchanged.
+    `label` stands in the message for a file that lies within another.
+    """
+    name = label or str(path)
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise  # EINVAL is of a damaged offset
+        if isinstance(error, ValueError) and str(error).startswith(name):
+            raise
+        problem = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ValueError(
+            f"{name}: expected {expected}, cannot read it ({problem}); {remedy}"
+        ) from error
+
+
+def read_json(path: str | Path) -> dict:
+    """Read a JSON object that the project wrote, or raise FileNotFoundError or ValueError."""
+    path = Path(path)
+    with reading(path, "a JSON object", "delete it"):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"found {content!r:.100}")
+    return content
+
+
+@contextmanager
+def folder_lock(folder: str | Path) -> Iterator[None]:
+    """Hold an exclusive lock on `folder`, created if missing; a crash frees it, too.
+
+    Raises BlockingIOError if another run holds it, OSError if the folder cannot be written.
+    """
+    folder = Path(folder)
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        advice = "wait until it has ended, stop it, or name another folder"
+        raise BlockingIOError(f"{folder}: another run is writing here; {advice}") from None
+    except OSError as error:
+        message = f"cannot write ({error.strerror}); name a folder that can be written"
+        raise OSError(error.errno, message, str(folder)) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def start_run(
+    folder: str | Path,
+    command: str,
+    settings: Mapping,
+    *,
+    overwrite: bool = False,
+    results: Sequence[str] = (),
+) -> None:
+    """Record in ``run.json`` what a command is asked for; refuse to mix it with other results.
+
+    Each command has its entry: the settings, and in ``made_with`` the versions of all runs that
+    contributed. Versions are not compared: an update must not cost days of finished work.
+
+    Parameters
+    ----------
+    settings : what the results depend on, as JSON or anything that prints.
+    overwrite : delete the files that `results` (glob patterns within the folder) match, and start
+        anew. Otherwise other settings raise a ValueError that names the difference.
+    """
+    folder, path = Path(folder), Path(folder) / RUN_RECORD
+    settings = json.loads(json.dumps(dict(settings), default=str))
+    record = read_json(path) if path.is_file() else {}
+    before = record.get(command) if isinstance(record.get(command), dict) else {}
+    made_with = before.pop("made_with", [])
+    names = [name for name in {**settings, **before} if settings.get(name) != before.get(name)]
+    if before and names and not overwrite:
+        raise ValueError(
+            f"{folder}: expected results of {command} with {names[0]} = "
+            f"{settings.get(names[0])!r:.80}, found those with {before.get(names[0])!r:.80} "
+            f"({RUN_RECORD}); name another folder, or start anew with --overwrite"
+        )
+    made_with = [] if names else made_with
+    if overwrite:
+        for pattern in results:
+            for stale in folder.glob(pattern):
+                stale.unlink()
+    if environment() not in made_with:
+        entry = settings | {"made_with": [*made_with, environment()]}
+        write_text(path, json.dumps(record | {command: entry}, indent=1) + "\n")
+
+
+@cache
+def environment() -> dict:
+    """Return versions of Python, platform and packages; in a checkout also the commit."""
+    versions = {"python": platform.python_version(), "platform": platform.platform()}
+    versions["cores"] = joblib.cpu_count()
+    for name in RECORDED_PACKAGES:
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    if (REPOSITORY / ".git").exists():
+        git = ["git", "--no-optional-locks", "-C", REPOSITORY]
+        git += ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        with suppress(OSError, subprocess.CalledProcessError):  # no git, or a foreign owner
+            commit = subprocess.run(git, capture_output=True, encoding="utf-8", check=True)
+            versions["git"] = commit.stdout.strip()
+    return versions
+
+
+@cache
+def exit_with_parent(parent_pid: int) -> None:
+    """Make a worker process ignore Ctrl-C and end with its parent, however that ends."""
+    if parent_pid == os.getpid():
+        return
+
+    def watch() -> None:
+        while os.getppid() == parent_pid:
+            time.sleep(0.1)
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=watch, daemon=True).start()

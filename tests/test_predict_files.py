@@ -1,0 +1,140 @@
+"""Networks on new volumes: ours, and state dicts saved from the published architecture."""
+
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from skimage.transform import resize
+from torch import nn
+
+from brainsex import cohort, layouts, networks, volumes
+from brainsex.training import cross_validate, predict_files
+
+STUDY, SMALL = (58, 70, 58), (22, 26, 24)
+LAS = np.array([[-2.5, 0, 0, 29], [0, 2.25, 0, -31], [0, 0, 2.0, -24], [0, 0, 0, 1]])
+
+pytestmark = pytest.mark.usefixtures("one_cpu_thread")
+
+
+class Published(nn.Module):
+    """The study's network as its paper describes it, with 4 channels: its head is a log-softmax."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        inputs = 1
+        for number, outputs in ((1, 4), (2, 8), (3, 16)):
+            layers = (nn.Conv3d(inputs, outputs, 3), nn.BatchNorm3d(outputs), nn.ReLU())
+            setattr(self, f"hidden{number}", nn.Sequential(*layers, nn.MaxPool3d(2)))
+            inputs = outputs
+        self.linear = nn.Linear(16 * 5 * 7 * 5, 2)
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        features = self.hidden3(self.hidden2(self.hidden1(batch)))
+        return torch.log_softmax(self.linear(features.flatten(1)), 1)
+
+
+@pytest.fixture
+def published(tmp_path: Path) -> tuple[Published, Path]:
+    """A published network that tells left from right, and its file."""
+    torch.manual_seed(3)
+    network = Published().eval()
+    nn.init.normal_(network.linear.weight, std=0.3)
+    torch.save(network.state_dict(), tmp_path / "published.pt")
+    return network, tmp_path / "published.pt"
+
+
+def make_map(seed: int) -> np.ndarray:
+    """An FA map: an ellipsoid of values in [0.05, 0.95], zero outside."""
+    axes = np.meshgrid(*(np.linspace(-1.1, 1.1, n) for n in (23, 28, 25)), indexing="ij")
+    values = np.random.default_rng(seed).uniform(0.05, 0.95, (23, 28, 25))
+    return np.where(sum(axis**2 for axis in axes) < 1, values, 0).astype(np.float32)
+
+
+def save(path: Path, values: np.ndarray, affine: np.ndarray = LAS) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(values, affine), path)
+    return path
+
+
+def fit_cohort(folder: Path, paths: list[Path], **options: object) -> tuple[cohort.Cohort, Path]:
+    """Convert volumes in a folder and fit networks; return the cohort and the first network."""
+    subjects = [layouts.subject_of(path) for path in paths]
+    table = pd.DataFrame({"Subject": subjects, "Gender": list("FMFMFM")})
+    table.to_csv(folder / "unrestricted_people.csv", index=False)
+    files = layouts.choose_volumes(layouts.find_volumes(folder), folder)
+    volumes.convert(files, folder, folder / "out", shape=SMALL, **options)
+    data, settings = cohort.load(folder / "out"), {"folds": 2, "epochs": 1, "batch_size": 3}
+    make = lambda: networks.MriNet3d(1, SMALL)  # noqa: E731
+    cross_validate(data, make, out=folder / "cnn", workers=1, **settings)
+    return data, folder / "cnn" / "fold-0.pt"
+
+
+def test_a_published_network_in_the_orientation_it_was_fitted_in(tmp_path, published) -> None:
+    network, checkpoint = published
+    values = make_map(1) * np.linspace(0, 1, 23, dtype=np.float32)[:, None, None]
+    path = save(tmp_path / "900001.nii.gz", values)
+
+    def by_hand(array: np.ndarray) -> float:
+        """As who reads arrays without their affine would compute it."""
+        with torch.no_grad():
+            small = torch.tensor(resize(array, STUDY), dtype=torch.float32)[None, None]
+            return network(small).exp()[0, 1].item()
+
+    mirrored, turned = values[::-1], values[::-1].transpose(2, 0, 1)[::-1]  # axes I, R, A
+    expected = {"LAS": by_hand(values), "RAS": by_hand(mirrored), "IRA": by_hand(turned)}
+    assert abs(expected["LAS"] - expected["RAS"]) > 0.01
+    for orientation, probability in expected.items():
+        table, rejected = predict_files(checkpoint, [path], orientation=orientation)
+        assert rejected.empty
+        assert table["Subject"].tolist() == ["900001"]
+        assert table["probability_of_man"][0] == pytest.approx(probability, abs=1e-5)
+    for code in ("XYZ", "LA", "RRS", "RLS", ""):
+        with pytest.raises(ValueError, match="such as RAS or LAS, found"):
+            predict_files(checkpoint, [path], orientation=code)
+
+
+def test_one_bad_file_does_not_lose_the_rest(tmp_path, published) -> None:
+    paths = [save(tmp_path / "4d.nii.gz", np.zeros((4, 5, 6, 7), np.float32))]
+    paths += [save(tmp_path / "sub-07_FA.nii.gz", make_map(1)), tmp_path / "nowhere.nii.gz"]
+    paths += [save(tmp_path / "900002.nii.gz", make_map(2))]
+    table, rejected = predict_files(published[1], paths)
+    assert table["Subject"].tolist() == ["07", "900002"]
+    assert rejected["Subject"].tolist() == ["4d", "nowhere"]
+    assert "3D volume" in rejected["reason"][0]
+    assert "nowhere.nii.gz" in rejected["reason"][1]
+
+
+def test_the_field_of_view_must_be_the_training_cohorts(tmp_path) -> None:
+    paths = [save(tmp_path / f"fa/{n:06d}.nii.gz", make_map(n)) for n in range(6)]
+    data, checkpoint = fit_cohort(tmp_path, paths)
+    shifted = LAS.copy()
+    shifted[0, 3] += 4
+    other = save(tmp_path / "shifted.nii.gz", make_map(0), shifted)
+    table, rejected = predict_files(checkpoint, [other, paths[1]])
+    assert table["Subject"].tolist() == ["000001"]
+    network = networks.load(checkpoint, SMALL)
+    with torch.no_grad():
+        expected = network(torch.tensor(data.volumes[1])[None, None]).softmax(1)[0, 1]
+    assert table["probability_of_man"][0] == pytest.approx(expected.item(), abs=1e-5)
+    assert "expected the training cohort's field of view" in rejected["reason"][0]
+    _, rejected = predict_files(checkpoint, paths[:1], orientation="LAS")
+    assert len(rejected) == 1  # ours are fitted in RAS
+
+
+def test_t1_of_any_units_is_prepared_as_the_training_cohort_was(tmp_path) -> None:
+    """Unpacked structural packages, each scanner's own units, all brains of one size."""
+    paths = []
+    for n in range(6):
+        path = tmp_path / f"90000{n}/T1w/T1w_acpc_dc_restore_brain.nii.gz"
+        paths.append(save(path, (make_map(n) + 0.4 * (make_map(n) > 0)).astype(np.float32) * 10**n))
+    data, checkpoint = fit_cohort(tmp_path, paths, normalised=True)
+    assert (data.modality, data.normalised) == ("t1", True)
+    table, rejected = predict_files(checkpoint, paths)
+    assert rejected.empty
+    assert table["Subject"].tolist() == data.subjects.tolist()
+    with torch.no_grad():
+        logits = networks.load(checkpoint, SMALL)(torch.tensor(data.volumes[:])[:, None])
+    np.testing.assert_allclose(table["probability_of_man"], logits.softmax(1)[:, 1], atol=1e-5)

@@ -1,0 +1,183 @@
+"""Files are whole or absent, one run at a time writes in a folder, and each is on its record."""
+
+import errno
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from brainsex import storage
+
+
+def start_python(code: str, *arguments: object) -> subprocess.Popen:
+    """Start a Python process whose output is read line by line."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.Popen(command, cwd=storage.REPOSITORY, stdout=subprocess.PIPE, text=True)
+
+
+def has_ended(pid: int) -> bool:
+    """Whether a process is gone, or only waits for its parent to notice."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [(RuntimeError("boom"), "boom"), (OSError(errno.ENOSPC, "No space left"), r"left.*t\.txt'")],
+)
+def test_what_fails_half_way_leaves_the_file_that_was_there(tmp_path, error, message):
+    path = tmp_path / "new" / "t.txt"
+    storage.write_text(path, "old ä")
+
+    def write_and_fail() -> None:
+        with storage.atomic_path(path) as partial:
+            partial.write_text("half")
+            raise error
+
+    with pytest.raises(type(error), match=message):
+        write_and_fail()
+    assert path.read_text(encoding="utf-8") == "old ä"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_the_last_of_two_writers_wins_and_what_others_left_is_deleted(tmp_path):
+    path, other = tmp_path / "x[1].txt", tmp_path / ".other.12345678.partial"
+    for stale in (other, tmp_path / ".x[1].txt.12345678.partial"):
+        stale.touch()
+    first, second = storage.atomic_path(path), storage.atomic_path(path)
+    first.__enter__().write_text("a")
+    second.__enter__().write_text("b")
+    with pytest.raises(FileNotFoundError):
+        first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    assert path.read_text() == "b"
+    assert sorted(tmp_path.iterdir()) == [other, path]
+
+
+@pytest.mark.parametrize(
+    ("problem", "error", "message"),
+    [
+        (lambda path: [][1], ValueError, r"^{path}: expected an array, cannot read it \(list ind"),
+        (lambda path: {}["key"], ValueError, r"\('key'\); download it again$"),
+        (lambda path: next(iter(())), ValueError, r"\(StopIteration\); download"),
+        (lambda path: "\udcff".encode(), ValueError, "surrogates not allowed"),
+        (lambda path: float("a\nb" * 999), ValueError, r"^.{{20,500}}$"),
+        (lambda path: storage.read_json(path), FileNotFoundError, "x'$"),
+        (lambda path: sys.exit("over"), SystemExit, "over"),
+    ],
+)
+def test_whatever_a_bad_file_raises_names_it(tmp_path, problem, error, message):
+    path = tmp_path / "x"
+    with pytest.raises(error, match=message.format(path=path)), storage.reading(path, "an array"):
+        problem(path)
+
+
+def test_an_error_that_names_the_file_already_passes(tmp_path):
+    message, border = "t.zip/a: a mask", storage.reading("t.zip", "a volume", label="t.zip/a")
+    with pytest.raises(ValueError, match=f"^{message}$"), border:
+        raise ValueError(message)
+
+
+def test_damaged_json_is_named(tmp_path):
+    path = tmp_path / "fold-1.json"
+    path.write_text('{"a": "ä"}', encoding="utf-8")
+    assert storage.read_json(path) == {"a": "ä"}
+    for content in (b"", b"{", b"[1]", b"\xff", b"[" * 100_000):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"fold-1\.json: expected a JSON object.*; delete it"):
+            storage.read_json(path)
+
+
+def test_a_second_run_in_a_folder_is_refused_and_a_third_after_it_is_not(tmp_path):
+    code = "import sys, time\nfrom brainsex import storage\n"
+    code += "with storage.folder_lock(sys.argv[1]): print('held', flush=True); time.sleep(60)"
+    with start_python(code, tmp_path / "out") as holder:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(BlockingIOError, match="out: another run is writing here; wait"):
+            storage.folder_lock(tmp_path / "out").__enter__()
+        holder.kill()  # which frees the lock
+    with storage.folder_lock(tmp_path / "out"):
+        assert (tmp_path / "out").is_dir()
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"cannot write \(.*\); name a folder.*file'"):
+        storage.folder_lock(tmp_path / "file").__enter__()
+
+
+def test_run_json_has_the_settings_and_versions_of_each_command(tmp_path):
+    storage.start_run(tmp_path, "train", {"seed": 7, "shape": (2, 3), "out": tmp_path})
+    storage.start_run(tmp_path, "extract", {"member": "*_FA.nii"})
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert set(record) == {"train", "extract"}
+    (environment,) = record["train"].pop("made_with")
+    assert record["train"] == {"seed": 7, "shape": [2, 3], "out": str(tmp_path)}
+    assert environment["python"] == platform.python_version()
+    assert environment["numpy"] == np.__version__
+
+
+def test_other_settings_are_refused_unless_all_is_made_anew(tmp_path):
+    storage.start_run(tmp_path, "train", {"seed": 1, "folds": 2})
+    for name in ("fold-0.pt", "fold-1.pt", "mine.pt"):
+        (tmp_path / name).touch()
+    storage.start_run(tmp_path, "train", {"folds": 2, "seed": 1}, results=["fold-*.pt"])
+    assert len(list(tmp_path.glob("*.pt"))) == 3
+    message = r"with seed = 2, found those with 1 \(run\.json\); .* --overwrite"
+    with pytest.raises(ValueError, match=message):
+        storage.start_run(tmp_path, "train", {"seed": 2, "folds": 2})
+    with pytest.raises(ValueError, match="with epochs = 3, found those with None"):
+        storage.start_run(tmp_path, "train", {"seed": 1, "folds": 2, "epochs": 3})
+    storage.start_run(tmp_path, "train", {"seed": 2}, overwrite=True, results=["fold-*.pt"])
+    assert list(tmp_path.glob("*.pt")) == [tmp_path / "mine.pt"]
+    storage.start_run(tmp_path, "train", {"seed": 2})
+
+
+def test_other_versions_go_on_and_are_on_record_beside_those_before(tmp_path, monkeypatch):
+    def made_with() -> list[str]:
+        record = storage.read_json(tmp_path / "run.json")["train"]
+        return [environment["torch"] for environment in record["made_with"]]
+
+    before = storage.environment()
+    storage.start_run(tmp_path, "train", {"seed": 1})
+    monkeypatch.setattr(storage, "environment", lambda: before | {"torch": "99"})
+    for _ in range(2):
+        storage.start_run(tmp_path, "train", {"seed": 1})
+        assert made_with() == [before["torch"], "99"]
+    storage.start_run(tmp_path, "train", {"seed": 2}, overwrite=True)
+    assert made_with() == ["99"]
+
+
+def test_a_checkout_has_a_commit_and_an_installation_has_none(tmp_path, monkeypatch):
+    command = ["git", "-C", storage.REPOSITORY, "rev-parse", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    assert storage.environment().get("git", "").removesuffix("-dirty") == commit
+    monkeypatch.setattr(storage, "REPOSITORY", tmp_path)
+    assert "git" not in storage.environment.__wrapped__()
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux's /proc")
+def test_a_worker_ends_with_its_parent_and_not_by_ctrl_c():
+    worker = "import os, sys, time\nfrom brainsex import storage\n"
+    worker += "storage.exit_with_parent(os.getppid()); print(os.getpid(), flush=True)\n"
+    worker += "time.sleep(60)"
+    code = "import subprocess, sys\nsubprocess.run([sys.executable, '-c', sys.argv[1]])"
+    with start_python(code, worker) as parent:
+        pid = int(parent.stdout.readline())
+        os.kill(pid, signal.SIGINT)
+        time.sleep(0.3)
+        assert not has_ended(pid)
+        parent.kill()
+    deadline = time.monotonic() + 5
+    while not has_ended(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert has_ended(pid)

@@ -1,0 +1,178 @@
+"""Several processes do what one does: two on this machine's CPU, by torchrun."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from brainsex import __main__ as commands
+
+ROOT = Path(__file__).parents[1]
+OPTIONS = "--channels 2 --folds 3 --epochs 1 --batch-size 5 --milestones".split()
+
+
+def torchrun(*command, processes=2):
+    """Run by PyTorch's launcher, without a GPU, with this checkout's package."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [*launcher, f"--nproc-per-node={processes}", *map(str, command)],
+        env=environment | {"LOKY_MAX_CPU_COUNT": "2"},  # one thread a process
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory):
+    """Seven subjects in noise, of whom the men are brighter in half of the brain."""
+    folder = tmp_path_factory.mktemp("torchrun") / "cohort"
+    folder.mkdir()
+    sex = np.arange(7) % 2
+    volumes = np.random.default_rng(0).uniform(0, 0.4, (7, 22, 26, 24)).astype(np.float32)
+    volumes[sex == 1, :11] += 0.3
+    np.save(folder / "tensors.npy", volumes)
+    np.save(folder / "labels.npy", sex)
+    table = pd.DataFrame({"Subject": [f"{n:06d}" for n in range(7)], "label": sex})
+    table.to_csv(folder / "subjects.csv", index=False)
+    grid = {"shape": [22, 26, 24], "affine": np.diag([3, 3.1, 3.2, 1]).tolist()}
+    (folder / "grid.json").write_text(json.dumps(grid))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one_process(cohort):
+    """Networks and masks as one process makes them, each fold on one thread."""
+    networks, masks = cohort.parent / "networks", cohort.parent / "masks"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setenv("LOKY_MAX_CPU_COUNT", "1")
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        commands.main(["train", str(cohort), str(networks), *OPTIONS])
+        commands.main(["masks", str(cohort), str(networks), str(masks)])
+        torch.set_num_threads(threads)
+    return networks, masks
+
+
+def contents(folder):
+    """All files: weights as tensors, records without versions, the rest as bytes."""
+    files = {}
+    for path in filter(Path.is_file, folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.suffix == ".pt":
+            state = torch.load(path, weights_only=True)
+            files[name] = {key: value.numpy().tobytes() for key, value in state.items()}
+        elif path.name == "run.json":
+            entries = json.loads(path.read_text()).items()
+            files[name] = {command: entry | {"made_with": None} for command, entry in entries}
+        else:
+            files[name] = path.read_bytes()
+    return files
+
+
+def test_two_processes_train_the_networks_of_one(cohort, one_process, tmp_path):
+    """Of three folds, one is there from before."""
+    out = tmp_path / "networks"
+    out.mkdir()
+    before = [
+        shutil.copy2(one_process[0] / name, out)
+        for name in ("run.json", "folds.csv", "fold-2.json", "fold-2.pt")
+    ]
+    stamps = [Path(path).stat().st_mtime_ns for path in before[2:]]
+    done = torchrun("-m", "brainsex", "train", cohort, out, *OPTIONS)
+    assert done.returncode == 0, done.stderr
+    assert contents(out) == contents(one_process[0])
+    assert [Path(path).stat().st_mtime_ns for path in before[2:]] == stamps
+    assert done.stdout.count("accuracy") == 1
+
+
+def test_two_processes_make_the_masks_of_one(cohort, one_process, tmp_path):
+    networks, masks = one_process
+    out = tmp_path / "masks"
+    done = torchrun("-m", "brainsex", "masks", cohort, networks, out)
+    assert done.returncode == 0, done.stderr
+    assert contents(out) == contents(masks)
+    assert done.stdout.count("before") == 1
+
+
+@pytest.mark.soak
+def test_a_process_that_fails_ends_the_run_and_the_next_goes_on(cohort, one_process, tmp_path):
+    out, script = tmp_path / "networks", tmp_path / "run.py"
+    script.write_text(f"""
+import os, sys, time
+from pathlib import Path
+from brainsex import training
+from brainsex.__main__ import main
+
+def failing(*arguments, fit=training.fit, **options):
+    while os.environ["RANK"] == "1" and not Path({str(out / "fold-0.json")!r}).is_file():
+        time.sleep(0.01)
+    if os.environ["RANK"] == "1":
+        raise OSError("the disk is full.")
+    return fit(*arguments, **options)
+
+training.fit = failing
+main(sys.argv[1:])
+""")
+    done = torchrun(script, "train", cohort, out, *OPTIONS)
+    assert done.returncode != 0
+    assert "error: the disk is full." in done.stderr
+    assert not (out / "fold-1.pt").exists()
+    stamp = (out / "fold-0.pt").stat().st_mtime_ns
+    done = torchrun("-m", "brainsex", "train", cohort, out, *OPTIONS, processes=4)  # three folds
+    assert done.returncode == 0, done.stderr
+    assert (out / "fold-0.pt").stat().st_mtime_ns == stamp
+    assert contents(out) == contents(one_process[0])
+
+
+@pytest.mark.parametrize(
+    ("visible", "rank", "own"),
+    [(None, 0, "0"), (None, 1, "1"), ("3,5", 1, "5"), ("3,5", 2, "3"), ("GPU-a,GPU-b", 1, "GPU-b")],
+)
+def test_each_process_takes_its_own_gpu_and_part_of_the_cores(monkeypatch, visible, rank, own):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible or "")
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    threads, calls = [], []
+    distributed = commands.distributed
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(commands.joblib, "cpu_count", lambda: 7)
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    join = lambda *a, timeout: calls.append(timeout)  # noqa: E731
+    monkeypatch.setattr(distributed, "init_process_group", join)
+    monkeypatch.setattr(distributed, "get_rank", lambda: rank)
+    monkeypatch.setattr(distributed, "destroy_process_group", lambda: calls.append("left"))
+    with commands.process_group() as is_first:
+        assert is_first == (rank == 0)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == own
+    assert threads == [2]
+    assert calls[1] == "left"
+    assert calls[0].days >= 7  # the slowest may take long
+    assert calls[0].total_seconds() * 1000 < 2**31
+
+
+def test_the_rest_say_that_one_process_has_stopped(monkeypatch):
+    def lost():
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(commands.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(commands.distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(commands.distributed, "barrier", lost)
+    with pytest.raises(ConnectionError, match=r"another process has stopped.*start again"):
+        commands.share_work(lambda items, overwrite: None, range(3), False)
+
+
+def test_other_commands_are_for_one_process(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    with pytest.raises(SystemExit, match=r"error: convert is work for one process.*train and mask"):
+        commands.main(["convert", str(tmp_path)])

@@ -74,7 +74,7 @@ def explain(
     for method, values in used.items():
         drawn = random_weights or METHODS[method].compute is None or "samples" in values
         draws = {"seed": seed} if drawn else {}
-        results = [f"{method}{suffix}/*"] + ["persistence/*"] * (method + suffix == "mask")
+        results = [f"{method}{suffix}/*"] + ["persistence/*"] * (method + suffix == "maske")
         settings = {"overwrite": overwrite, "results": results}
         storage.start_run(out, f"explain {method}{suffix}", sources | values | draws, **settings)
     with tqdm(total=len(used) * len(rows), desc="explain", unit="map") as bar:
@@ -229,7 +229,7 @@ def _group_map(
         options |= {"iterations": settings["iterations"], "seed": seed}
         return perturbation.optimise_group_mask(network, volumes, **options)
     options = {"sigma": settings["sigma"]}
-    if "brain_volume_ml" in cohort.table:
+    if name != "t map" and "brain_volume_ml" in cohort.table:
         options["confounds"] = cohort.table["brain_volume_ml"].to_numpy()[rows]
     if name != "corrected p":
         return np.abs(t_map(volumes, sex, brain, **options)[0])

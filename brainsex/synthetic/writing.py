@@ -135,7 +135,7 @@ def write_cohort(
         subject = people.at[row, "Subject"]
         path = folder / "archives" / f"{subject}_3T_Diffusion_FA.zip"
         if not path.is_file():
-            rng = np.random.default_rng([0, row])
+            rng = np.random.default_rng([seed, row])
             draws = population.anatomical_draws(people.loc[row], seed, DRAWS)
             volume = subject_volume(base, sexes[row], draws, head_size, effect, rng)
             _write_archive(path, subject, volume, base.affine)

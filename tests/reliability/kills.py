@@ -4,7 +4,6 @@ An attempt is a fork of this process, which has imported everything and computed
 falls within the work, not within imports. ``python -m tests.reliability.kills`` prints the figures.
 """
 
-import contextlib
 import itertools
 import json
 import multiprocessing
@@ -17,10 +16,10 @@ import tempfile
 import time
 import traceback
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 import torch._dynamo  # which Adam would import in each attempt
 
@@ -35,34 +34,20 @@ FINISHED = {"convert": ".parts/[!.]*.npz", "train": "fold-*.json", "masks": "mas
 """Files that no later run may write again; of other commands the volumes of the subjects."""
 
 
-def make_inputs(folder: Path, copies: int = 1, epochs: int = 6) -> dict[str, list[str]]:
-    """Write 12 subjects, `copies` times each, and return each command; OUT stands for its folder.
-
-    Only extract, convert and fa take the copies.
-    """
-    data, small = folder / "cohort", folder / "small"
-    main(["synthesize", str(data), "--subjects", "12", "--spacing", "5"])
-    main(["extract", str(data), str(data / "fa")])
-    volumes.convert(data / "fa", data, small, shape=(22, 22, 22))
+def make_inputs(folder: Path, subjects: int = 36, epochs: int = 6) -> dict[str, list[str]]:
+    """Write inputs and return each command; OUT stands for its folder. 12 train and are masked."""
+    large, small = folder / "large", folder / "small"
+    for data, count in (large, subjects), (small, 12):
+        main(["synthesize", str(data), "--subjects", str(count), "--spacing", "8"])
+        main(["extract", str(data), str(data / "fa")])
+    volumes.convert(small / "fa", small, small, shape=(22, 22, 22))
     main(["train", str(small), str(folder / "networks"), *TRAIN, "--epochs", "1", "--workers", "1"])
-    people = pd.read_csv(data / "unrestricted_behavioral.csv", dtype=str).set_index("Subject")
-    rows = []
-    for copy, path in itertools.product(range(copies), sorted((data / "archives").glob("*.zip"))):
-        original = path.name.split("_")[0]
-        subject = f"{copy}{original}"
-        links = {f"packages/{subject}_FA.zip": path}
-        links[f"people/fa/{subject}.nii.gz"] = data / "fa" / f"{original}.nii.gz"
-        for name, source in links.items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            os.link(source, folder / name)
-        rows.append({"Subject": subject, "Gender": people.at[original, "Gender"]})
-        save(folder / "series" / subject / "T1w" / "Diffusion", series(seed=len(rows) % 7))
-    table = pd.DataFrame(rows)
-    table.to_csv(folder / "people" / "unrestricted_behavioral.csv", index=False)
+    for number in range(subjects):
+        save(folder / "series" / f"{900000 + number}" / "T1w" / "Diffusion", series(number % 7))
     train = ["train", str(small), "OUT", *TRAIN, "--epochs", str(epochs), "--workers"]
     return {
-        "extract": ["extract", str(folder / "packages"), "OUT"],
-        "convert": f"convert {folder}/people --fa {folder}/people/fa --out OUT".split(),
+        "extract": ["extract", str(large), "OUT"],
+        "convert": ["convert", str(large), "--fa", str(large / "fa"), "--out", "OUT"],
         "train": [*train, "1"],
         "train, 2 workers": [*train, "2"],
         "masks": ["masks", str(small), str(folder / "networks"), "OUT"],
@@ -70,17 +55,21 @@ def make_inputs(folder: Path, copies: int = 1, epochs: int = 6) -> dict[str, lis
     }
 
 
+def fill_in(arguments: list[str], out: Path) -> list[str]:
+    return [str(out) if word == "OUT" else word for word in arguments]
+
+
 def start(arguments: list[str], out: Path) -> int:
     """Start a command in a child process, the head of its own group; return its ID."""
     if pid := os.fork():
-        with contextlib.suppress(ProcessLookupError, PermissionError):
+        with suppress(OSError):  # the child may have done so, and ended
             os.setpgid(pid, pid)
         return pid
     os.setpgid(0, 0)
-    with (out.parent / f"{out.name}.log").open("a") as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-    explain.CHUNK, replace, code = 2, os.replace, 1
+    log = os.open(out.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    explain.CHUNK, replace = 2, os.replace
 
     def replace_slowly(*paths) -> None:  # between a file's writing and its naming kills are worst
         time.sleep(0.005)
@@ -88,24 +77,22 @@ def start(arguments: list[str], out: Path) -> int:
 
     os.replace = replace_slowly
     try:
-        main([str(out) if word == "OUT" else word for word in arguments])
-        code = 0
+        main(fill_in(arguments, out))
     except BaseException:
         traceback.print_exc()
-    finally:
         sys.stderr.flush()
-        os._exit(code)
+        os._exit(1)
+    os._exit(0)
 
 
 def wait_for_group(group: int) -> None:
-    """Wait until no process of a group is left; one that outlives its parent by a minute fails."""
-    for _ in range(6000):
-        try:
+    """Wait until no process of a group is left: none may outlive its parent for a minute."""
+    end = time.monotonic() + 60
+    with suppress(ProcessLookupError):
+        while time.monotonic() < end:
             os.killpg(group, 0)
-        except ProcessLookupError:
-            return
-        time.sleep(0.01)
-    raise AssertionError(f"processes of {group} outlive the run that was killed")
+            time.sleep(0.01)
+        raise AssertionError(f"processes of {group} outlive the run that was killed")
 
 
 def read_tree(folder: Path) -> dict[str, bytes]:
@@ -116,15 +103,14 @@ def read_tree(folder: Path) -> dict[str, bytes]:
 
 def check_whole(out: Path, expected: dict[str, bytes]) -> None:
     """Assert that each file under a final name is whole, and the undisturbed run's or a part."""
-    for name in read_tree(out):
-        path = out / name
-        if path.suffix == ".npz":
-            with np.load(path) as part:
+    for name, content in read_tree(out).items():
+        if name.endswith(".npz"):
+            with np.load(out / name) as part:
                 assert np.isfinite(part["volume"]).all()
-        elif path.suffix == ".checkpoint":
-            assert torch.load(path, weights_only=True)["history"]
-        elif path.suffix != ".partial":
-            assert path.read_bytes() == expected[name], name
+        elif name.endswith(".checkpoint"):
+            assert torch.load(out / name, weights_only=True)["history"]
+        elif not name.endswith(".partial"):
+            assert content == expected[name], name
 
 
 def finished_files(out: Path, command: str) -> dict[Path, tuple[int, int]]:
@@ -155,23 +141,22 @@ def kill(command: str, arguments: list[str], folder: Path, least: int, draw: ran
             (os.kill if only_parent else os.killpg)(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
             figures["kills"] += 1
-            if not overlap:
-                wait_for_group(pid)
-            check_whole(out, expected)
             figures["partial files"] += len(list(out.rglob(".*.partial")))
             if overlap:
                 continue  # the next one starts while orphans may still be there
-            now = finished_files(out, command)
-            repeated = {path for path in before.keys() & now if now[path] != before[path]}
+            wait_for_group(pid)
+            check_whole(out, expected)
+            after = finished_files(out, command)
+            repeated = {path for path in before.keys() & after if after[path] != before[path]}
             assert not repeated, f"{command}: made again: {repeated}"
-            before |= now
+            before |= after
             figures["finished files kept"] = max(figures["finished files kept"], len(before))
-        log = (folder / f"{out.name}.log").read_text()
+        log = out.with_suffix(".log").read_text()
         assert read_tree(out) == expected, f"{command}: another result than undisturbed\n{log}"
-        now = finished_files(out, command)
-        assert all(now.get(path, stamp) == stamp for path, stamp in before.items())
+        after = finished_files(out, command)
+        assert all(after.get(path, stamp) == stamp for path, stamp in before.items())
         shutil.rmtree(out)
-    return figures | {"seconds undisturbed": round(duration, 2)}
+    return figures
 
 
 def measure(kills: dict[str, int], seed: int = 0) -> dict[str, dict]:
@@ -181,9 +166,9 @@ def measure(kills: dict[str, int], seed: int = 0) -> dict[str, dict]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
-            commands = pool.submit(make_inputs, folder / "made", copies=3).result()
-        for command, least in kills.items():
-            place = folder / command.replace(", ", "-").replace(" ", "-")
+            commands = pool.submit(make_inputs, folder / "inputs").result()
+        for number, (command, least) in enumerate(kills.items()):
+            place = folder / str(number)
             place.mkdir()
             figures[command] = kill(command, commands[command], place, least, draw)
             print(command, figures[command], file=sys.stderr, flush=True)

@@ -1,8 +1,7 @@
 """Volumes from HCP's zip archives, nested or not: one NIfTI file a subject (notebook 02).
 
-In the study each subject is one archive of about 1 GB that holds an inner archive with the wanted
-file. The outer one is never unpacked: a stored inner archive is read in place, a compressed one is
-inflated to a bounded temporary file.
+In the study each subject is an archive of 1 GB that holds another one with the wanted file. A
+stored inner archive is read in place, a compressed one inflated to a bounded temporary file.
 """
 
 import errno
@@ -14,10 +13,11 @@ import struct
 import tempfile
 import zipfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
+from typing import IO
 
 import pandas as pd
 from joblib import Parallel, cpu_count, delayed
@@ -31,7 +31,7 @@ MAX_INNER = 8 << 30  # bytes of the largest inner archive inflated to a temporar
 MAX_RATIO = 500  # inflated bytes to stored ones: brain masks reach 350, zip bombs 1000
 CHUNK = 1 << 20  # bytes read at a time
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-SUBJECT = re.compile("(?:sub-)?(?P<subject>[0-9A-Za-z]+)")  # how an archive's name starts
+SUBJECT = re.compile("(?:sub-)?([0-9A-Za-z]*).*", re.DOTALL)  # how an archive's name starts
 NO_SUBJECT = re.compile("T1w|Diffusion.*|dwi|ses-.*", re.IGNORECASE)  # folders below a subject's
 Member = tuple[zipfile.ZipFile, zipfile.ZipInfo, str]  # the string names it in messages
 
@@ -55,79 +55,59 @@ def extract(
     workers : subjects at the same time; by default the cores that this process may use.
     overwrite : delete these subjects' volumes first.
 
-    Returns
-    -------
-    DataFrame sorted by Subject (str): status (extracted, present, rejected) and reason.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError, OSError
-        There is no archive; `target` has volumes of another `member`; the disk is full.
+    Returns a DataFrame sorted by Subject (str): status (extracted, present, rejected) and reason.
+    Raises FileNotFoundError if there is no archive, ValueError if `target` has volumes of another
+    `member`, and OSError if the disk is full.
     """
     source, target = Path(source), Path(target)
     patterns = (member,) if isinstance(member, str) else tuple(member)
     archives = group_by_subject(files_below(source, ".zip"))
     if not archives:
-        raise FileNotFoundError(
-            f"{source}: expected archives named <ID>_….zip or <ID>.zip, found none; DATA_ACCESS.md "
-            "says how to get them"
-        )
+        expected = "expected archives named <ID>_….zip or <ID>.zip, found none"
+        raise FileNotFoundError(f"{source}: {expected}; DATA_ACCESS.md says how to get them")
 
-    def work(subject: str) -> None:
-        _extract_subject(subject, archives[subject], source, target, patterns)
+    def work(subject: str) -> str:
+        return _extract_volume(archives[subject], source, patterns, target / subject)
 
     settings = {"member": patterns}
-    options = {"workers": workers, "overwrite": overwrite}
-    return process_subjects(work, archives, target, "extract", settings, "extracted", **options)
+    return process_subjects(work, archives, target, "extract", settings, workers, overwrite)
 
 
 def process_subjects(
-    work: Callable[[str], None],
+    work: Callable[[str], str],
     subjects: Collection[str],
     target: Path,
     command: str,
     settings: Mapping,
-    status: str,
-    *,
-    workers: int | None = None,
-    overwrite: bool = False,
+    workers: int | None,
+    overwrite: bool,
 ) -> pd.DataFrame:
     """Call `work` for each subject without a volume in `target`; return the table of `extract`.
 
-    A subject for whom `work` raises is rejected; only a failure to write to `target` ends the run.
-
-    Parameters
-    ----------
-    work : writes ``target/<ID>.nii.gz`` of the subject it is given.
-    command, settings : the run's entry in ``run.json``.
-    status : what the table says of a success.
+    `work` writes ``target/<ID>.nii.gz`` and returns the status. A subject for whom it raises is
+    rejected; only a failure to write to `target` ends the run, which ``run.json`` records.
     """
     volumes = [path for path in target.glob("*.nii*") if path.name.endswith((".nii", ".nii.gz"))]
     stale = [glob.escape(path.name) for path in volumes if tables.subject_id(path) in subjects]
     storage.start_run(target, command, settings, overwrite=overwrite, results=stale)
-    present = set() if overwrite else set(map(tables.subject_id, volumes)).intersection(subjects)
+    present = set() if overwrite else set(map(tables.subject_id, volumes))
 
-    def attempt(subject: str) -> tuple[str, str]:
+    def attempt(subject: str) -> tuple[str, str, str]:
         if subject in present:
-            return "present", ""
+            return subject, "present", ""
         try:
-            work(subject)
-        except ValueError as error:
-            return "rejected", str(error)
+            return subject, work(subject), ""
         except Exception as error:
-            filename = getattr(error, "filename", None) or ""
-            if target in Path(filename).parents or getattr(error, "errno", None) in DISK_FULL:
-                error.filename = filename or str(target)
+            path = Path(getattr(error, "filename", None) or "")
+            if target in path.parents or getattr(error, "errno", None) in DISK_FULL:
                 raise
-            return "rejected", f"{subject}: {type(error).__name__}: {error}"
-        return status, ""
+            name = "" if isinstance(error, ValueError) else f"{subject}: {type(error).__name__}: "
+            return subject, "rejected", f"{name}{error}"
 
-    names = sorted(subjects)
     run = Parallel(workers or cpu_count(), require="sharedmem", return_as="generator")  # threads
-    outcomes = run(delayed(attempt)(subject) for subject in names)
-    outcomes = list(tqdm(outcomes, status, total=len(names), unit="subject"))
-    table = pd.DataFrame(outcomes, columns=["status", "reason"])
-    table.insert(0, "Subject", names)
+    rows = run(delayed(attempt)(subject) for subject in sorted(subjects))
+    rows = list(tqdm(rows, command, total=len(subjects), unit="subject"))
+    table = pd.DataFrame(rows, columns=["Subject", "status", "reason"])
     rejected = table.loc[table["status"] == "rejected", ["Subject", "reason"]]
     storage.write_text(target / "rejected.csv", rejected.to_csv(index=False))
     print(f"{len(table)} subjects, {len(rejected)} of them rejected (rejected.csv says why)")
@@ -137,8 +117,7 @@ def process_subjects(
 def files_below(folder: str | Path, *endings: str) -> Iterator[Path]:
     """Yield the files at any depth whose names end in one of `endings`, behind links too.
 
-    A download folder is often a link to a large disk. Hidden folders are left out: DataLad keeps
-    its contents in ``.git/annex``. A broken link counts as a file, a pipe does not.
+    Hidden folders are left out (DataLad's ``.git/annex``). A broken link counts, a pipe does not.
     """
     real = cache(os.path.realpath)
     for parent, folders, names in os.walk(folder, followlinks=True):
@@ -151,18 +130,14 @@ def files_below(folder: str | Path, *endings: str) -> Iterator[Path]:
 
 
 def archive_subject(path: str | Path) -> str:
-    """Return the ID of the subject that an archive or a file in a subject's folder belongs to.
+    """Return the ID with which an archive's name starts, or that of the folder a series lies in.
 
-    An archive's name starts with it. For a file it is the name of the folder above ``T1w`` and
-    ``ses-…``, or above the series. BIDS's ``sub-`` is no part of it; "" if there is none.
+    That folder is above ``T1w`` and ``ses-…``. BIDS's ``sub-`` is no part of an ID; "" if none.
     """
     path = Path(os.path.abspath(path))
     if path.suffix.lower() == ".zip":
-        match = SUBJECT.match(path.name)
-        return match["subject"] if match else ""
+        return SUBJECT.sub(r"\1", path.name)
     folders = path.parent.parts[:0:-1]  # the innermost first, without the root
-    if "T1w" in folders:
-        folders = folders[folders.index("T1w") :]
     names = (name for name in folders if not NO_SUBJECT.fullmatch(name))
     return next(names, "").removeprefix("sub-")
 
@@ -177,30 +152,23 @@ def group_by_subject(paths: Iterable[Path]) -> dict[str, list[Path]]:
 
 
 def find_members(
-    file: Path | io.BufferedIOBase,
-    label: str,
-    patterns: Sequence[str],
-    stack: ExitStack,
-    scratch: Path | None = None,
+    file: Path | IO, label: str, patterns: Sequence[str], stack: ExitStack, scratch: Path | None
 ) -> list[Member]:
     """Return an archive's matching members; with `scratch` also those of the archives in it.
 
     `label` names the archive in messages; files stay open until `stack` closes.
     """
-    with _reading_zip(label):
+    with storage.reading(label, "a whole zip archive"):
         archive = stack.enter_context(zipfile.ZipFile(file))
     members = []
     for info in archive.infolist():
         member = archive, info, f"{label}/{info.filename}"
         name = re.split(r"[/\\]", info.filename.lower())[-1]
-        if re.search(r"(^|[/\\])(__MACOSX[/\\]|\._)", info.filename):
+        if "__MACOSX" in info.filename or name.startswith("._"):
             continue
         if name.endswith(".zip") and scratch:
             inner = _open_inner(file, member, scratch, stack)
-            inner_members = find_members(inner, member[2], patterns, stack)
-            if not inner_members:
-                inner.close()  # frees the space of a temporary file
-            members += inner_members
+            members += find_members(inner, member[2], patterns, stack, None)
         elif any(fnmatchcase(name, pattern.lower()) for pattern in patterns):
             members.append(member)
     return members
@@ -210,7 +178,7 @@ def member_chunks(member: Member, limit: int) -> Iterator[bytes]:
     """Yield the bytes of a member of at most `limit` bytes; zipfile compares their checksum."""
     archive, info, label = member
     check_member(member, limit)
-    with _reading_zip(label), archive.open(info) as stream:
+    with storage.reading(label, "a whole zip archive"), archive.open(info) as stream:
         while chunk := stream.read(CHUNK):
             yield chunk
 
@@ -225,38 +193,26 @@ def check_member(member: Member, limit: int) -> None:
         raise ValueError(f"{label}: {problem}, found {info.file_size} declared; repack it")
 
 
-@contextmanager
-def _reading_zip(label: str) -> Iterator[None]:
-    """Blame the archive, not `target`, for an OSError, too: damaged offsets give an EINVAL."""
-    with storage.reading(label, "a whole zip archive"):
-        try:
-            yield
-        except OSError as error:
-            raise ValueError(str(error)) from error
-
-
-def _extract_subject(
-    subject: str, paths: list[Path], source: Path, target: Path, patterns: Sequence[str]
-) -> None:
-    """Write the one volume that a subject's archives hold."""
-    labels = [path.relative_to(source).as_posix() for path in paths]
+def _extract_volume(paths: list[Path], source: Path, patterns: Sequence[str], target: Path) -> str:
+    """Write the one volume that a subject's archives hold to `target` and its ending."""
+    labels, members = [path.relative_to(source).as_posix() for path in paths], []
     with ExitStack() as stack:
-        searches = [find_members(*pair, patterns, stack, target) for pair in zip(paths, labels)]
-        members = [member for search in searches for member in search]
+        for path, label in zip(paths, labels):
+            members += find_members(path, label, patterns, stack, target.parent)
         members = [member for member in members if re.search(r"(?i)\.nii(\.gz)?$", member[2])]
         if len(members) != 1:
-            hits = ", ".join(label for _, _, label in members[:4]) or "none"
-            if not members and any("fa.nii" in pattern.lower() for pattern in patterns):
-                hits += "; HCP ships no FA map: fit one, DATA_ACCESS.md says how"
-            expected = f"one file named like {' or '.join(patterns)}"
-            raise ValueError(f"{', '.join(labels)}: expected {expected}, found {hits}")
+            hits = ", ".join(label for _, _, label in members[:4])
+            raise ValueError(
+                f"{', '.join(labels)}: expected one file named like {' or '.join(patterns)}, found "
+                f"{hits or 'none (HCP ships no FA map: DATA_ACCESS.md says how to fit one)'}"
+            )
         ending = ".nii.gz" if members[0][2].lower().endswith(".gz") else ".nii"
-        with storage.atomic_path(target / (subject + ending)) as partial:
-            with open(partial, "wb") as file:
-                file.writelines(member_chunks(members[0], MAX_MEMBER))
+        with storage.atomic_path(f"{target}{ending}") as partial, open(partial, "wb") as file:
+            file.writelines(member_chunks(members[0], MAX_MEMBER))
+    return "extracted"
 
 
-def _open_inner(path: Path, member: Member, scratch: Path, stack: ExitStack) -> io.BufferedIOBase:
+def _open_inner(path: Path | IO, member: Member, scratch: Path, stack: ExitStack) -> IO:
     """Open an archive within an archive as a file that seeks fast."""
     _, info, label = member
     if info.compress_type != zipfile.ZIP_STORED:
@@ -265,7 +221,7 @@ def _open_inner(path: Path, member: Member, scratch: Path, stack: ExitStack) -> 
         file.flush()  # zipfile would take a full disk for a bad archive
         return file
     check_member(member, info.file_size)  # of any size: it is read in place
-    with _reading_zip(label):
+    with storage.reading(label, "a whole zip archive"):
         outer = stack.enter_context(open(path, "rb", buffering=0))
         outer.seek(info.header_offset + 26)  # lengths of name and extra field, in a local header
         start = info.header_offset + 30 + sum(struct.unpack("<HH", outer.read(4)))

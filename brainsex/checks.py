@@ -1,6 +1,6 @@
 """Checks of a converted cohort: numbers of each volume, and all subjects on one page.
 
-Nothing is left out by these checks: they tell where to look.
+No subject is left out by these checks: they say where to look.
 """
 
 import html
@@ -23,35 +23,30 @@ from brainsex.volumes import BRAIN_THRESHOLD, brain_volume
 OUTLIER_Z = 3.5
 """Robust z beyond which a value is flagged (Iglewicz and Hoaglin 1993, ASQC vol. 16)."""
 
-PAGE_HEAD = """<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+PAGE_HEAD = """<!DOCTYPE html><meta charset="utf-8"><title>{title}</title>
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:;
  style-src 'unsafe-inline'"><style>body {{font: 13px sans-serif; background: #111; color: #ddd}}
-main {{display: flex; flex-wrap: wrap; gap: 6px}} .flagged {{border-color: #e69f00}}
-figure {{margin: 0; width: 260px; border: 2px solid #111; content-visibility: auto}}
-figcaption {{overflow-wrap: anywhere}}</style></head><body><h1>{title}</h1>{count} flagged, first
-and framed. Sagittal (A right), coronal and axial (R right) planes, same place and scale.<main>
+figure {{display: inline-block; width: 260px; margin: 3px; vertical-align: top}}</style>
+<h1>{title}</h1><p>{count} flagged, first. Sagittal (A right), coronal, axial (R right) planes.</p>
 """
 
 
 def check_table(cohort: Cohort) -> pd.DataFrame:
     """Measure each volume of a cohort and flag outliers, one volume in memory at a time.
 
-    Returns
-    -------
-    One row a subject, in the cohort's order: Subject; brain_volume_ml, native where `convert` wrote
-    it; mean of the voxels above `BRAIN_THRESHOLD`; correlation with the mean of all other subjects;
-    orientation, RAS unless the volume resembles the others more when mirrored; qc_issue, where the
-    cohort has it; flags: what stands out, by a robust z beyond `OUTLIER_Z` (of the correlation only
-    below), or nothing. Raises ValueError for fewer than three subjects.
+    The table has one row a subject, in the cohort's order: Subject; brain_volume_ml, native where
+    `convert` wrote it; mean of the voxels above `BRAIN_THRESHOLD`; correlation with the mean of all
+    other subjects; orientation, RAS unless the volume resembles the others more when mirrored;
+    qc_issue, where the cohort has it; and flags: what has a robust z beyond `OUTLIER_Z` (the
+    correlation only below), mirroring, and the issue.
+    Raises ValueError for fewer than three subjects and for volumes that are not finite or empty.
     """
-    if len(cohort) < 3:
-        raise ValueError(f"{cohort.name}: expected at least three subjects, found {len(cohort)}")
     total, rows = _mean_volume(cohort) * len(cohort), []
     for volume in tqdm(cohort.volumes, "check", unit="subject"):
         brain = volume[volume > BRAIN_THRESHOLD]
         size = np.nan if cohort.affine is None else brain_volume(volume, cohort.affine)
-        likeness = _likeness(volume, (total - volume) / (len(cohort) - 1))
-        rows.append((size, brain.mean() if brain.size else 0.0, *likeness))
+        similarity = _similarity(volume, (total - volume) / (len(cohort) - 1))
+        rows.append((size, brain.mean() if brain.size else 0.0, *similarity))
     columns = ["brain_volume_ml", "mean", "correlation", "mirrored", "orientation"]
     table = pd.DataFrame(rows, columns=columns)
     # Where about half of a cohort is mirrored nothing can tell which half, and all stay RAS
@@ -63,14 +58,14 @@ def check_table(cohort: Cohort) -> pd.DataFrame:
     z = table[["brain_volume_ml", "mean"]].apply(_robust_z)
     correlation = np.arctanh(table["correlation"].clip(-0.999999, 0.999999))  # symmetric tails
     z["correlation"] = _robust_z(correlation).clip(upper=0)
-    number, distance = "{:.4g}".format, "(z {:.1f})".format
-    texts = {name: name + " " + table[name].map(number) + " " + z[name].map(distance) for name in z}
-    reasons = pd.DataFrame(texts).where(abs(z) > OUTLIER_Z)
-    mirrored = "seems mirrored: " + table["orientation"]
-    reasons["orientation"] = mirrored.where(table["orientation"] != "RAS")
+    flags = pd.Series("", table.index)
+    for name in z:
+        text = [f"{name} {value:.4g} (z {far:.1f}); " for value, far in zip(table[name], z[name])]
+        flags += np.where(abs(z[name]) > OUTLIER_Z, text, "")
+    flags += np.where(upright, "", "seems mirrored: " + table["orientation"] + "; ")
     if "qc_issue" in table:
-        reasons["qc_issue"] = table["qc_issue"].map("QC_Issue {}".format, na_action="ignore")
-    table["flags"] = ["; ".join(row.dropna()) for _, row in reasons.iterrows()]
+        flags += table["qc_issue"].map("QC_Issue {}; ".format, na_action="ignore").fillna("")
+    table["flags"] = flags.str.removesuffix("; ")
     return table
 
 
@@ -80,36 +75,37 @@ def write_montage(cohort: Cohort, table: pd.DataFrame, path: str | Path) -> None
     `table` is of `check_table`. A subject takes about 10 KB of the page, and none of the memory.
     """
     mean = _mean_volume(cohort)
-    point = [round(place) for place in center_of_mass(mean)]
+    point = np.round(center_of_mass(mean)).astype(int)
     white = np.percentile(mean[mean > BRAIN_THRESHOLD], 99.5)
-    sizes = np.ones(3) if cohort.affine is None else voxel_sizes(cohort.affine)
-    widths = mean.shape * sizes * 260 / (mean.shape * sizes)[[0, 0, 1]].sum()  # pixels
+    extent = np.ones(3) if cohort.affine is None else voxel_sizes(cohort.affine)
+    extent = extent * mean.shape
+    extent *= 250 / extent[[0, 0, 1]].sum()  # pixels
     title = html.escape(f"{cohort.name} cohort, n={len(cohort)}: {MODALITIES[cohort.modality]}")
     with storage.atomic_path(path) as partial, open(partial, "w", encoding="utf-8") as file:
         file.write(PAGE_HEAD.format(title=title, count=(table["flags"] != "").sum()))
-        order = np.argsort(table["flags"] == "", kind="stable")
-        for row in tqdm(order, "montage", unit="subject"):
-            subject, flags = (html.escape(table.at[row, name]) for name in ("Subject", "flags"))
-            file.write(f"<figure{' class=flagged' if flags else ''}>")
+        for row in tqdm(np.argsort(table["flags"] == "", kind="stable"), "montage"):
+            file.write("<figure>")
             for axis, (across, up) in enumerate(((1, 2), (0, 2), (0, 1))):
                 plane = np.take(cohort.volumes[row], point[axis], axis).T[::-1] / white
                 Image.fromarray(np.uint8(255 * plane.clip(0, 1))).save(png := BytesIO(), "PNG")
-                size = f"width={widths[across]:.0f} height={widths[up]:.0f}"
-                source = f"data:image/png;base64,{b64encode(png.getvalue()).decode()}"
-                file.write(f'<img alt="{subject}" {size} src="{source}">')
+                image = (
+                    f"<img width={extent[across]:.0f} height={extent[up]:.0f} src='data:image/png"
+                )
+                file.write(f"{image};base64,{b64encode(png.getvalue()).decode()}'>")
+            subject, flags = map(html.escape, table.loc[row, ["Subject", "flags"]])
             file.write(f"<figcaption><b>{subject}</b> {flags}</figcaption></figure>\n")
-        file.write("</main></body></html>\n")
 
 
 def _mean_volume(cohort: Cohort) -> np.ndarray:
-    """Return the mean volume (X, Y, Z) float64; raise ValueError if it is not that of brains."""
+    """Return the mean volume (X, Y, Z) float64 of a cohort that can be checked, or raise."""
     mean = sum(volume.astype(float) for volume in cohort.volumes) / len(cohort)
-    if not (np.isfinite(mean).all() and (mean > BRAIN_THRESHOLD).any()):
-        raise ValueError(f"{cohort.name}: expected finite volumes of brains; convert them again")
+    if len(cohort) < 3 or not (np.isfinite(mean).all() and mean.max() > BRAIN_THRESHOLD):
+        expected = f"expected at least three finite volumes of brains, found {len(cohort)} volumes"
+        raise ValueError(f"{cohort.name}: {expected}; convert them again")
     return mean
 
 
-def _likeness(volume: np.ndarray, mean: np.ndarray) -> tuple[float, float, str]:
+def _similarity(volume: np.ndarray, mean: np.ndarray) -> tuple[float, float, str]:
     """Correlate with a mean as it is, mirrored at its best, and name the best orientation."""
     volume, mean = volume - volume.mean(dtype=float), mean - mean.mean()
     scale = (np.linalg.norm(volume) * np.linalg.norm(mean)) or 1.0

@@ -66,25 +66,22 @@ def load_cohort(folder: str | Path, *, affine: np.ndarray | None = None) -> Coho
     folder = Path(folder)
     volumes, sex = _map_array(folder / "tensors.npy"), _map_array(folder / "labels.npy")
     fitting = volumes.ndim == 4 and volumes.size and sex.shape == volumes.shape[:1]
-    if not fitting or volumes.dtype.kind != "f" or sex.dtype.kind not in "biuf":
+    numbers = volumes.dtype.kind == "f" and sex.dtype.kind in "biuf"
+    if not fitting or not numbers or not np.isin(sex, (0, 1)).all():
         raise ValueError(
-            f"{folder}: expected tensors (N, X, Y, Z) of floats and labels (N,) of numbers, found "
-            f"{volumes.shape} of {volumes.dtype} and {sex.shape} of {sex.dtype}; {CONVERT_AGAIN}"
+            f"{folder}: expected tensors (N, X, Y, Z) of floats and labels (N,) 0 and 1, found "
+            f"{volumes.shape} of {volumes.dtype} and {sex.shape}: {sex[:9]}; {CONVERT_AGAIN}"
         )
-    if not np.isin(sex, (0, 1)).all():
-        raise ValueError(f"{folder / 'labels.npy'}: expected 0 and 1, found {np.unique(sex)[:9]}")
-    sex, grid, width = np.array(sex, np.int64), {"affine": affine}, len(str(len(sex)))
+    sex, width = np.array(sex, np.int64), len(str(len(sex)))
     table = pd.DataFrame({"Subject": [f"{n:0{width}d}" for n in range(len(sex))], "label": sex})
     if (path := folder / "subjects.csv").is_file():
         table = tables.read_output_table(path, "Subject", "label")
         if not np.array_equal(table["label"], sex):
             raise ValueError(f"{folder}: subjects.csv and labels.npy disagree; {CONVERT_AGAIN}")
-    if (path := folder / "grid.json").is_file():
-        grid = check_grid(storage.read_json(path), path)
-        if grid.pop("shape") != volumes.shape[1:]:
-            raise ValueError(f"{folder}: grid.json and tensors.npy disagree; {CONVERT_AGAIN}")
-    elif affine is not None:
-        grid["affine"] = _check_affine(affine)
+    path, grid = folder / "grid.json", {"shape": volumes.shape[1:], "affine": affine}
+    grid = check_grid(storage.read_json(path) if path.is_file() else grid, path)
+    if grid.pop("shape") != volumes.shape[1:]:
+        raise ValueError(f"{folder}: grid.json and tensors.npy disagree; {CONVERT_AGAIN}")
     subjects, families = table["Subject"].to_numpy(str), table.set_index("Subject").get("group")
     groups = None if families is None else tables.fill_missing_families(families)
     return Cohort(*cohort_name(folder), volumes, sex, subjects, groups, table=table, **grid)
@@ -130,25 +127,18 @@ def check_grid(grid: dict, path: Path) -> dict:
         modality, affine = grid.get("modality", "fa"), grid.get("affine")
         if modality not in MODALITIES:
             raise ValueError(f"modality {modality!r:.100}, not one of {', '.join(MODALITIES)}")
-        affine = None if affine is None else _check_affine(affine)
+        if affine is not None:
+            affine = np.asarray(affine, float)
+            if affine.shape != (4, 4) or not np.isfinite(affine).all() or not np.linalg.det(affine):
+                raise ValueError(f"affine {affine.tolist()}, not (4, 4) with an inverse")
         checked = {"shape": tuple(map(int, grid["shape"])), "affine": affine}
         return checked | {"modality": modality, "normalised": bool(grid.get("normalised", False))}
-
-
-def _check_affine(affine: np.ndarray | list) -> np.ndarray:
-    """Return an affine (4, 4) as an array; ValueError unless it has an inverse."""
-    matrix = np.asarray(affine, float)
-    if matrix.shape != (4, 4) or not np.isfinite(matrix).all() or not np.linalg.det(matrix):
-        raise ValueError(f"expected an affine (4, 4) that has an inverse, found {matrix.tolist()}")
-    return matrix
 
 
 def _map_array(path: Path) -> np.ndarray:
     """Memory-map a NumPy file read-only; nothing in it is executed."""
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is not there. Run `python -m brainsex convert {path.parent}` (notebook 02); "
-            "DATA_ACCESS.md says how to get the data."
-        )
+        remedy = f"run `python -m brainsex convert {path.parent}` (notebook 02)"
+        raise FileNotFoundError(f"{path}: no such file; {remedy}, DATA_ACCESS.md says how to start")
     with storage.reading(path, "a whole NumPy array", CONVERT_AGAIN):
         return np.lib.format.open_memmap(path, mode="r")

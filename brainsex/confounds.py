@@ -37,7 +37,7 @@ def confound_matrix(table: pd.DataFrame, names: Sequence[str]) -> np.ndarray:
 class _Regression:
     """Linear regression of values (N, …), read a chunk at a time, on standardised confounds."""
 
-    def __init__(self, confounds: np.ndarray, values: np.ndarray, rows: np.ndarray):
+    def __init__(self, confounds: np.ndarray, values: np.ndarray, rows: np.ndarray) -> None:
         known = confounds[rows]
         spread = known.std(0)
         varies = spread > 1e-9 * np.abs(known).max(0)  # or its spread is rounding
@@ -62,10 +62,11 @@ class ConfoundRegressor(TransformerMixin, BaseEstimator):
     rounding is left, such as a confound itself, becomes 0: a tree could read the rounding.
     """
 
-    def __init__(self, count: int = 1):
+    def __init__(self, count: int = 1) -> None:
         self.count = count
 
     def fit(self, X: np.ndarray, y: np.ndarray | None = None) -> "ConfoundRegressor":
+        """Learn coefficients from confounds and features (N, count + P)."""
         confounds, features = X[:, : self.count], X[:, self.count :]
         self.regression_ = _Regression(confounds, features, np.arange(len(X)))
         spread = self.regression_.residuals(confounds, features).std(0)
@@ -73,6 +74,7 @@ class ConfoundRegressor(TransformerMixin, BaseEstimator):
         return self
 
     def transform(self, X: np.ndarray) -> np.ndarray:
+        """Return the features (N, P) less what their confounds explain."""
         residuals = self.regression_.residuals(X[:, : self.count], X[:, self.count :])
         residuals[:, self.rounding_] = 0
         return residuals
@@ -85,7 +87,7 @@ class RegressedVolumes:
     is read once for the fit and once whenever it is used.
     """
 
-    def __init__(self, values: np.ndarray, confounds: np.ndarray, train: np.ndarray):
+    def __init__(self, values: np.ndarray, confounds: np.ndarray, train: np.ndarray) -> None:
         self.values, self.shape = values, values.shape
         self.confounds = np.asarray(confounds, float).reshape(len(values), -1)
         self.regression = _Regression(self.confounds, values, train)

@@ -6,15 +6,14 @@ the tensor fitted with the nominal g is (I + L)ᵀ D (I + L), from which D is re
 """
 
 import gzip
-import json
 import math
 import os
 import re
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 from typing import BinaryIO
 
 import nibabel as nib
@@ -27,8 +26,8 @@ from brainsex.volumes import MAX_VOXELS
 
 DATA, MASK, DEVIATIONS = "data.nii.gz", "nodif_brain_mask.nii.gz", "grad_dev.nii.gz"
 NEEDED = (DATA, "bvals", "bvecs", MASK)
-MAX_TEXT = 1 << 20  # bytes of the largest bvals or bvecs, and of what precedes a file's voxels
-MAX_KEPT = 2 << 30  # bytes of the voxels and volumes kept in memory; HCP's take 0.4 GB
+MAX_TEXT = 1 << 20  # bytes of the largest bvals or bvecs, and of what precedes voxels
+MAX_VALUES = 1 << 28  # voxels by volumes kept in memory; HCP's series has 1e8, in 0.4 GB
 MAX_DEVIATION = 0.3  # largest element of L accepted (HCP's are below 0.1): I + L has an inverse
 SLAB = 2000  # voxels fitted at a time: DIPY's memory does not grow with the brain
 SEVEN_TESLA = re.compile(r"Diffusion_?7T|_7T_[^/]*\.zip")  # HCP has it beside the series at 3 T
@@ -46,8 +45,7 @@ def fit_folder(
 ) -> pd.DataFrame:
     """Fit FA to each subject's diffusion series, into ``target/<ID>.nii.gz``.
 
-    A subject whose map is there is skipped. ``target/rejected.csv`` lists who was left out, and
-    ``<ID>.json`` the shells used and whether gradient non-linearity was honoured.
+    A subject whose map is there is skipped; ``target/rejected.csv`` lists who was left out.
 
     Parameters
     ----------
@@ -62,25 +60,26 @@ def fit_folder(
     there is no series, ValueError if `target` has maps of another `bmax` or `b0`, and OSError if
     the disk is full.
     """
-    _import_dipy()
+    if find_spec("dipy") is None:
+        raise ImportError("fitting FA needs DIPY: pip install -r requirements-diffusion.txt")
     source, target = Path(source), Path(target)
-    paths = [source] if source.is_file() else archives.files_below(source, ".zip", DATA)
+    paths = archives.files_below(source, ".zip", DATA)
     paths = (path for path in paths if path.suffix.lower() == ".zip" or path.name == DATA)
-    series = archives.group_by_subject(paths)
+    series, neglected = archives.group_by_subject(paths), []
     if not series:
-        raise FileNotFoundError(
-            f"{source}: expected packages named <ID>_….zip or folders <ID>/T1w/Diffusion with "
-            f"{DATA}, found none; DATA_ACCESS.md says how to get them"
-        )
-    root, neglected = source if source.is_dir() else source.parent, []
+        expected = f"packages named <ID>_….zip or folders <ID>/T1w/Diffusion with {DATA}"
+        remedy = "DATA_ACCESS.md says how to get them"
+        raise FileNotFoundError(f"{source}: expected {expected}, found none; {remedy}")
 
-    def work(subject: str) -> None:
-        if not _fit_subject(subject, series[subject], root, target, bmax, b0):
-            neglected.append(subject)
+    def work(subject: str) -> str:
+        with ExitStack() as stack:
+            files = _find_series(series[subject], source, target, stack)
+            _fit_series(files, target / f"{subject}.nii.gz", bmax, b0)
+        neglected.extend([subject] * (DEVIATIONS not in files))
+        return "fitted"
 
     settings = {"bmax": bmax, "b0": b0}
-    options = {"workers": workers, "overwrite": overwrite}
-    table = archives.process_subjects(work, series, target, "fa", settings, "fitted", **options)
+    table = archives.process_subjects(work, series, target, "fa", settings, workers, overwrite)
     if neglected:
         print(f"{len(neglected)} without {DEVIATIONS}: gradient non-linearity neglected")
     return table
@@ -106,7 +105,9 @@ def fractional_anisotropy(
 
     Returns (N,) float32 in [0, 1], which is 0 where a signal or a deviation is not finite.
     """
-    gradient_table, dti = _import_dipy()
+    from dipy.core.gradients import gradient_table
+    from dipy.reconst import dti
+
     design = dti.design_matrix(gradient_table(bvals, bvecs=bvecs, b0_threshold=b0))
     finite = np.isfinite(signal).all(axis=1)
     if deviations is not None:
@@ -124,56 +125,33 @@ def fractional_anisotropy(
     return fa
 
 
-def _import_dipy() -> tuple[Callable, ModuleType]:
-    """Return DIPY's gradient_table and its module dti; DIPY is an optional dependency."""
-    try:
-        from dipy.core.gradients import gradient_table
-        from dipy.reconst import dti
-    except ImportError as error:
-        remedy = "pip install -r requirements-diffusion.txt"
-        raise ImportError(f"fitting FA needs DIPY, which is not installed: {remedy}") from error
-    return gradient_table, dti
-
-
-def _fit_subject(
-    subject: str, paths: list[Path], root: Path, target: Path, bmax: float, b0: float
-) -> bool:
-    """Write a subject's map and its record; return whether gradient deviations were honoured."""
-    deviations = None
-    with ExitStack() as stack:
-        files = _find_series(paths, root, target, stack)
-        bvals, bvecs, shells = _read_gradients(files, bmax, b0)
-        keep = np.flatnonzero(shells <= bmax)
-        grid, values = _read_nifti(files[MASK])
-        voxels = np.flatnonzero(values[0] > 0)  # X fastest
-        if not len(voxels):
-            raise ValueError(f"{files[MASK][0]}: expected voxels above 0, found an empty mask")
-        if DEVIATIONS in files:
-            deviations = _read_deviations(files[DEVIATIONS], grid, voxels)
-        header, values = _read_nifti(files[DATA], grid, voxels, keep, len(bvals))
-    volume = np.zeros(math.prod(grid.get_data_shape()), np.float32)
+def _fit_series(files: dict[str, File], path: Path, bmax: float, b0: float) -> None:
+    """Write the FA map of the files of a series."""
+    bvals, bvecs, keep = _read_gradients(files, bmax, b0)
+    grid, (mask,) = _read_nifti(files[MASK])
+    voxels, deviations = np.flatnonzero(mask > 0), None  # X fastest
+    if not 0 < len(voxels) * len(keep) <= MAX_VALUES:
+        expected = f"expected 1 to {MAX_VALUES // len(keep)} voxels above 0"
+        raise ValueError(f"{files[MASK][0]}: {expected}, found {len(voxels)}; correct the mask")
+    if DEVIATIONS in files:
+        deviations = _read_deviations(files[DEVIATIONS], grid, voxels)
+    header, volumes = _read_nifti(files[DATA], grid, voxels, keep, len(bvals))
+    fa = np.zeros(math.prod(grid.get_data_shape()), np.float32)
     with storage.reading(files[DATA][0], "signals that a tensor can be fitted to"):
         for start in range(0, len(voxels), SLAB):
             slab = slice(start, start + SLAB)
+            signal = np.stack([volume[slab] for volume in volumes]).T
             local = None if deviations is None else deviations[slab]
-            volume[voxels[slab]] = fractional_anisotropy(
-                values[:, slab].T, bvals[keep], bvecs[keep], b0=b0, deviations=local
+            fa[voxels[slab]] = fractional_anisotropy(
+                signal, bvals[keep], bvecs[keep], b0=b0, deviations=local
             )
-    counts = zip(*np.unique(shells[keep], return_counts=True))
-    record = {
-        "series": files[DATA][0],
-        "shells": {f"{shell:g}": int(count) for shell, count in counts},
-        "gradient_nonlinearity": "neglected" if deviations is None else "honoured",
-    }
-    storage.write_text(target / f"{subject}.json", json.dumps(record, indent=1) + "\n")
     header.set_data_shape(grid.get_data_shape())
     header.set_data_dtype(np.float32)
     header.set_slope_inter(1, 0)
     header["cal_min"], header["cal_max"] = 0, 1  # what viewers show as black and white
-    image = nib.Nifti1Image(volume.reshape(grid.get_data_shape(), order="F"), None, header)
-    with storage.atomic_path(target / f"{subject}.nii.gz") as partial_path:
+    image = nib.Nifti1Image(fa.reshape(grid.get_data_shape(), order="F"), None, header)
+    with storage.atomic_path(path) as partial_path:
         partial_path.write_bytes(gzip.compress(image.to_bytes(), 6, mtime=0))
-    return deviations is not None
 
 
 def _find_series(paths: list[Path], root: Path, scratch: Path, stack: ExitStack) -> dict[str, File]:
@@ -181,10 +159,12 @@ def _find_series(paths: list[Path], root: Path, scratch: Path, stack: ExitStack)
     names, files = (*NEEDED, DEVIATIONS), []
     labels = {path: path.relative_to(root).as_posix() for path in paths}
     for path, label in labels.items():
-        if path.suffix.lower() != ".zip":
+        if SEVEN_TESLA.search(label):
+            continue
+        if path.name == DATA:
             for name in filter(os.path.lexists, map(path.with_name, names)):  # or broken links
                 files.append((name.relative_to(root).as_posix(), partial(open, name, "rb")))
-        elif not SEVEN_TESLA.search(label):
+        else:
             for member in archives.find_members(path, label, names, stack, scratch):
                 archives.check_member(member, archives.MAX_INNER)
                 files.append((member[2], partial(member[0].open, member[1])))
@@ -193,46 +173,37 @@ def _find_series(paths: list[Path], root: Path, scratch: Path, stack: ExitStack)
         folder, _, name = file[0].replace("\\", "/").rpartition("/")
         if not SEVEN_TESLA.search(folder):
             folders.setdefault(folder, {})[name.lower()] = file
-    folders = {folder: series for folder, series in folders.items() if DATA in series}
-    if len(folders) != 1:
-        problem = ", ".join(folders) + "; keep one session" if folders else "none"
-        places = ", ".join(labels.values())
-        raise ValueError(f"{places}: expected one folder with {DATA}, found {problem}")
-    ((folder, series),) = folders.items()
-    if missing := [name for name in NEEDED if name not in series]:
-        raise ValueError(f"{folder}: expected {', '.join(NEEDED)}, found no {', '.join(missing)}")
-    return series
+    whole = [folder for folder, series in folders.items() if not set(NEEDED) - set(series)]
+    if len(whole) != 1:
+        problem = f"{', '.join(whole)}; keep one session" if whole else "none"
+        expected = f"expected one folder with {', '.join(NEEDED)}"
+        raise ValueError(f"{', '.join(labels.values())}: {expected}, found {problem}")
+    return folders[whole[0]]
 
 
 def _read_gradients(
     files: dict[str, File], bmax: float, b0: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Read b (volumes,) in s/mm² and directions (volumes, 3), and round b to shells (volumes,).
+    """Read b (volumes,) in s/mm², directions (volumes, 3) and the indices of volumes to fit.
 
-    Raises ValueError unless a tensor can be fitted to the shells up to `bmax`.
+    Raises ValueError unless the shells up to `bmax` determine a tensor.
     """
-    bvals, bvecs = _read_numbers(files["bvals"]).ravel(), _read_numbers(files["bvecs"])
-    label, count = files["bvecs"][0], len(bvals)
-    if bvecs.shape != (3, count):
-        raise ValueError(
-            f"{label}: expected 3 rows of as many numbers as in bvals, {count}, found shape "
-            f"{bvecs.shape}"
-        )
+    bvals, bvecs = _read_numbers(files["bvals"]).ravel(), _read_numbers(files["bvecs"]).T
+    if bvecs.shape != (len(bvals), 3):
+        expected = f"expected 3 rows of as many numbers as in bvals, {len(bvals)}"
+        raise ValueError(f"{files['bvecs'][0]}: {expected}, found shape {bvecs.T.shape}")
     shells = np.where(bvals <= b0, 0, np.round(bvals, -2))
-    weighted = bvecs.T[(shells <= bmax) & (bvals > b0)]
-    if not (bvals >= 0).all() or not (bvals <= b0).any() or not len(weighted):
+    directions = bvecs[(shells <= bmax) & (bvals > b0)]
+    unit = (abs(np.linalg.norm(directions, axis=1) - 1) < 0.01).all()
+    dyads = (directions[:, :, None] * directions[:, None, :]).reshape(-1, 9)
+    determined = unit and np.linalg.matrix_rank(dyads, tol=1e-2) == 6
+    if not determined or not (bvals >= 0).all() or not (bvals <= b0).any():
         raise ValueError(
-            f"{files['bvals'][0]}: expected b ≥ 0, b0 volumes (b ≤ {b0:g}) and a shell up to "
-            f"b = {bmax:g}, found b from {bvals.min():g} to {bvals.max():g}"
+            f"{files['bvals'][0]}: expected b ≥ 0, b0 volumes (b ≤ {b0:g}) and unit vectors in six "
+            f"independent directions up to b = {bmax:g}, found {len(directions)} volumes there, "
+            f"and b from {bvals.min():g} to {bvals.max():g}"
         )
-    unit = (abs(np.linalg.norm(weighted, axis=1) - 1) < 0.01).all()
-    dyads = (weighted[:, :, None] * weighted[:, None, :]).reshape(-1, 9)
-    if not unit or np.linalg.matrix_rank(dyads, tol=1e-2) < 6:
-        raise ValueError(
-            f"{label}: expected unit vectors in six independent directions where {b0:g} < b ≤ "
-            f"{bmax:g}, found {len(weighted)} volumes that do not determine a tensor"
-        )
-    return bvals, bvecs.T, shells
+    return bvals, bvecs, np.flatnonzero(shells <= bmax)
 
 
 def _read_numbers(file: File) -> np.ndarray:
@@ -246,7 +217,7 @@ def _read_numbers(file: File) -> np.ndarray:
 
 def _read_deviations(file: File, grid: nib.Nifti1Header, voxels: np.ndarray) -> np.ndarray:
     """Read L at `voxels` (N, 3, 3) float32; HCP stores its elements by columns."""
-    deviations = _read_nifti(file, grid, voxels, range(9), 9)[1].astype(np.float32)
+    deviations = np.float32(_read_nifti(file, grid, voxels, range(9), 9)[1])
     if (largest := max(np.nanmax(deviations), -np.nanmin(deviations))) > MAX_DEVIATION:
         expected = f"expected fractions up to {MAX_DEVIATION}"
         raise ValueError(f"{file[0]}: {expected}, found {largest:.3g}; per cent?")
@@ -256,14 +227,14 @@ def _read_deviations(file: File, grid: nib.Nifti1Header, voxels: np.ndarray) -> 
 def _read_nifti(
     file: File,
     grid: nib.Nifti1Header | None = None,
-    voxels: np.ndarray | None = None,
+    voxels: np.ndarray | slice = slice(None),
     keep: Sequence[int] = (0,),
-    volumes: int = 1,
-) -> tuple[nib.Nifti1Header, np.ndarray]:
+    count: int = 1,
+) -> tuple[nib.Nifti1Header, list[np.ndarray]]:
     """Stream a gzipped NIfTI-1 file to its end, where gzip compares the checksum.
 
-    The file has `volumes` on the grid of the header `grid`, or is 3D. Returns its header and the
-    scaled values of the volumes to `keep` (ascending) at `voxels` (X fastest): (len(keep), N).
+    The file has `count` volumes on the grid of the header `grid`, or is 3D. Returns its header and,
+    of each volume to `keep` (ascending), the scaled values at `voxels` (X fastest): (N,).
     """
     label, opener = file
     with (
@@ -272,32 +243,25 @@ def _read_nifti(
         gzip.open(compressed) as stream,
     ):
         header = nib.Nifti1Header(stream.read(nib.Nifti1Header.sizeof_hdr))
-        shape, dtype = header.get_data_shape(), header.get_data_dtype()
-        start, count = header.get_data_offset(), math.prod(shape[:3])
-        end = start + math.prod(shape) * dtype.itemsize
-        real = dtype.kind in "iuf" and header.sizeof_hdr <= start <= MAX_TEXT
-        if not real or not 0 < count <= MAX_VOXELS:
-            raise ValueError(
-                f"{label}: expected at most {MAX_VOXELS} voxels of real numbers, found shape "
-                f"{shape} of {dtype} from byte {start} on"
-            )
-        expected = shape[:3] if grid is None else (*grid.get_data_shape(), volumes)
+        shape, dtype, start = (
+            header.get_data_shape(),
+            header.get_data_dtype(),
+            header.get_data_offset(),
+        )
+        expected = (*grid.get_data_shape(), count) if grid else shape[:3]
         affine, grid_affine = header.get_best_affine(), (grid or header).get_best_affine()
-        if shape != expected or not np.allclose(affine, grid_affine, atol=1e-3):
+        fits = shape == expected and np.allclose(affine, grid_affine, atol=1e-3)
+        bounded = 0 < math.prod(shape[:3]) <= MAX_VOXELS and header.sizeof_hdr <= start <= MAX_TEXT
+        if not fits or not bounded or dtype.kind not in "iuf":
             raise ValueError(
-                f"{label}: expected shape {expected}, the grid of {MASK} by the number of bvals "
-                f"(9 in {DEVIATIONS}), found {shape} with the affine {affine.tolist()}"
+                f"{label}: expected shape {expected} on the grid of {MASK}, at most {MAX_VOXELS} "
+                f"voxels of real numbers, found {shape} of {dtype} from byte {start} on, with the "
+                f"affine {affine.tolist()}"
             )
-        if header.get_slope_inter() not in ((None, None), (1, 0)):
-            dtype = np.dtype(float)  # of values once scaled
-        count = count if voxels is None else len(voxels)
-        if (size := len(keep) * count * dtype.itemsize) > MAX_KEPT:
-            problem = f"found {size} in {len(keep)} volumes of {count} voxels; crop the mask"
-            raise ValueError(f"{label}: expected at most {MAX_KEPT} bytes, {problem}")
-        values, stored = np.empty((len(keep), count), dtype), ArrayProxy(stream, header)
-        for row, number in zip(values, keep):
-            volume = np.asarray(stored[... if grid is None else (..., number)])
-            row[:] = volume.ravel(order="F")[... if voxels is None else voxels]
+        stored, values = ArrayProxy(stream, header).reshape((*shape[:3], count)), []
+        for number in keep:
+            values.append(np.asarray(stored[..., number]).ravel(order="F")[voxels])
+        end = start + math.prod(shape) * dtype.itemsize
         while stream.tell() <= end and stream.read(archives.CHUNK):
             pass
         if stream.tell() != end:

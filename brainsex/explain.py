@@ -74,7 +74,7 @@ def explain(
     for method, values in used.items():
         drawn = random_weights or METHODS[method].compute is None or "samples" in values
         draws = {"seed": seed} if drawn else {}
-        results = [f"{method}{suffix}/*"] + ["persistence/*"] * (method + suffix == "maske")
+        results = [f"{method}{suffix}/*"] + ["persistence/*"] * (method + suffix == "mask")
         settings = {"overwrite": overwrite, "results": results}
         storage.start_run(out, f"explain {method}{suffix}", sources | values | draws, **settings)
     with tqdm(total=len(used) * len(rows), desc="explain", unit="map") as bar:

@@ -1,8 +1,7 @@
 """Drawings that more than one notebook makes, or that take more than a few lines.
 
-Brains are drawn by nilearn from arrays (X, Y, Z) and a 4×4 affine to RAS millimetres: the left of
-the brain is on the left of the picture. Every function returns the figure for the caller to save;
-`title` stands at its head and `cohort`, name and n ("synthetic cohort, n=200"), at its foot.
+Volumes are (X, Y, Z) with a 4×4 affine to RAS mm; the left of the brain is on the left. `title`
+stands at the head of a figure, `cohort`, name and n ("synthetic cohort, n=200"), at its foot.
 """
 
 import copy
@@ -23,9 +22,7 @@ from nibabel.affines import apply_affine, voxel_sizes
 from nilearn import plotting
 from scipy.ndimage import center_of_mass
 
-PALETTE = {"women": "#D55E00", "men": "#0072B2"}
-"""The sexes' colours, from the colour-blind safe set of Okabe and Ito."""
-
+PALETTE = {"women": "#D55E00", "men": "#0072B2"}  # colour-blind safe: Okabe and Ito's
 DARK, PALE, ACCENT, OUTLINE = "#222222", "#999999", "#009E73", "#56B4E9"
 HUES = (DARK, "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#0072B2", PALE)
 MARKERS = "osDv^<>P"
@@ -39,6 +36,9 @@ STYLE = {"font.size": 9, "axes.titlesize": 9, "text.color": DARK, "legend.frameo
 STYLE |= {"font.family": "sans-serif", "axes.spines.top": False, "axes.spines.right": False}
 """Matplotlib settings of every figure, for ``plt.rc_context``."""
 
+PANELS = {"vmin": 0, "bg_img": None, "threshold": None, "symmetric_cbar": False, "colorbar": False}
+PANELS |= {"draw_cross": False, "annotate": False, "black_bg": True}  # of plot_stat_map
+
 
 def new_figure(rows: int = 1, columns: int = 1, **options: object) -> tuple[Figure, np.ndarray]:
     """Open a figure and its axes, which pyplot forgets, so that a notebook shows it only once."""
@@ -50,8 +50,8 @@ def new_figure(rows: int = 1, columns: int = 1, **options: object) -> tuple[Figu
 def finish(figure: Figure, title: str, foot: str) -> Figure:
     """Write the title at the head of a figure and who was measured at its foot; return it."""
     figure.suptitle(title, weight="bold", fontsize=11)
-    characters = int(15 * figure.get_figwidth())  # in a line of this size
-    figure.supxlabel(fill(foot, characters), fontsize=8, color="#555555")
+    foot = fill(foot, int(15 * figure.get_figwidth()))  # characters in a line of this size
+    figure.supxlabel(foot, fontsize=8, color="#555555")
     return figure
 
 
@@ -69,15 +69,12 @@ def brain_panels(
     width: float = 9,
     bar: tuple[str | ListedColormap, float, str] | None = None,
 ) -> Figure:
-    """Draw rows of panels by nilearn, each with some planes of an image.
+    """Draw rows of panels by nilearn, `width` inches wide, each with some planes of an image.
 
-    Parameters
-    ----------
-    rows : a panel has `label`, `planes` ("xyz", or one letter as often as there are cuts), perhaps
-        `outlines` (an image whose contours are drawn), and arguments of
-        `nilearn.plotting.plot_stat_map`, at least `stat_map_img` and `cut_coords` in mm.
-    width : inches of a row.
-    bar : colour map, top value and label of one colour bar, from 0, for all panels.
+    A panel has `label`, `planes` ("xyz", or one letter as often as there are cuts), perhaps
+    `outlines` (an array (X, Y, Z) on the image's grid, contoured where not 0), and arguments of
+    `nilearn.plotting.plot_stat_map`, at least `stat_map_img` and `cut_coords` in mm. `bar` is the
+    colour map, top value and label of one colour bar, from 0, for all panels.
     """
     image = rows[0][0]["stat_map_img"]
     extent = np.abs(image.affine[:3, :3]) @ image.shape  # mm
@@ -87,27 +84,25 @@ def brain_panels(
     ratios = {"width_ratios": widths, "height_ratios": heights, "squeeze": False}
     ratios["subplot_kw"] = {"frame_on": False, "xticks": [], "yticks": []}
     figure, axes = new_figure(len(rows), len(rows[0]), figsize=size, **ratios)
-    places = [(ax, dict(panel)) for pair in zip(axes, rows) for ax, panel in zip(*pair)]
-    for ax, panel in places:
+    panels = [(ax, dict(panel)) for pair in zip(axes, rows) for ax, panel in zip(*pair)]
+    for ax, panel in panels:
         ax.set_title(panel.pop("label"))
     if bar:
         look = {"label": bar[2], "aspect": 25, "pad": 0.01, "shrink": min(0.8, 3.5 / size[1])}
         scale = figure.colorbar(ScalarMappable(Normalize(0, bar[1]), bar[0]), ax=axes, **look)
         scale.ax.set_facecolor("#444444")
-    foot += " · blue contours: planted regions" * ("outlines" in places[0][1])
-    foot += " · x, y, z in mm; L left, R right; sagittal: front to the right"
-    finish(figure, title, foot)
+    foot += " · blue contours: planted regions" * (rows[0][0].get("outlines") is not None)
+    finish(figure, title, f"{foot} · x, y, z in mm; L left, R right; sagittal: front to the right")
     figure.draw_without_rendering()  # nilearn reads where the axes are: nothing may move from here
     figure.set_layout_engine("none")
-    look = {"bg_img": None, "vmin": 0, "threshold": None, "colorbar": False}
-    look |= {"symmetric_cbar": False, "draw_cross": False, "annotate": False, "black_bg": True}
-    for ax, panel in places:
+    for ax, panel in panels:
         planes, outlines = panel.pop("planes"), panel.pop("outlines", None)
         panel["cut_coords"] = np.round(panel["cut_coords"])  # whole mm, as nilearn writes them
         mode = "ortho" if planes == "xyz" else planes[0]
-        display = plotting.plot_stat_map(axes=ax, display_mode=mode, **look | panel)
+        display = plotting.plot_stat_map(axes=ax, display_mode=mode, **PANELS | panel)
         if outlines is not None:
-            display.add_contours(outlines, levels=[0.5], colors=OUTLINE, linewidths=0.9)
+            contours = to_image(np.not_equal(outlines, 0), panel["stat_map_img"].affine)
+            display.add_contours(contours, levels=[0.5], colors=OUTLINE, linewidths=0.9)
         display.annotate(size=7)
     return figure
 
@@ -125,8 +120,8 @@ def volume_slices(
     look |= {"cmap": "gray", "vmax": 1}
     rows = []
     for label, (volume, affine) in panels.items():
-        voxels, sizes = " × ".join(map(str, volume.shape)), voxel_sizes(affine)
-        label += f": {voxels} voxels of {' × '.join(f'{size:.4g}' for size in sizes)} mm"
+        sizes = " × ".join(f"{size:.4g}" for size in voxel_sizes(affine))
+        label += f": {' × '.join(map(str, volume.shape))} voxels of {sizes} mm"
         rows.append([look | {"label": label, "stat_map_img": to_image(volume, affine)}])
     return brain_panels(rows, title=title, foot=cohort, width=7, bar=("gray", 1, values))
 
@@ -136,14 +131,15 @@ def person_strip(
 ) -> Figure:
     """Draw one axial plane of several volumes of one person, side by side.
 
-    `panels` is label -> volume (X, Y, Z) in [0, 1], for example the brain, its mask, and the brain
-    with the mask blurred. The plane is the one where the last differs most from the first.
+    `panels` is label -> volume (X, Y, Z) in [0, 1]. The plane is the one where the last volume (for
+    example the brain with the mask blurred) differs most from the first.
     """
     first, *_, last = panels.values()
     plane = np.abs(np.subtract(last, first, dtype=float)).sum((0, 1)).argmax()
-    look = {"planes": "z", "cut_coords": apply_affine(affine, [0, 0, plane])[2:], "cmap": "gray"}
+    look = {"planes": "z", "cut_coords": apply_affine(affine, [0, 0, plane])[2:]}
+    look |= {"cmap": "gray", "vmax": 1}
     images = {label: to_image(volume, affine) for label, volume in panels.items()}
-    row = [look | {"label": label, "stat_map_img": images[label], "vmax": 1} for label in images]
+    row = [look | {"label": label, "stat_map_img": image} for label, image in images.items()]
     return brain_panels([row], title=title, foot=cohort, bar=("gray", 1, "value of a voxel"))
 
 
@@ -159,22 +155,18 @@ def mask_overlay(
 ) -> Figure:
     """Draw planes of a mean mask over the mean brain, where the mask and the outlined regions lie.
 
-    `background`, `saliency` (in [0, 1], 1 where every subject's evidence was removed) and
-    `outlines` (planted regions, where not 0) are (X, Y, Z) on one grid, else ValueError; `vmax` is
-    the top of the colour bar.
+    `background`, `saliency` (in [0, 1]) and `outlines` (planted regions, where not 0) are (X, Y, Z)
+    on one grid, else ValueError; `vmax` is the top of the colour bar.
     """
-    outlines = np.zeros(background.shape) if outlines is None else np.not_equal(outlines, 0)
-    if not background.shape == saliency.shape == outlines.shape:
-        shapes = f"{background.shape}, {saliency.shape}, {outlines.shape}"
-        raise ValueError(f"expected background, saliency and outlines on one grid, found {shapes}")
     vmax = vmax or float(saliency.max()) or 1.0
-    weight = saliency / vmax + outlines + 0.01 * background  # the brain decides what is left open
-    weight = to_image(weight, affine)
+    weight = saliency / vmax + 0.01 * background  # the brain decides what is left open
+    weight = weight if outlines is None else weight + np.not_equal(outlines, 0)
     look = {"label": "", "stat_map_img": to_image(saliency, affine), "cmap": GLOW, "vmax": vmax}
-    look["bg_img"] = to_image(background, affine)
-    look |= {"outlines": to_image(outlines, affine)} if outlines.any() else {}
-    cuts = {axis: plotting.find_cut_slices(weight, axis, CUTS) for axis in "zyx"}
-    rows = [[look | {"planes": axis * CUTS, "cut_coords": cuts[axis]}] for axis in cuts]
+    look |= {"bg_img": to_image(background, affine), "outlines": outlines}
+    rows = []
+    for axis in "zyx":
+        cuts = plotting.find_cut_slices(to_image(weight, affine), axis, CUTS)
+        rows.append([look | {"planes": axis * CUTS, "cut_coords": cuts}])
     bar = (GLOW, vmax, "mean mask (1 = blurred out in every subject)")
     return brain_panels(rows, title=title, foot=cohort, width=11, bar=bar)
 
@@ -189,23 +181,20 @@ def explanation_maps(
     cohort: str,
     outlines: np.ndarray | None = None,
 ) -> Figure:
-    """Draw the same three planes under every explanation, each to its own scale.
+    """Draw three planes through `point`, in mm, under every explanation, each to its own scale.
 
     `background` (X, Y, Z) lies under the maps; `saliency` is label -> map (X, Y, Z), of which the
-    positive part is drawn; the planes meet at `point` (x, y, z) in mm; `outlines` are planted
-    regions, where not 0.
+    positive part is drawn; `outlines` are planted regions, where not 0.
     """
     look = {"planes": "xyz", "cut_coords": point, "bg_img": to_image(background, affine)}
-    if outlines is not None:
-        look["outlines"] = to_image(np.not_equal(outlines, 0), affine)
+    look |= {"outlines": outlines, "cmap": GLOW, "vmax": 1}
     panels = []
     for label, values in saliency.items():
         positive = np.clip(values, 0, None)
         floor, top = np.quantile(positive[background > 0], (0.9, 0.9995))
         floor *= floor < top  # a map at its top in a tenth of the brain is drawn whole
         scaled = np.clip((positive - floor) / ((top - floor) or positive.max() or 1), 0, 1)
-        image = to_image(scaled, affine)
-        panels.append(look | {"label": label, "stat_map_img": image, "cmap": GLOW, "vmax": 1})
+        panels.append(look | {"label": label, "stat_map_img": to_image(scaled, affine)})
     rows = [panels[start : start + 2] for start in range(0, len(panels), 2)]
     bar = (GLOW, 1, "saliency, each map's own scale (90th to 99.95th percentile of the brain)")
     return brain_panels(rows, title=title, foot=cohort, width=10, bar=bar)
@@ -232,9 +221,7 @@ def training_curves(histories: Mapping[str, pd.DataFrame], *, title: str, cohort
     axes[0, 0].set(ylabel="loss (cross-entropy, nats)", ylim=(0, None))
     axes[1, 0].set(ylabel=ACCURACY, ylim=(None, 1.01))
     axes[0, 0].legend()
-    folds = history["fold"].nunique()
-    foot = f"thin: each of {folds} folds, bold: their mean" if folds > 1 else "one split"
-    return finish(figure, title, f"{cohort} · {foot}")
+    return finish(figure, title, f"{cohort} · thin: a fold, bold: mean of the folds")
 
 
 @plt.rc_context(STYLE)
@@ -271,9 +258,9 @@ def score_dots(
         ax.plot(scores[value], heights(scores), marker, color=colour, markersize=5, label=kind)
         if "low" in scores:
             ax.hlines(heights(scores), scores["low"], scores["high"], color=colour, linewidth=1.6)
+        look = {"color": colour, "transform": ax.get_yaxis_transform(), "va": "center"}
         for y, score in zip(heights(scores), scores[value]):
-            place = {"transform": ax.get_yaxis_transform(), "va": "center"}
-            ax.text(1.01, y, f"{score:.3f}", fontsize=7, color=colour, **place)
+            ax.text(1.01, y, f"{score:.3f}", fontsize=7, **look)
         if folds is not None:
             dots = folds[folds[hue] == kind]
             ax.plot(dots[value], heights(dots) - 0.3 * step, ".", color=colour, alpha=0.4)
@@ -290,41 +277,38 @@ def score_dots(
 
 @plt.rc_context(STYLE)
 def network_diagram(network: torch.nn.Module, *, title: str) -> Figure:
-    """Draw the parts of a network: layers, output sizes and parameters, as a forward pass has them.
+    """Draw the parts of a network: their layers, output sizes and numbers of parameters.
 
-    The network has a `shape` (X, Y, Z) and takes (N, 1, X, Y, Z); it stays as it is.
+    The network has a `shape` (X, Y, Z) and takes (N, 1, X, Y, Z); it is not changed.
     """
-    network = copy.deepcopy(network).cpu().eval()
-    blocks = {"input": ([], (1, *network.shape))}
+    network, sizes = copy.deepcopy(network).cpu().eval(), {"input": (1, *network.shape)}
 
-    def record(part: str, layer: torch.nn.Module, _: tuple, output: torch.Tensor) -> None:
-        size = getattr(layer, "kernel_size", "")
-        size = "×".join(map(str, size)) if isinstance(size, tuple) else size
-        layers, _ = blocks.get(part, ([], ()))
-        blocks[part] = ([*layers, f"{type(layer).__name__} {size}".strip()], output.shape[1:])
+    def record(name: str, part: torch.nn.Module, _: tuple, output: torch.Tensor) -> None:
+        sizes[name] = output.shape[1:]
 
     for name, part in network.named_children():
-        for layer in part.modules():
-            if not list(layer.children()):
-                layer.register_forward_hook(partial(record, name))
+        part.register_forward_hook(partial(record, name))
     with torch.no_grad():
         network(torch.zeros(1, 1, *network.shape))
-    counts = pd.Series({name: p.numel() for name, p in network.named_parameters()})
-    figure, ax = new_figure(figsize=(1.7 * len(blocks), 3.8))
-    ax.set(xlim=(-0.5, len(blocks) - 0.5), ylim=(-1, 0.9), aspect="equal")
+    network.input = torch.nn.Sequential()
+    figure, ax = new_figure(figsize=(1.7 * len(sizes), 3.8))
+    ax.set(xlim=(-0.5, len(sizes) - 0.5), ylim=(-1, 0.9), aspect="equal")
     ax.axis("off")
-    for place, (name, (layers, shape)) in enumerate(blocks.items()):
-        width, *depth, height = 0.5 * np.sqrt(np.divide(shape[1:] or (1, 9), max(network.shape)))
-        shift = 0.35 * sum(depth)
-        corner = place - (width + shift) / 2, -(height + shift) / 2
-        a, b, c, d = np.add(corner, [(0, 0), (width, 0), (width, height), (0, height)])
-        faces = [a, b, c, d], [d, c, c + shift, d + shift], [b, c, c + shift, b + shift]
-        count = counts[counts.index.str.startswith(f"{name}.")].sum()
-        tones = [(OUTLINE if count else PALE, alpha) for alpha in (0.8, 0.5, 1)]
+    for place, (name, size) in enumerate(sizes.items()):
+        x, *y, z = 0.5 * np.sqrt(np.divide(size[1:] or (1, 9), max(network.shape)))
+        slant = 0.35 * sum(y)
+        corner = place - (x + slant) / 2, -(z + slant) / 2
+        a, b, c, d = np.add(corner, [(0, 0), (x, 0), (x, z), (0, z)])
+        faces = [a, b, c, d], [d, c, c + slant, d + slant], [b, c, c + slant, b + slant]
+        tones = [(OUTLINE, alpha) for alpha in (0.8, 0.5, 1)]
         ax.add_collection(PolyCollection(faces, facecolors=tones, edgecolors="white"))
-        ax.text(place, 0.5, "\n".join(layers), ha="center", fontsize=8, color="#555555")
-        size = " × ".join(f"{size:,}" for size in shape)
-        below = f"{size}\n\n{name}" + (f"\n{count:,} parameters" if count else "")
-        ax.text(place, -0.45, below, ha="center", va="top", fontsize=8)
-    foot = f"channels × X × Y × Z of each output · {counts.sum():,} parameters in all"
+        part = network.get_submodule(name)
+        layers = [layer for layer in part.modules() if part and not [*layer.children()]]
+        above = [f"{type(layer).__name__} {getattr(layer, 'kernel_size', '')}" for layer in layers]
+        ax.text(place, 0.5, "\n".join(above), ha="center", fontsize=8, color="#555555")
+        count = sum(values.numel() for values in part.parameters())
+        below = [" × ".join(f"{n:,}" for n in size), "", name, f"{count:,} parameters"]
+        ax.text(place, -0.45, "\n".join(below), ha="center", va="top", fontsize=8)
+    total = sum(values.numel() for values in network.parameters())
+    foot = f"channels × X × Y × Z of each output · {total:,} parameters in all"
     return finish(figure, title, foot)

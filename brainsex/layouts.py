@@ -20,7 +20,7 @@ from brainsex import archives, storage, tables, volumes
 
 NII, LABEL = r"\.nii(\.gz)?", "[0-9A-Za-z]+"
 SESSION = f"(ses-(?P<session>{LABEL})/)?"
-HCP = f"(.*/)?(?!ses-)[^/]+/{SESSION}T1w/"
+HCP = f"(.*/)?(?P<subject>(?!ses-)[^/]+)/{SESSION}T1w/"
 PACKAGE = f"(.*/)?(?:sub-)?(?P<subject>{LABEL})"
 BIDS = f"(.*/)?sub-(?P<subject>{LABEL})/{SESSION}"
 DTIFIT = f"(?!(.*/)?T1w/)(.*/)?(?P<subject>(?!ses-|dwi/|dtifit/)[^/]+)/{SESSION}((dwi|dtifit)/)?"
@@ -65,22 +65,20 @@ def find_volumes(folder: str | Path) -> pd.DataFrame:
     folder, rows, places = Path(folder), [], set()
     for path in sorted(archives.files_below(folder, ".nii", ".nii.gz", ".zip")):
         below = path.relative_to(folder).as_posix()
-        if re.search(r"(^|/)(\.|__MACOSX/)", below):
-            continue
         kind, subject, session = _match_pattern(below)
         place = (kind, subject, session, os.path.realpath(path))
-        if not kind or place in places:  # two links to one file count once
+        if not kind or place in places or re.search(r"(^|/)(\.|__MACOSX/)", below):
             continue
-        places.add(place)
-        ids = _read_id_list(path)[0] if kind == "tbss-4d" else []
-        numbered = list(enumerate(ids)) or [(-1, "" if kind == "tbss-4d" else subject)]
+        places.add(place)  # two links to one file count once
+        numbered = [(-1, subject)]
+        if kind == "tbss-4d":
+            numbered = list(enumerate(_read_id_list(path))) or [(-1, "")]
         rows += [(name, session, kind, PATTERNS[kind][0], path, n) for n, name in numbered]
     if not rows:
         raise FileNotFoundError(
             f"{folder}: expected fa/<ID>.nii.gz, <ID>/T1w/…, sub-<ID>/…/dwi/…_FA.nii.gz, "
-            "FA/<ID>_FA.nii.gz or packages <ID>_….zip, found "
-            f"{'none of these' if folder.is_dir() else 'no such folder'}. DATA_ACCESS.md lists "
-            "what is recognised, and says how to get HCP's data."
+            f"FA/<ID>_FA.nii.gz or packages <ID>_….zip, found {len(list(folder.glob('*')))} other "
+            "files and folders. DATA_ACCESS.md lists what is recognised."
         )
     return pd.DataFrame(rows, columns=["Subject", "session", "kind", "modality", "path", "number"])
 
@@ -98,20 +96,22 @@ def summarise_layout(files: pd.DataFrame, people: pd.DataFrame | None) -> pd.Dat
     of people); ``rows without`` (people who have none); next (the command that makes volumes).
     """
     rows = {}
-    for kind, part in files.groupby("kind", sort=False):
+    for kind in PATTERNS:
+        part = files[files["kind"] == kind]
+        if part.empty:
+            continue
         subjects = set(part["Subject"]) - {""}
         rows[kind] = {
             "modality": PATTERNS[kind][0],
             "subjects": len(subjects),
-            "several": sum(part["Subject"].value_counts().drop("", errors="ignore") > 1),
+            "several": part["Subject"][part["Subject"].duplicated()].nunique(),
             "absent": sum(not path.is_file() for path in part["path"]),
         }
         if people is not None:
             rows[kind]["no row"] = len(subjects - set(people.index))
             rows[kind]["rows without"] = len(set(people.index) - subjects)
         rows[kind]["next"] = PATTERNS[kind][-1] if part["Subject"].all() else NO_ID_LIST
-    order = [kind for kind in PATTERNS if kind in rows]
-    return pd.DataFrame.from_dict(rows, orient="index").reindex(order)
+    return pd.DataFrame.from_dict(rows, orient="index")
 
 
 def choose_volumes(
@@ -136,11 +136,11 @@ def choose_volumes(
     if match is not None:
         chosen = chosen[[fnmatchcase(path.name, match) for path in chosen["path"]]]
     if kind not in VOLUME_KINDS or chosen.empty:
-        commands = {PATTERNS[name][-1] for name in files["kind"]} - {""}
+        commands = sorted({PATTERNS[name][-1] for name in files["kind"]} - {""})
         raise ValueError(
-            f"expected volumes of kind {kind or 'fa or t1'}, session {session or 'any'}, "
-            f"name {match or 'any'}, found those of kind {', '.join(present) or 'none'}. "
-            + " ".join(f"`{command}` makes some." for command in sorted(commands))
+            f"expected volumes of kind {kind or 'fa or t1'}, session {session or 'any'}, name "
+            f"{match or 'any'}, found those of kind {', '.join(present) or 'none'}; to make some: "
+            f"{' or '.join(commands) or 'DATA_ACCESS.md'}"
         )
     count = chosen["Subject"].nunique()
     print(f"{count} subjects of kind {kind} (there are: {', '.join(present)})")
@@ -152,62 +152,48 @@ def _match_pattern(path: str) -> tuple[str, str, str]:
     for kind, (_, pattern, _) in PATTERNS.items():
         if hit := re.fullmatch(pattern, path):
             groups = hit.groupdict()
-            rule = archives.archive_subject if kind.startswith("hcp-") else tables.subject_id
-            subject = (groups.get("subject") or rule(path)).removeprefix("sub-")
+            subject = groups.get("subject", tables.subject_id(path)).removeprefix("sub-")
             return kind, subject, groups.get("session") or ""
     return "", tables.subject_id(path), ""
 
 
-def _read_id_list(path: Path) -> tuple[list[str], str]:
-    """Read the IDs of a 4D file's volumes; also say where they are from.
+def _read_id_list(path: Path) -> list[str]:
+    """Read the IDs of a 4D file's volumes from ``all_FA.txt``, or from TBSS's ``FA/``.
 
-    They stand in ``all_FA.txt``, one a line. Without it they are those of TBSS's ``FA/``, whose
-    images it merges in the order of the names.
+    TBSS merges the images of that folder in the order of their names.
     """
     listed = path.with_name("all_FA.txt")
     if listed.is_file() and listed.stat().st_size <= MAX_ID_LIST_BYTES:
-        lines = listed.read_text("utf-8-sig", "replace").split()
-        return [tables.subject_id(line) for line in lines], listed.name
-    names = sorted(image.name for image in (path.parent.parent / "FA").glob("*_FA.nii*"))
-    return [tables.subject_id(name) for name in names], "the sorted names of ../FA/*_FA.nii.gz"
+        names = listed.read_text("utf-8-sig", "replace").split()
+    else:
+        names = sorted(image.name for image in (path.parent.parent / "FA").glob("*_FA.nii*"))
+    return [tables.subject_id(name) for name in names]
 
 
 def _split(chosen: pd.DataFrame, scratch: Path) -> pd.DataFrame:
     """Write a 4D file's volumes as one file each, the last after the checksum has been verified."""
     path, *extra = chosen["path"].unique()
-    if extra:
-        raise ValueError(f"expected one all_FA.nii.gz, found {path} and {extra[0]}: move one away.")
-    ids, origin = _read_id_list(path)
-    if not ids:
-        raise FileNotFoundError(
-            f"{path}: expected all_FA.txt beside it, one ID a line in the order of its volumes, or "
-            "the FA/ that it was merged from, found neither"
-        )
-    print(f"{path.name}: IDs from {origin}")
+    ids = _read_id_list(path)
+    if extra or not ids:
+        expected = "expected one such file, with all_FA.txt beside it or the FA/ it is merged from"
+        raise ValueError(f"{path}: {expected}, found {len(extra)} more and {len(ids)} IDs")
+    expected = f"{len(ids)} volumes, of {ids[0]} to {ids[-1]}"
+    print(f"{path.name}: {expected}")
+    scratch = scratch / f"{path.stat().st_size}-{path.stat().st_mtime_ns}"
     parts = [scratch / f"{number:05d}.nii.gz" for number in range(len(ids))]
-    stat = path.stat()
-    settings = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "volumes": len(ids)}
-    try:
-        storage.start_run(scratch, "split", settings)
-    except ValueError:  # of another 4D file
-        names = [part.name for part in parts]
-        storage.start_run(scratch, "split", settings, overwrite=True, results=names)
     missing = [number for number, part in enumerate(parts) if not part.is_file()]
     opened = gzip.open if path.suffix == ".gz" else open
-    expected = f"{len(ids)} volumes (IDs of {origin})"
     with storage.reading(path, expected), opened(path, "rb") as stream:
         image = nib.Nifti1Image.from_stream(stream)
-        too_large = math.prod(image.shape[:3]) > volumes.MAX_VOXELS
-        if image.ndim != 4 or image.shape[3] != len(ids) or too_large:
+        if image.shape[3:] != (len(ids),) or math.prod(image.shape[:3]) > volumes.MAX_VOXELS:
             raise ValueError(f"found {image.shape}, at most {volumes.MAX_VOXELS} voxels are read")
         header = image.header.copy()
         header.set_data_shape(image.shape[:3])
         header.set_data_dtype(np.float32)
         for number in tqdm(missing, "split", unit="volume"):
             volume = np.asarray(image.dataobj[..., number], np.float32)
-            if number == len(ids) - 1:  # at its end gzip compares the checksum
-                while stream.read(archives.CHUNK):
-                    pass
+            while number == len(ids) - 1 and stream.read(archives.CHUNK):
+                pass  # at its end gzip compares the checksum
             with storage.atomic_path(parts[number]) as partial:
                 content = nib.Nifti1Image(volume, None, header).to_bytes()
                 partial.write_bytes(gzip.compress(content, 1, mtime=0))

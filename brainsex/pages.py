@@ -41,12 +41,7 @@ Meshes = Mapping[str, tuple[Mesh, str, float]]  # name -> mesh, colour, opacity
 
 
 def surface(
-    volume: np.ndarray,
-    affine: np.ndarray,
-    level: float,
-    *,
-    smooth: float = 1,
-    max_faces: int = 40_000,
+    volume: np.ndarray, affine: np.ndarray, level: float, smooth: float = 1, max_faces: int = 40_000
 ) -> Mesh:
     """Compute the surface where a volume (X, Y, Z) passes `level`, closed where the volume ends.
 
@@ -79,8 +74,7 @@ def preview(meshes: Meshes, *, title: str, cohort: str) -> Figure:
         view = np.stack([DIRECTIONS[right], DIRECTIONS[up]])
         view = np.vstack([view, np.cross(*view)])  # rows: to the right, up, to the viewer
         bounds = (view @ (low + high))[:2] / 2 + np.outer([-0.5, 0.5], [width, height])
-        picture = _render(meshes, view, *bounds)
-        ax.imshow(picture, origin="lower", extent=bounds.T.ravel())
+        ax.imshow(_render(meshes, view, *bounds), origin="lower", extent=bounds.T.ravel())
         for letter, direction in DIRECTIONS.items():
             spot = 0.5 + 0.47 * (view @ direction)[:2]
             if (spot != 0.5).any():
@@ -95,12 +89,9 @@ def preview(meshes: Meshes, *, title: str, cohort: str) -> Figure:
 def write_page(path: str | Path, meshes: Meshes, *, title: str, caption: str) -> None:
     """Write an HTML page that shows meshes in 3D, each with its switch; it works offline.
 
-    The caption stands at the foot. Raises ValueError for a page of `MAX_PAGE_BYTES` or more, and
-    FileNotFoundError if this version of nilearn has no plotly bundle.
+    The caption stands at the foot. Raises ValueError for a page of `MAX_PAGE_BYTES` or more.
     """
-    bundle = next(Path(nilearn.__file__).parent.rglob("plotly-gl3d*.min.js"), None)
-    if bundle is None:
-        raise FileNotFoundError(f"nilearn {nilearn.__version__} brings no plotly-gl3d*.min.js")
+    (bundle,) = Path(nilearn.__file__).parent.rglob("plotly-gl3d*.min.js")  # of nilearn's own pages
     low, high = _bounds(meshes)
     ends = [(low + high + way * (high - low)) / 2 for way in DIRECTIONS.values()]
     scene = {"ends": np.array(ends).tolist(), "meshes": []}
@@ -113,7 +104,7 @@ def write_page(path: str | Path, meshes: Meshes, *, title: str, caption: str) ->
     page = TEMPLATE.read_text(encoding="utf-8")
     page = re.sub("@([A-Z]+)@", lambda match: contents[match[1]], page)
     if (size := len(page.encode())) >= MAX_PAGE_BYTES:
-        limits = f"expected less than {MAX_PAGE_BYTES / 1e6:.0f} MB, found {size / 1e6:.1f} MB"
+        limits = f"expected less than {MAX_PAGE_BYTES} bytes, found {size}"
         raise ValueError(f"{path}: {limits}; lower max_faces of surface")
     storage.write_text(path, page)
 
@@ -136,18 +127,17 @@ def _render(meshes: Meshes, view: np.ndarray, low: np.ndarray, high: np.ndarray)
     layers, depths = np.zeros((len(meshes), *size, 4)), np.full((len(meshes), *size), -np.inf)
     for layer, depth, (mesh, colour, opacity) in zip(layers, depths, meshes.values()):
         vertices, normals = mesh.vertices @ view.T, np.zeros(mesh.vertices.shape)
-        corners = vertices[mesh.faces]
-        facing = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
+        edges = np.diff(vertices[mesh.faces], axis=1, append=vertices[mesh.faces[:, :1]])
+        facing = np.cross(edges[:, 0], edges[:, 1])
         np.add.at(normals, mesh.faces, facing[:, None])
         # Points on each triangle so dense that they leave no pixel out
-        count = int(np.ceil(1.5 * np.abs(corners - np.roll(corners, 1, axis=1)).max() / pixel))
-        weights = [(i, j, count - i - j) for i in range(count + 1) for j in range(count + 1 - i)]
-        front, weights = mesh.faces[facing[:, 2] > 0], np.array(weights) / count
+        steps = np.arange(0, 1, 1 / np.ceil(1.5 * np.abs(edges).max() / pixel))
+        weights = [(i, j, 1 - i - j) for i in steps for j in steps if i + j <= 1]
+        front = mesh.faces[facing[:, 2] > 0]
         points, normals = ((weights @ v[front]).reshape(-1, 3) for v in (vertices, normals))
         normals /= np.linalg.norm(normals, axis=1, keepdims=True) + 1e-12
         light = 0.4 + 0.6 * np.clip(normals @ LIGHT, 0, 1)
-        rim = (1 - np.abs(normals[:, 2])) ** 2
-        alpha = opacity + (1 - opacity) * 0.5 * rim
+        alpha = opacity + (1 - opacity) * 0.5 * (1 - np.abs(normals[:, 2])) ** 2  # denser at rims
         order = np.argsort(points[:, 2])  # the nearest point is written last
         column, row = ((points[order, :2] - low) / pixel).astype(int).T
         layer[row, column] = np.column_stack([light[:, None] * to_rgb(colour), alpha])[order]

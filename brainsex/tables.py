@@ -55,20 +55,18 @@ def read_people(table: str | Path) -> pd.DataFrame:
     FileNotFoundError, or ValueError if Subject or Gender is missing or a subject has two rows.
     """
     table = Path(table)
-    people = _read_columns(table, {"Gender": "Gender"}, {"Age": "age", "QC_Issue": "qc_issue"})
+    people = _read_columns(table, {"Gender": "Gender", "Age": "age", "QC_Issue": "qc_issue"})
     people["Gender"] = read_sex(people["Gender"]).map({0: "F", 1: "M"}).fillna(people["Gender"])
-    for name, columns in COMPANION_TABLES.items():
-        path = _companion(table.parent, name)
-        if path is None or path == table:
-            continue
-        companion = _read_columns(path, {}, columns)
+    for name in COMPANION_TABLES:
+        companion = _read_companion(table.parent, name)
         if (volume := "intracranial_volume_ml") in companion:
-            with storage.reading(path, "numbers as intracranial volumes", "correct the cells"):
+            with storage.reading(
+                table.parent / name, "numbers as intracranial volumes", "correct the cells"
+            ):
                 companion[volume] = companion[volume].astype(float) / 1000
-        companion = companion.reindex(people.index)
-        for column in companion:  # where years are unknown, an age band stays
-            values = companion[column]
-            people[column] = values.combine_first(people.get(column, values))
+        for column, values in companion.reindex(people.index).items():
+            band = people.get(column, values)  # of age, stays where years are unknown
+            people[column] = values.combine_first(band)
     return people
 
 
@@ -103,11 +101,8 @@ def match_subjects(
 
 def read_families(folder: str | Path, subjects: np.ndarray) -> np.ndarray | None:
     """Read family IDs (N,) as `fill_missing_families` does, from a folder's restricted table."""
-    path = _companion(Path(folder), "restricted.csv")
-    families = {} if path is None else _read_columns(path, {}, {"Family_ID": "group"})
-    return (
-        fill_missing_families(families["group"].reindex(subjects)) if "group" in families else None
-    )
+    families = _read_companion(Path(folder), "restricted.csv").reindex(subjects)
+    return fill_missing_families(families["group"]) if "group" in families else None
 
 
 def fill_missing_families(families: pd.Series) -> np.ndarray | None:
@@ -168,29 +163,15 @@ def read_folds(path: str | Path) -> pd.Series:
 def check_subject_ids(path: str | Path, column: pd.Series) -> np.ndarray:
     """Return a column's IDs (N,) str, stripped; ValueError if blank, repeated or no file name."""
     names = column.fillna("").str.strip()
-    if (names == "").any():
-        raise ValueError(f"{path}: line {names.eq('').idxmax() + 2} has no {column.name}.")
-    invalid = names[names.str.contains(INVALID_ID_CHARACTERS) | (names.str.len() > MAX_ID_LENGTH)]
-    if len(invalid):
+    invalid = names.str.contains(INVALID_ID_CHARACTERS) | ~names.str.len().between(1, MAX_ID_LENGTH)
+    if (invalid | names.duplicated()).any():
+        line = names.index[invalid | names.duplicated()][0]
         raise ValueError(
-            f"{path}: line {invalid.index[0] + 2}: expected {column.name} of at most "
-            f"{MAX_ID_LENGTH} characters without / and \\, as files are named by it, found "
-            f"{invalid.iloc[0]!r:.100}"
+            f"{path}: line {line + 2}: expected {column.name} of 1 to {MAX_ID_LENGTH} characters "
+            "without / and \\, as files are named by it, in no more than one row, found "
+            f"{names[line]!r:.100}"
         )
-    if repeated := sorted({*names[names.duplicated()]}):
-        raise ValueError(f"{path}: subjects in more than one row: {', '.join(repeated[:10])}.")
     return names.to_numpy(str)
-
-
-def _companion(folder: Path, name: str) -> Path | None:
-    """Find a companion table under the project's name, or the restricted one as HCP exports it."""
-    if (folder / name).is_file():
-        return folder / name
-    paths = sorted(folder.glob("RESTRICTED_*.csv")) if name == "restricted.csv" else []
-    if len(paths) > 1:
-        names = [path.name for path in paths]
-        raise ValueError(f"{folder}: several restricted tables, {names}: keep one.")
-    return paths[0] if paths else None
 
 
 def read_sex(column: pd.Series) -> pd.Series:
@@ -212,12 +193,23 @@ def find_column(table: Path, rows: pd.DataFrame, name: str) -> str:
     return matches[0]
 
 
-def _read_columns(table: Path, needed: dict[str, str], wanted: dict[str, str]) -> pd.DataFrame:
-    """Read the columns needed, and those wanted if present, under their new names, by Subject."""
+def _read_companion(folder: Path, name: str) -> pd.DataFrame:
+    """Read a companion table under the project's name, or the restricted one as HCP exports it."""
+    paths = [path for path in (folder / name,) if path.is_file()]
+    if not paths and name == "restricted.csv":
+        paths = sorted(folder.glob("RESTRICTED_*.csv"))
+    if len(paths) > 1:
+        names = [path.name for path in paths]
+        raise ValueError(f"{folder}: expected one restricted table, found {names}: keep one.")
+    return _read_columns(paths[0], COMPANION_TABLES[name]) if paths else pd.DataFrame()
+
+
+def _read_columns(table: Path, columns: dict[str, str]) -> pd.DataFrame:
+    """Read those columns that there are, Gender if wanted, under their new names, by Subject."""
     rows = read_text_table(table)
-    present, names = set(rows.columns.str.lower()), {}
-    for name, new_name in ({"Subject": "Subject"} | needed | wanted).items():
-        if name not in wanted or name.lower() in present:
+    names, present = {}, {"subject", "gender", *rows.columns.str.lower()}
+    for name, new_name in ({"Subject": "Subject"} | columns).items():
+        if name.lower() in present:
             names[find_column(table, rows, name)] = new_name
     rows = rows[list(names)].rename(columns=names).dropna(subset="Subject")
     rows["Subject"] = check_subject_ids(table, rows["Subject"].str.strip().str.removeprefix("sub-"))

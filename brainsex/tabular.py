@@ -3,6 +3,7 @@
 Imputing, scaling and the choice of k or C happen inside the training folds.
 """
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,11 +28,6 @@ from brainsex import evaluation, tables
 from brainsex.cohort import Cohort, cohort_name
 from brainsex.confounds import ConfoundRegressor, RegressedVolumes
 
-SUBJECT_COLUMNS = ("Subject", "participant_id", "eid")  # HCP, BIDS, UK Biobank; in any case
-SEX_COLUMNS = ("Gender", "sex")
-SEX_WORDS = {"f": 0, "female": 0, "w": 0, "woman": 0, "m": 1, "male": 1, "man": 1}
-SEX_CODES = ({"0": 0, "1": 1}, {"1": 1, "2": 0}, SEX_WORDS)  # UK Biobank, ISO 5218, or words
-REPEATED = r" \(\d+\)$"  # what `tables` appends to a repeated column name
 INTRACRANIAL = "FS_IntraCranial_Vol"  # mm³; an export spells it FS_InterCranial_Vol
 NEIGHBOURS = (1, 3, 5, 9, 15, 25, 39, 59, 99)  # the k among which the inner folds choose
 BRAIN_THRESHOLD = 0.02  # mean FA over subjects above which a voxel is brain
@@ -65,12 +61,14 @@ def load_table(csv: str | Path, *, subject: str = "Subject", sex: str = "Gender"
     """
     csv = Path(csv)
     rows = tables.read_text_table(csv).dropna(how="all")  # the index still counts lines
-    subject = _find_column(csv, rows, subject, SUBJECT_COLUMNS)
-    sex = _find_column(csv, rows, sex, SEX_COLUMNS)
-    labels = _read_sex(csv, rows[sex])
-    known = {name.lower() for name in (subject, sex, *SUBJECT_COLUMNS, *SEX_COLUMNS, "Release")}
-    lower_names = rows.columns.str.replace(REPEATED, "", regex=True).str.lower()
-    cells = rows.loc[:, ~lower_names.isin(known)]
+    subject, sex = (tables.find_column(csv, rows, name) for name in (subject, sex))
+    labels = tables.read_sex(rows[sex])
+    unknown = labels.isna() & (rows[sex].str.strip().fillna("") != "")
+    _refuse(csv, rows[sex], unknown, "M, F or words, or 0 and 1 (men), or 1 (men) and 2")
+    synonyms = (*tables.SYNONYMS, *itertools.chain(*tables.SYNONYMS.values()), "Release")
+    no_features = {name.lower() for name in (subject, sex, *synonyms)}
+    names = rows.columns.str.replace(r" \(\d+\)$", "", regex=True)  # of repeated columns
+    cells = rows.loc[:, ~names.str.lower().isin(no_features)]
     values = cells.apply(pd.to_numeric, errors="coerce").astype(float)
     text = values.isna().all() & cells.notna().any()
     for name in values.columns[~text]:
@@ -110,30 +108,6 @@ def load_table(csv: str | Path, *, subject: str = "Subject", sex: str = "Gender"
 
 
 load = load_table
-
-
-def _find_column(csv: Path, rows: pd.DataFrame, name: str, defaults: tuple[str, ...]) -> str:
-    """Return the column `name` or, if it is a default that is missing, its only known synonym."""
-    if name in rows and f"{name} (2)" not in rows:
-        return name
-    names = [name] if name in rows or name not in defaults else defaults
-    lower_names = rows.columns.str.replace(REPEATED, "", regex=True).str.lower()
-    matches = rows.columns[lower_names.isin([name.lower() for name in names])]
-    if len(matches) != 1:
-        present = ", ".join(matches if len(matches) else rows.columns)
-        remedy = "name it: tabular.load(csv, subject=…, sex=…)"
-        raise ValueError(f"{csv}: expected one column {name}, found {present:.200}; {remedy}")
-    return matches[0]
-
-
-def _read_sex(csv: Path, column: pd.Series) -> pd.Series:
-    """Return 0 and 1, NaN where blank, of a column of codes or words."""
-    values = column.str.strip().str.lower().str.removesuffix(".0").replace("", np.nan)
-    present = set(values.dropna())
-    codes = next((codes for codes in SEX_CODES if present <= set(codes)), SEX_WORDS)
-    unknown = values.notna() & ~values.isin(list(codes))
-    _refuse(csv, column, unknown, f"one of {', '.join(codes)}, or 0 and 1 (men), or 1 (men) and 2")
-    return values.map(codes)
 
 
 def _refuse(csv: Path, column: pd.Series, bad: pd.Series, expected: str) -> None:

@@ -17,7 +17,6 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 from isal import igzip
-from nibabel.affines import from_matvec
 from scipy.ndimage import affine_transform, gaussian_filter, gaussian_filter1d, zoom
 from tqdm.auto import tqdm
 
@@ -36,10 +35,10 @@ RESULTS = ("subjects.csv", "labels.npy", "rejected.csv", "grid.json", "tensors.n
 def load_volume(path: str | Path, *, contiguous: bool = True) -> tuple[np.ndarray, np.ndarray]:
     """Read a NIfTI volume (.nii, .nii.gz) whole, with its checksum verified, in RAS orientation.
 
-    Returns a volume (X, Y, Z) float32, its axes closest to right, anterior, superior and the file's
-    scaling applied; and its affine (4, 4), voxel indices to mm. Unless `contiguous`, it is a view
-    in the file's memory order, whose axes may run backwards. Raises FileNotFoundError; ValueError
-    if the file is damaged, not NIfTI-1, not 3D, not real, or without an affine.
+    Returns a volume (X, Y, Z) float32, its axes closest to right, anterior, superior, scaled as the
+    file says, and its affine (4, 4) to mm; unless `contiguous`, a view in the file's memory order,
+    whose axes may run backwards. Raises FileNotFoundError; ValueError for anything but a whole
+    NIfTI-1 file of one real 3D volume with an affine.
     """
     path = Path(path)
     if not path.is_file():
@@ -58,15 +57,16 @@ def load_volume(path: str | Path, *, contiguous: bool = True) -> tuple[np.ndarra
             if len(content := file.read(size)) < size:
                 raise ValueError(f"truncated: {size} bytes are declared, {len(content)} there")
             file.read(MAX_EXTRA_BYTES)  # to its end, where gzip compares the checksum
-        image = nib.Nifti1Image.from_bytes(content)
-        affine = image.affine
+        affine = header.get_best_affine()
         if header["sform_code"] == 0 and header["qform_code"] == 0:
             raise ValueError("no affine (its codes are 0): left and right are unknown")
         if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-6:
             raise ValueError(f"its affine is singular: {affine.tolist()}")
-        image = nib.as_closest_canonical(image)
-        volume = np.asarray(image.dataobj).astype(np.float32, copy=False)
-    return np.ascontiguousarray(volume) if contiguous else volume, image.affine
+        voxels = np.ndarray(shape, dtype, content, offset, order="F")  # a view, not a copy
+        voxels = nib.volumeutils.apply_read_scaling(voxels, *header.get_slope_inter())
+        voxels = voxels.astype(np.float32, copy=False)
+        image = nib.as_closest_canonical(nib.Nifti1Image(voxels, affine))
+    return np.ascontiguousarray(image.dataobj) if contiguous else image.dataobj, image.affine
 
 
 load = load_volume
@@ -111,7 +111,7 @@ def resample(
     # mirrored afterwards, which is the same: each operator mirrored along both axes is itself
     reduced = np.tensordot(z, y @ (stored @ x.T), 1).T[order]
     factors = np.divide(volume.shape, shape)
-    to_old = from_matvec(np.diag(factors), (factors - 1) / 2)
+    to_old = nib.affines.from_matvec(np.diag(factors), (factors - 1) / 2)
     return np.ascontiguousarray(reduced.clip(np.float32(low), np.float32(high))), affine @ to_old
 
 

@@ -1,7 +1,6 @@
 """FA fitted to diffusion series: against its definition, DIPY's own fit, and bad series."""
 
 import gzip
-import json
 import re
 import struct
 import subprocess
@@ -105,11 +104,10 @@ def target(tmp_path):
 
 
 def fitted(source, target, subject="900001", **options):
-    """Fit a folder; return the map (X, Y, Z) and the record of one subject."""
+    """Fit a folder; return the map (X, Y, Z) of one subject."""
     table = diffusion.fit_folder(source, target, workers=1, **options).set_index("Subject")
     assert table.loc[subject, "status"] == "fitted", table.loc[subject, "reason"]
-    record = json.loads((target / f"{subject}.json").read_text())
-    return nib.load(target / f"{subject}.nii.gz").get_fdata(), record
+    return nib.load(target / f"{subject}.nii.gz").get_fdata()
 
 
 def test_fa_of_known_tensors_is_that_of_its_definition(source, target):
@@ -117,18 +115,17 @@ def test_fa_of_known_tensors_is_that_of_its_definition(source, target):
     data[..., BVALS > 1500] = 7  # not read
     save(source / FOLDER, series(data=image(data)))
     expected = np.where(mask(), tensors()[1], 0)
-    result, record = fitted(source, target)
+    result = fitted(source, target)
     np.testing.assert_allclose(result, expected, atol=2e-5)
-    assert record["shells"] == {"0": 2, "1000": 11}
     stored = nib.load(target / "900001.nii.gz")
     assert stored.get_data_dtype() == np.float32
     np.testing.assert_allclose(stored.affine, AFFINE, atol=1e-5)
     volume, affine = volumes.load(target / "900001.nii.gz")  # as the next step reads it, in RAS
     np.testing.assert_allclose(volume, expected[::-1], atol=2e-5)
     assert affine[0, 0] > 0
-    assert fitted(source, target / "1000", bmax=1000)[1] == record  # b = 1010 belongs to it
-    shells = fitted(source, target / "all", bmax=3000)[1]["shells"]
-    assert shells == {"0": 2, "1000": 11, "2000": 1, "3000": 1}
+    again = fitted(source, target / "1000", bmax=1000)  # b = 1010 belongs to it
+    np.testing.assert_array_equal(again, result)
+    assert abs(fitted(source, target / "all", bmax=3000) - expected).max() > 0.01  # of the sevens
 
 
 def deviations(scale=0.05):
@@ -147,18 +144,16 @@ def actual(deviation):
     return BVALS * length**2, bvecs / length[..., None]
 
 
-def test_gradient_deviations_are_honoured_or_their_neglect_is_recorded(source, target, capsys):
+def test_gradient_deviations_are_honoured_or_their_neglect_is_said(source, target, capsys):
     tensor, expected = tensors()
     data = image(signals(tensor, *actual(deviations())))
     save(source / FOLDER, series(data=data, dev=image(stored_by_columns(deviations()))))
     save(source / FOLDER.replace("1/", "2/"), series(data=data))
-    result, record = fitted(source, target)
+    result = fitted(source, target)
     np.testing.assert_allclose(result[mask()], expected[mask()], atol=2e-5)
-    assert record["gradient_nonlinearity"] == "honoured"
     assert "1 without grad_dev.nii.gz: gradient non-linearity neglected" in capsys.readouterr().out
-    result, record = fitted(source, target, "900002", overwrite=True)
+    result = fitted(source, target, "900002", overwrite=True)
     assert np.abs(result - expected)[mask()].mean() > 0.01
-    assert record["gradient_nonlinearity"] == "neglected"
 
 
 def test_gradient_deviations_agree_with_dipy_voxel_by_voxel(source, target):
@@ -166,7 +161,7 @@ def test_gradient_deviations_agree_with_dipy_voxel_by_voxel(source, target):
     noise = np.random.default_rng(3).normal(0, 30, (*SHAPE, len(BVALS)))
     data = (signals(tensors()[0], bvals, bvecs) + noise).astype(np.float32).clip(1)
     save(source / FOLDER, series(data=image(data), dev=image(stored_by_columns(deviations()))))
-    result, low = fitted(source, target)[0], BVALS < 1500
+    result, low = fitted(source, target), BVALS < 1500
     for voxel in np.argwhere(mask())[::5]:
         at = tuple(voxel)
         table = gradient_table(bvals[at][low], bvecs=bvecs[at][low], b0_threshold=50)
@@ -184,7 +179,7 @@ def test_scaled_and_foreign_numbers_are_read(source, target, dtype):
     struct.pack_into(dtype[0] + "2f", content, 112, 25, 200)  # slope and intercept
     save(source / FOLDER, series(data=gzip.compress(content)))
     expected = np.where(mask(), tensors()[1], 0)
-    np.testing.assert_allclose(fitted(source, target)[0], expected, atol=2e-3)
+    np.testing.assert_allclose(fitted(source, target), expected, atol=2e-3)
 
 
 def test_voxels_without_a_signal_are_zero_and_fa_stays_in_range(source, target):
@@ -193,7 +188,7 @@ def test_voxels_without_a_signal_are_zero_and_fa_stays_in_range(source, target):
     data[2, 2, 2], data[3, 3, 3] = 0, -5
     data[4, 4, 3] = np.random.default_rng(0).uniform(0, 2, len(BVALS))
     save(source / FOLDER, series(data=image(data)))
-    result = fitted(source, target)[0]
+    result = fitted(source, target)
     assert [result[1, 1, 1], result[1, 1, 2], result[2, 2, 2], result[3, 3, 3]] == [0, 0, 0, 0]
     assert 0 <= result.min() <= result.max() <= 1
     intact = mask()
@@ -214,11 +209,18 @@ def test_every_source_gives_the_same_map(source, target):
         "upper/900001_x.ZIP": package({name.upper(): files[name] for name in files}),
     }.items():
         save((source / place).parent, {Path(place).name: content})
+    for place in (
+        "loose",
+        "bare",
+        "new",
+        "nested",
+        "inflated",
+        "upper",
+        f"loose/HCP_1200/{FOLDER}",
+    ):
         fitted(source / place, target / place)
-    for place in ("loose", "bare", "nested", f"loose/HCP_1200/{FOLDER}"):
-        fitted(source / place, target / "of a folder" / place)
     results = [path.read_bytes() for path in target.rglob("900001.nii.gz")]
-    assert len(results) == 8
+    assert len(results) == 7
     assert len(set(results)) == 1
 
 
@@ -229,7 +231,7 @@ def test_workers_and_slabs_change_no_bit(source, target, monkeypatch):
         monkeypatch.setattr(diffusion, "SLAB", slab)
         diffusion.fit_folder(source, target / f"{workers} {slab}", workers=workers)
     first, *rest = (contents(folder) for folder in target.iterdir())
-    assert len(first) == 6
+    assert len(first) == 3
     assert rest == [first, first]
 
 
@@ -268,15 +270,24 @@ BAD = {
     "fewer gradients": (FEWER, r"data.nii.gz: .*\(7, 6, 5, 14\).*found \(7, 6, 5, 15\)"),
     "no b0": ({"bvals": text(BVALS.clip(990))}, "bvals: .*b0 volumes .*b ≤ 50.*from 990 to 3000"),
     "negative b": ({"bvals": text(BVALS - 10)}, "expected b ≥ 0.*from -5 to 2990"),
-    "high shell only": ({"bvals": text(BVALS * 3)}, "a shell up to b = 1500, found b from 15 to"),
-    "few directions": ({"bvecs": text(BVECS[[0, 1, 2, 3, 4] * 3].T)}, "six independent .* 11 vol"),
-    "no unit vectors": ({"bvecs": text(BVECS.T * 0.9)}, "bvecs: expected unit vectors"),
+    "high shell only": (
+        {"bvals": text(BVALS * 3)},
+        "up to b = 1500, found 0 volumes.*b from 15 to",
+    ),
+    "few directions": ({"bvecs": text(BVECS[[0, 1, 2, 3, 4] * 3].T)}, "six independent.* 11 vol"),
+    "no unit vectors": ({"bvecs": text(BVECS.T * 0.9)}, "expected .*unit vectors"),
     "ragged": ({"bvecs": b"0 1\n0\n0 1"}, "bvecs: expected rows of as many numbers each"),
     "no text": ({"bvals": b"\xff\xfe\0"}, "bvals: expected rows of"),
     "endless text": ({"bvals": b"1 " * 600000}, "bvals: .*more than 1048576 bytes"),
     "mask elsewhere": ({"mask": image(mask(), np.uint8, MOVED)}, "grid of nodif.*the affine"),
-    "4D mask": ({"mask": image(mask()[..., None] * np.ones(2), np.uint8)}, "mask.* shape"),
-    "empty mask": ({"mask": image(mask() * 0, np.uint8)}, "nodif_brain_mask.*empty mask"),
+    "4D mask": (
+        {"mask": image(mask()[..., None] * np.ones(2), np.uint8)},
+        r"mask.* found \(7, 6, 5, 2",
+    ),
+    "empty mask": (
+        {"mask": image(mask() * 0, np.uint8)},
+        "nodif_brain_mask.*to .* voxels above 0, found 0",
+    ),
     "cut short": ({"data": DATA[:-200]}, "data.nii.gz: expected a whole gzip.*ended before"),
     "cut, zipped anew": ({"data": gzip.compress(PLAIN[:-4])}, "data.nii.gz: .*not enough data"),
     "longer": ({"data": gzip.compress(PLAIN + b"\0")}, "declares 12952 bytes, found 12953"),
@@ -287,9 +298,9 @@ BAD = {
     "voxels in header": ({"data": header((344, "4s", b"ni1"), (108, "f", 347))}, "from byte 347"),
     "colours": ({"data": header((70, "h", 128), (72, "h", 24))}, "of real numbers"),
     "huge": ({"mask": header(*((at, "h", 9999) for at in (42, 44, 46)))}, "at most 33554432 vox"),
-    "no mask": ({"mask": None}, "found no nodif_brain_mask.nii.gz"),
+    "no mask": ({"mask": None}, "expected one folder with .*nodif_brain_mask.nii.gz, found none"),
     "per cent": ({"dev": image(np.full((*SHAPE, 9), 5))}, "grad_dev.* to 0.3, found 5; per cent"),
-    "no series": ({"data": None}, "expected one folder with data.nii.gz, found none"),
+    "no series": ({"data": None}, "expected one folder with data.nii.gz, .*found none"),
 }
 
 
@@ -311,7 +322,7 @@ def test_a_bad_series_is_rejected_and_the_rest_is_done(source, target, case, pac
     assert table["status"].tolist() == ["rejected", "fitted"]
     assert re.search(message, table["reason"][0]), table["reason"][0]
     assert table["reason"][0].startswith("900001")
-    assert sorted(contents(target)) == ["900002.json", "900002.nii.gz"]
+    assert list(contents(target)) == ["900002.nii.gz"]
 
 
 def test_memory_is_that_of_the_voxels_and_volumes_fitted_and_bounded(source, target, monkeypatch):
@@ -326,13 +337,12 @@ def test_memory_is_that_of_the_voxels_and_volumes_fitted_and_bounded(source, tar
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 6e6
-    size = 20 * 5 * 30 * 20 * 2  # volumes, voxels, bytes
-    for bound, status in ((size - 1, "rejected"), (size, "fitted")):
-        monkeypatch.setattr(diffusion, "MAX_KEPT", bound)
+    for bound, status in ((20 * 3000 - 1, "rejected"), (20 * 3000, "fitted")):
+        monkeypatch.setattr(diffusion, "MAX_VALUES", bound)
         table = diffusion.fit_folder(source, target / status, workers=1)
         assert table["status"].tolist() == [status]
     reason = (target / "rejected/rejected.csv").read_text()
-    assert f"at most {size - 1} bytes, found {size} in 20 volumes of 3000 voxels" in reason
+    assert "expected 1 to 2999 voxels above 0, found 3000" in reason
 
 
 def test_a_subject_with_two_sessions_is_rejected(source, target):

@@ -146,6 +146,9 @@ def test_masks_are_those_of_the_references_they_name(study, tmp_path):
     np.testing.assert_allclose(image.affine, AFFINE, atol=1e-6)
     expected = table.sort_values("Subject").to_csv(index=False)
     assert (tmp_path / "masks.csv").read_text() == expected
+    explain.explain(*run, ["mask"], rows=[0], iterations=1, overwrite=True)
+    for name in ("mask", "persistence"):
+        assert [path.name for path in (tmp_path / name).glob("*.nii.gz")] == ["000000.nii.gz"]
 
 
 def test_an_interrupted_run_goes_on(study, tmp_path, monkeypatch):

@@ -148,7 +148,7 @@ def test_overlay_scale_is_given_or_the_largest_value(volume, monkeypatch):
         (ax, *_) = planes(figure, "z").values()
         assert ax.images[-1].get_clim() == pytest.approx((0, top))
         assert not any("planted" in text for text in texts(figure))
-    with pytest.raises(ValueError, match=r"on one grid, found \(20, 16, 12\), \(19, 16, 12\)"):
+    with pytest.raises(ValueError, match=r"\(19,16,12\) \(20,16,12\)"):
         figures.mask_overlay(volume, volume[1:], AFFINE, **HEAD)
 
 
@@ -172,14 +172,11 @@ def test_explanations_are_drawn_to_their_own_scale_and_only_where_positive(volum
 
 
 def test_training_curves_draw_folds_and_their_mean():
-    loss = {0: [0.7, 0.5, 0.1], 1: [0.6, 0.3, 0.2]}
-    rows = [
-        {"fold": fold, "epoch": epoch, "train_loss": value, "validation_loss": value + 0.1}
-        | {"train_accuracy": 1 - value, "validation_accuracy": 0.9 - value}
-        for fold, values in loss.items()
-        for epoch, value in enumerate(values, 1)
-    ]
-    history = pd.DataFrame(rows[::-1])  # as processes that share the folds leave them
+    history = pd.DataFrame({"fold": [0, 0, 0, 1, 1, 1], "epoch": [1, 2, 3] * 2})
+    history["train_loss"] = [0.7, 0.5, 0.1, 0.6, 0.3, 0.2]
+    history["validation_loss"] = history["train_loss"] + 0.1
+    history["train_accuracy"] = history["validation_accuracy"] = 1 - history["train_loss"]
+    history = history[::-1]  # as processes that share the folds leave them
     single = history[history["fold"] == 1]
     figure = figures.training_curves({"3D": history, "2D": single}, **HEAD)
     above, _, below, _ = figure.axes
@@ -189,23 +186,21 @@ def test_training_curves_draw_folds_and_their_mean():
     assert means["validation"].get_ydata() == pytest.approx([0.75, 0.5, 0.25])
     assert means["chance"].get_ydata() == pytest.approx([np.log(2)] * 2)
     means = {line.get_label(): line for line in below.lines}
-    assert means["validation"].get_ydata() == pytest.approx([0.25, 0.5, 0.75])
+    assert means["validation"].get_ydata() == pytest.approx([0.35, 0.6, 0.85])
     assert means["chance"].get_ydata() == pytest.approx([0.5] * 2)
     assert len(above.lines) == 2 * (2 + 1) + 1
     assert [ax.get_title() for ax in figure.axes[:2]] == ["3D", "2D"]
     assert {"loss (cross-entropy, nats)", "accuracy (share of subjects)"} <= set(texts(figure))
-    assert "synthetic cohort, n=7 · one split" in " ".join(texts(figure))
 
 
 SCORES = pd.DataFrame(
-    {
-        "classifier": ["SVM", "KNN", "SVM", "KNN"],
-        "protocol": ["10-fold", "10-fold", "leave-one-out", "leave-one-out"],
-        "accuracy": [0.91, 0.82, 0.93, 0.74],
-        "auc": [0.95, 0.86, 0.97, 0.78],
-        "low": [0.88, 0.78, 0.9, 0.7],
-        "high": [0.96, 0.9, 0.95, 0.79],
-    }
+    [
+        ("SVM", "10-fold", 0.91, 0.95, 0.88, 0.96),
+        ("KNN", "10-fold", 0.82, 0.86, 0.78, 0.9),
+        ("SVM", "leave-one-out", 0.93, 0.97, 0.9, 0.95),
+        ("KNN", "leave-one-out", 0.74, 0.78, 0.7, 0.79),
+    ],
+    columns=["classifier", "protocol", "accuracy", "auc", "low", "high"],
 )
 
 
@@ -239,29 +234,17 @@ def test_dots_draw_scores_intervals_and_numbers_in_their_row_and_kind():
         np.testing.assert_allclose(segments[:, :, 0], rows[["low", "high"]], err_msg=kind)
         np.testing.assert_allclose(segments[:, :, 1], line.get_ydata()[:, None] * [[1, 1]])
         assert [written[f"{x:.3f}"] for x in line.get_xdata()] == line.get_ydata().tolist()
-    assert ax.get_xlabel() == "accuracy (share of subjects)"
-
-
-def test_dots_of_another_value_without_intervals_and_of_a_row_that_lacks_a_kind():
     ax = dots(SCORES.drop(columns=["low", "high"])[:3], value="auc", label="AUC")
     assert labelled(ax)["leave-one-out"].get_xdata().tolist() == [0.97]
-    assert labelled(ax)["leave-one-out"].get_ydata()[0] < 0.4
     assert not ax.collections
     assert ax.get_xlabel() == "AUC"
-    (chance,) = (line for line in ax.lines if line.get_linestyle() == ":")
-    assert list(chance.get_xdata()) == [0.5, 0.5]
 
 
 def test_dots_draw_folds_above_and_published_values_below_their_own():
     folds = pd.concat([SCORES.assign(accuracy=SCORES["accuracy"] + d) for d in (-0.01, 0.02)])
-    published = pd.DataFrame(
-        {
-            "classifier": ["KNN", "SVM", "unknown"],
-            "protocol": ["10-fold", "leave-one-out", "10-fold"],
-            "accuracy": [0.8, 0.9, 0.7],
-            "sd": [0.03, np.nan, np.nan],
-        }
-    )
+    rows = [("KNN", "10-fold", 0.8, 0.03), ("SVM", "leave-one-out", 0.9, np.nan)]
+    rows += [("unknown", "10-fold", 0.7, np.nan)]
+    published = pd.DataFrame(rows, columns=["classifier", "protocol", "accuracy", "sd"])
     ax = dots(folds=folds, published=published)
     height = {
         (row, kind): y
@@ -271,9 +254,7 @@ def test_dots_draw_folds_above_and_published_values_below_their_own():
     small = [line for line in ax.lines if line.get_marker() == "."]
     assert small[0].get_xdata() == pytest.approx([0.90, 0.81, 0.93, 0.84])
     assert (small[0].get_ydata()[:2] < [height["SVM", "10-fold"], height["KNN", "10-fold"]]).all()
-    (bars,) = ax.containers
-    points, _, (spreads,) = bars.lines
-    assert bars.get_label() == "published"
+    points, _, (spreads,) = ax.containers[0].lines
     assert points.get_xdata()[:2].tolist() == [0.8, 0.9]
     assert 0 < points.get_ydata()[0] - height["KNN", "10-fold"] < 0.2  # ylim falls: beneath
     assert 0 < points.get_ydata()[1] - height["SVM", "leave-one-out"] < 0.2
@@ -313,7 +294,7 @@ def test_diagram_has_sizes_and_parameters_and_leaves_the_network_as_it_was():
         f"4 × 7 × 9 × 9 stem {stem} parameters",  # less 2, 4, 2
         "4 × 3 × 4 × 4 shrink",  # halved, rounded down
         f"2 head {head:,} parameters",
-        "Conv3d 3×5×3 BatchNorm3d ReLU",
+        "Conv3d (3, 5, 3) BatchNorm3d ReLU",
         "Linear ReLU Linear",
         f"{stem + head + 1:,} parameters in all",
     ):

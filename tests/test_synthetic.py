@@ -378,6 +378,8 @@ def test_truth_lies_where_its_table_says(cohort):
     np.testing.assert_array_equal(labels, stored[::-1])
     reduced, _ = load_truth(cohort, (30, 36, 30))
     assert reduced.shape == (30, 36, 30)
+    share = (reduced > 0).mean() / (labels > 0).mean()  # a voxel is a region's if half of it is
+    assert share == pytest.approx(1, abs=0.4)
     names = "label name fa_men_minus_women x_mm y_mm z_mm volume_ml"
     assert regions.columns.tolist() == names.split()
     for region in regions.itertuples():

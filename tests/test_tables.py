@@ -16,22 +16,9 @@ def write(folder: Path, content: str | bytes, name: str = "t.csv") -> Path:
     return folder / name
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "012345",
-        "fa/012345.nii.gz",
-        "012345.nii",
-        Path("fa/012345_FA.nii.gz"),
-        "012345_FA_FA.nii",
-        "sub-012345_FA.nii.gz",
-    ],
-)
-def test_subject_id(name):
-    assert tables.subject_id(name) == "012345"
-
-
-# ------------------------------------------------------------------------------------ text tables
+def test_subject_id():
+    names = "012345 fa/012345.nii.gz 012345.nii 012345_FA_FA.nii sub-012345_FA.nii.gz".split()
+    assert {*map(tables.subject_id, names), tables.subject_id(Path("012345.nii"))} == {"012345"}
 
 
 def test_cells_stay_text_and_repeated_names_are_numbered(tmp_path):
@@ -47,7 +34,7 @@ def test_cells_stay_text_and_repeated_names_are_numbered(tmp_path):
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize("separator", [",", ";", "\t"])
-@pytest.mark.parametrize("variant", ["plain", "BOM", "separator at the end", "quoted"])
+@pytest.mark.parametrize("variant", ["BOM", "separator at the end", "quoted"])
 def test_text_of_any_system_is_read(tmp_path, separator, end, variant):
     lines = [["Subject", "Gender", "A"], ["01", "F", "1.5"], ["02", "M", "3e5"]]
     if variant == "separator at the end":
@@ -87,20 +74,13 @@ def test_what_is_no_table_is_refused(tmp_path, content, problem):
         tables.read_text_table(write(tmp_path, content))
 
 
-def test_a_table_larger_than_the_bound_is_not_read(tmp_path, monkeypatch):
+def test_a_table_that_is_absent_or_too_large_is_named(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match=r"no such table.*DATA_ACCESS\.md"):
+        tables.read_text_table(tmp_path)
     monkeypatch.setattr(tables, "MAX_TABLE_BYTES", 10)
     assert len(tables.read_text_table(write(tmp_path, "a,b\n1,2\n"))) == 1
     with pytest.raises(ValueError, match="or 10 bytes"):
         tables.read_text_table(write(tmp_path, "a,b\n1,2\n3,4\n"))
-
-
-def test_an_absent_table_is_named(tmp_path):
-    for path in (tmp_path / "t.csv", tmp_path):
-        with pytest.raises(FileNotFoundError, match=r"no such table.*DATA_ACCESS\.md"):
-            tables.read_text_table(path)
-
-
-# ------------------------------------------------------------------------------------ output tables
 
 
 def test_an_output_table_has_numbers_but_ids_as_text(tmp_path):
@@ -123,32 +103,22 @@ def test_folds_are_whole_numbers(tmp_path):
             tables.read_folds(write(tmp_path, f"Subject,fold\n01,{cells}\n"))
 
 
-def test_ids_are_stripped_text(tmp_path):
-    column = pd.Series([" 007", "8 ", "sub-9"], name="Subject", dtype=str)
-    ids = tables.check_subject_ids(tmp_path / "t.csv", column)
-    assert ids.tolist() == ["007", "8", "sub-9"]
-    assert ids.dtype.kind == "U"
-
-
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["1", None, "3"], r"t\.csv: line 3 has no Subject"),
-        (["1", "2", " "], r"t\.csv: line 4 has no Subject"),
-        (["1", "2", "1 "], r"t\.csv: subjects in more than one row: 1\."),
-        (["1", "../../x"], r"t\.csv: line 3: expected Subject of at most 200 .*'\.\./\.\./x'"),
-        (["..\\x", "2"], "line 2: expected Subject of at most 200"),
-        (["a\nb", "2"], "line 2: expected Subject of at most 200"),
-        (["1", "x" * 201], "line 3: expected Subject of at most 200"),
+        (["1", None, "3"], r"t\.csv: line 3: expected Subject of 1 to 200 .*found ''$"),
+        (["1", "2", " "], "line 4: .*found ''$"),
+        (["1", "2", "1 "], "line 4: .*in no more than one row, found '1'"),
+        (["1", "../../x"], r"line 3: .*found '\.\./\.\./x'"),
+        (["..\\x", "2"], "line 2: expected"),
+        (["a\nb", "2"], "line 2: expected"),
+        (["1", "x" * 201], "line 3: expected"),
     ],
 )
 def test_what_is_no_id_is_refused(tmp_path, names, message):
     column = pd.Series(names, name="Subject", dtype=str)
     with pytest.raises(ValueError, match=message):
         tables.check_subject_ids(tmp_path / "t.csv", column)
-
-
-# ----------------------------------------------------------------------------------------- people
 
 
 def test_the_table_of_people_has_the_project_s_or_hcp_s_or_bids_s_name(tmp_path):
@@ -215,13 +185,10 @@ def test_people_are_joined_with_the_tables_beside(tmp_path, spelling, restricted
         ({"t.csv": "Subject,Hand\n1,F\n"}, r"t\.csv: expected one column Gender, found Subject, H"),
         ({"t.csv": "ID|Gender\n1|F\n"}, r"one column Subject, found ID\|Gender"),
         ({"t.csv": "x" * 5000}, r"one column Subject, found x{100};"),
-        ({"t.csv": "Subject,Gender\n1,F\n2,M\n1 ,M\n"}, r"t\.csv: .*more than one row: 1\."),
+        ({"t.csv": "Subject,Gender\n1,F\n2,M\n1 ,M\n"}, r"t\.csv: line 4: .*one row, found '1'"),
         ({"unrestricted_hcp_freesurfer.csv": "Subject,FS_IntraCranial_Vol\n1,large\n"}, "'large'"),
-        (
-            {"unrestricted_hcp_freesurfer.csv": "A\n1\n"},
-            r"freesurfer\.csv: expected one column Sub",
-        ),
-        ({"RESTRICTED_a.csv": "", "RESTRICTED_b.csv": ""}, "several restricted tables"),
+        ({"unrestricted_hcp_freesurfer.csv": "A\n1\n"}, r"\.csv: expected one column Subject"),
+        ({"RESTRICTED_a.csv": "", "RESTRICTED_b.csv": ""}, "one restricted table, found"),
     ],
 )
 def test_bad_tables_of_people_are_refused(tmp_path, files, message):

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from scipy.ndimage import gaussian_filter
 from torch import nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 ITERATIONS, SHIFTS, RAMP = 300, 10, 60
 
@@ -29,20 +29,20 @@ def published_mask(
     optimiser = torch.optim.Adam([mask], 0.3, betas=(0.9, 0.99), amsgrad=True)
     schedule = torch.optim.lr_scheduler.StepLR(optimiser, 30)
     for iteration in range(1, iterations + 1):
-        kept = F.interpolate(mask, size=volume.shape, mode="trilinear")
+        kept = functional.interpolate(mask, size=volume.shape, mode="trilinear")
         seen = kept * image + (1 - kept) * reference
         moves = torch.randint(0, 5, (SHIFTS, 3), generator=generator).tolist()
         shifted = (network(seen.roll(move, (2, 3, 4))).softmax(1)[0, target] for move in moves)
         probability = sum(shifted) / SHIFTS
         penalty = 3 * (1 - mask).abs().mean() + total_variation(mask, beta=7)
-        loss = F.relu(probability - 0.05) + min(1, iteration / RAMP) * penalty
+        loss = functional.relu(probability - 0.05) + min(1, iteration / RAMP) * penalty
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
         schedule.step()
         with torch.no_grad():
             mask.clamp_(0, 1)
-    kept = F.interpolate(mask.detach(), size=volume.shape, mode="trilinear")
+    kept = functional.interpolate(mask.detach(), size=volume.shape, mode="trilinear")
     return (1 - kept)[0, 0].cpu().numpy()
 
 

@@ -5,7 +5,6 @@ EVERY only each such case is tried. A case is a small study that is whole but fo
 """
 
 import io
-import itertools
 import json
 import multiprocessing
 import os
@@ -165,12 +164,12 @@ ODD = {
 """What may stand in a file's place, and is none."""
 
 
-def list_cases(place: str, whole: bytes) -> Iterator[tuple[str, bytes | Callable]]:
-    """Yield how a file is bad, and its content or what puts something else in its place."""
-    yield from KINDS[place].hostile(whole)
-    yield from ODD.items()
-    for seed in range(DAMAGED):
-        yield damage.damage(whole, random.Random(f"{place} {seed}"))
+def list_cases(files: dict[str, bytes]) -> Iterator[tuple]:
+    """Yield a place, how its file is bad, and the content or what puts something else there."""
+    for place, kind in KINDS.items():
+        yield from ((place, *case) for case in (*kind.hostile(files[place]), *ODD.items()))
+        for seed in range(DAMAGED):
+            yield place, *damage.damage(files[place], random.Random(f"{place} {seed}"))
 
 
 def run(name: str) -> str:
@@ -247,13 +246,13 @@ def snapshot(root: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() if path.is_file() else b"" for path in paths}
 
 
-def read_result(root: Path, name: str) -> bytes:
+def read_result(root: Path, place: str) -> bytes:
     """Read what was made of the subjects whose files are whole; of tensors the first eight."""
-    path = root / "out" / name
+    path = root / "out" / KINDS[place].result
     return np.load(path)[:8].tobytes() if path.suffix == ".npy" else path.read_bytes()
 
 
-def find_problems(root: Path, place: str, record: dict, expected: bytes) -> Iterator[str]:
+def find_problems(root: Path, place: str, record: dict, expected: bytes | None) -> Iterator[str]:
     """Yield what is wrong with how a case ended."""
     path, result, printed = root / "in" / place, KINDS[place].result, record["printed"]
     names = (path.name, path.name.split(".")[0], path.parent.name)
@@ -273,7 +272,7 @@ def find_problems(root: Path, place: str, record: dict, expected: bytes) -> Iter
         yield f"left behind: {partial_files}"
     if not result or any(record["endings"].values()):
         return
-    if read_result(root, result) != expected:
+    if read_result(root, place) != expected:
         yield "the others are not what they are without the bad one"
     folder = (root / "out" / result).parent
     rejected = pd.read_csv(folder / "rejected.csv", dtype=str).set_index("Subject")["reason"]
@@ -293,12 +292,12 @@ class Outcome(NamedTuple):
 
 
 CASES = []
-"""Number, how a file is bad, and its content, of one kind: forks of this process read it."""
+"""As `list_cases` gives them; forks of this process read them."""
 
 
-def try_case(folder: Path, place: str, expected: bytes, row: int) -> Outcome:
+def try_case(folder: Path, expected: dict[str, bytes], number: int) -> Outcome:
     """Put a file in place in a copy of the study, and run what reads it."""
-    number, how, content = CASES[row]
+    place, how, content = CASES[number]
     root, record, megabytes = folder / f"{number}", folder / f"{number}.json", 0.0
     shutil.copytree(folder / "study", root)
     path = root / "in" / place
@@ -311,7 +310,7 @@ def try_case(folder: Path, place: str, expected: bytes, row: int) -> Outcome:
     if record.is_file():
         ended = json.loads(record.read_text())
         megabytes = ended["bytes"] / 1e6
-        problems = list(find_problems(root, place, ended, expected))
+        problems = list(find_problems(root, place, ended, expected.get(place)))
     if changed := [str(path) for path, _ in before.items() ^ snapshot(root).items()]:
         problems.append(f"changed: {changed}")
     if seconds > MAX_SECONDS or megabytes > MAX_BYTES / 1e6:
@@ -321,31 +320,23 @@ def try_case(folder: Path, place: str, expected: bytes, row: int) -> Outcome:
 
 
 def try_all(every: int = 1, only: str = "") -> Iterator[Outcome]:
-    """Try every case, or each so many-th."""
+    """Try every case, or each so many-th, of the places whose names hold `only`."""
     torch.set_num_threads(1)
     storage.environment()  # which asks git for the commit
     with tempfile.TemporaryDirectory() as temporary:
-        folder, files, count = Path(temporary), make_files(), 0
-        for name, content in files.items():
-            for root in (folder / "study", folder / "others")[: 1 + (BAD not in name)]:
-                (root / "in" / name).parent.mkdir(parents=True, exist_ok=True)
-                (root / "in" / name).write_bytes(content)
-        for root, name in itertools.product(
-            (folder / "study", folder / "others"), ("out", "tmp", "beside")
-        ):
-            (root / name).mkdir()
-        record, root = folder / "record.json", folder / "others"
-        fork(lambda: attempt(root, "extract unpack fit convert", record))
-        assert not any(json.loads(record.read_text())["endings"].values()), record.read_text()
-        for place, kind in KINDS.items():
-            cases = enumerate(list_cases(place, files[place]), count)
-            cases = [(number, *case) for number, case in cases]
-            count += len(cases)
-            CASES[:] = [case for case in cases if case[0] % every == 0 and only in place]
-            expected = read_result(root, kind.result) if kind.result else b""
-            work = partial(try_case, folder, place, expected)
-            with multiprocessing.get_context("fork").Pool() as pool:
-                yield from pool.imap(work, range(len(CASES)))
+        folder, files = Path(temporary), make_files()
+        for root in (folder / "study", folder / "others"):
+            for name, content in files.items():
+                if root.name == "study" or BAD not in name:
+                    (root / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+                    (root / "in" / name).write_bytes(content)
+            for name in ("out", "tmp", "beside"):
+                (root / name).mkdir()
+        fork(lambda: attempt(root, "extract unpack fit convert", folder / "record.json"))
+        expected = {place: read_result(root, place) for place in KINDS if KINDS[place].result}
+        CASES[:] = [case for case in [*list_cases(files)][::every] if only in case[0]]
+        with multiprocessing.get_context("fork").Pool() as pool:
+            yield from pool.imap(partial(try_case, folder, expected), range(len(CASES)))
 
 
 def run_all(every: int = 1, only: str = "") -> int:

@@ -34,12 +34,15 @@ FINISHED = {"convert": ".parts/[!.]*.npz", "train": "fold-*.json", "masks": "mas
 """Files that no later run may write again; of other commands the volumes of the subjects."""
 
 
-def make_inputs(folder: Path, subjects: int = 36, epochs: int = 6) -> dict[str, list[str]]:
-    """Write inputs and return each command; OUT stands for its folder. 12 train and are masked."""
+def make_inputs(
+    folder: Path, subjects: int = 36, trained: int = 12, epochs: int = 6
+) -> dict[str, list[str]]:
+    """Write inputs and return the arguments of each command, in which OUT stands for its folder."""
     large, small = folder / "large", folder / "small"
-    for data, count in (large, subjects), (small, 12):
+    for data, count in (large, subjects), (small, trained):
         main(["synthesize", str(data), "--subjects", str(count), "--spacing", "8"])
         main(["extract", str(data), str(data / "fa")])
+    (small / "restricted.csv").unlink()  # so few subjects are too few families
     volumes.convert(small / "fa", small, small, shape=(22, 22, 22))
     main(["train", str(small), str(folder / "networks"), *TRAIN, "--epochs", "1", "--workers", "1"])
     for number in range(subjects):

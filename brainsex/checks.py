@@ -47,8 +47,8 @@ def check_table(cohort: Cohort) -> pd.DataFrame:
         size = np.nan if cohort.affine is None else brain_volume(volume, cohort.affine)
         similarity = _similarity(volume, (total - volume) / (len(cohort) - 1))
         rows.append((size, brain.mean() if brain.size else 0.0, *similarity))
-    columns = ["brain_volume_ml", "mean", "correlation", "mirrored", "orientation"]
-    table = pd.DataFrame(rows, columns=columns)
+    table = pd.DataFrame(rows)
+    table.columns = ["brain_volume_ml", "mean", "correlation", "mirrored", "orientation"]
     # Where about half of a cohort is mirrored nothing can tell which half, and all stay RAS
     upright = _robust_z(table["correlation"] - table.pop("mirrored")) >= -OUTLIER_Z
     table.loc[upright, "orientation"] = "RAS"
@@ -62,7 +62,8 @@ def check_table(cohort: Cohort) -> pd.DataFrame:
     for name in z:
         text = [f"{name} {value:.4g} (z {far:.1f}); " for value, far in zip(table[name], z[name])]
         flags += np.where(abs(z[name]) > OUTLIER_Z, text, "")
-    flags += np.where(upright, "", "seems mirrored: " + table["orientation"] + "; ")
+    mirrored = "seems mirrored: " + table["orientation"] + "; "
+    flags += mirrored.where(table["orientation"] != "RAS", "")
     if "qc_issue" in table:
         flags += table["qc_issue"].map("QC_Issue {}; ".format, na_action="ignore").fillna("")
     table["flags"] = flags.str.removesuffix("; ")

@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import nibabel as nib
@@ -68,7 +69,7 @@ def explain(
     ``folds.csv`` does not know, an option of no method, or maps in `out` that were made otherwise.
     """
     networks_folder, out = Path(networks_folder), Path(out)
-    rows = np.arange(len(cohort)) if rows is None else np.asarray(rows)
+    rows = np.arange(len(cohort)) if rows is None else np.asarray(rows, int)
     folds, used = held_out_folds(networks_folder, cohort.subjects), _used_options(methods, options)
     sources, suffix = _sources(cohort, networks_folder), "-random" * random_weights
     for method, values in used.items():
@@ -99,8 +100,7 @@ def explain(
                     _save_chunk(explained, volumes, folder, cohort.affine, settings)
                     bar.update(len(chunk))
     table = pd.DataFrame({"Subject": cohort.subjects, "sex": cohort.sex, "fold": folds})
-    records = _write_mask_table(table, out)
-    return table.iloc[rows].join(records, on="Subject").reset_index(drop=True)
+    return table.iloc[rows].join(_mask_records(table, out), on="Subject").reset_index(drop=True)
 
 
 def _used_options(methods: Sequence[str], options: dict) -> dict[str, dict]:
@@ -142,14 +142,15 @@ def _save_chunk(
         save_map(folder / f"{name}.nii.gz", image, affine)
 
 
-def _write_mask_table(table: pd.DataFrame, out: Path) -> pd.DataFrame:
-    """Write ``masks.csv``, the table of those who have a mask, and return the masks' records."""
+def _mask_records(table: pd.DataFrame, out: Path) -> pd.DataFrame:
+    """Return the records of masks, by Subject; write them and the table as ``masks.csv``."""
     paths = {name: out / "mask" / f"{name}.json" for name in table["Subject"]}
     records = {name: storage.read_json(path) for name, path in paths.items() if path.is_file()}
-    records = pd.DataFrame.from_dict(records, orient="index")
+    records = pd.DataFrame(records.values(), index=pd.Index(list(records), dtype=str))
     if len(records):
         masks = table.join(records, on="Subject", how="inner").sort_values("Subject")
-        storage.write_text(out / "masks.csv", masks.to_csv(index=False))
+        with suppress(FileNotFoundError):  # another process of the run writes it, too
+            storage.write_text(out / "masks.csv", masks.to_csv(index=False))
     return records
 
 
@@ -191,8 +192,7 @@ def explain_groups(
 
     Returns
     -------
-    Name -> (X, Y, Z): `GROUP_MASKS`, and `T_MAPS` with the magnitude of t, where those need brain
-    volume only if it is known.
+    Name -> (X, Y, Z): `GROUP_MASKS`, and `T_MAPS` with the magnitude of t.
     """
     networks_folder, out, names = Path(networks_folder), Path(out), GROUP_MASKS | T_MAPS
     settings = _sources(cohort, networks_folder) | {"iterations": iterations, "seed": seed}

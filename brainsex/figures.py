@@ -13,9 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib import pyplot as plt
-from matplotlib.cm import ScalarMappable
-from matplotlib.collections import PolyCollection
-from matplotlib.colors import ListedColormap, Normalize
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from nibabel import Nifti1Image
 from nibabel.affines import apply_affine, voxel_sizes
@@ -89,7 +87,9 @@ def brain_panels(
         ax.set_title(panel.pop("label"))
     if bar:
         look = {"label": bar[2], "aspect": 25, "pad": 0.01, "shrink": min(0.8, 3.5 / size[1])}
-        scale = figure.colorbar(ScalarMappable(Normalize(0, bar[1]), bar[0]), ax=axes, **look)
+        scale = figure.colorbar(
+            plt.cm.ScalarMappable(plt.Normalize(0, bar[1]), bar[0]), ax=axes, **look
+        )
         scale.ax.set_facecolor("#444444")
     foot += " · blue contours: planted regions" * (rows[0][0].get("outlines") is not None)
     finish(figure, title, f"{foot} · x, y, z in mm; L left, R right; sagittal: front to the right")
@@ -135,9 +135,10 @@ def person_strip(
     example the brain with the mask blurred) differs most from the first.
     """
     first, *_, last = panels.values()
-    plane = np.abs(np.subtract(last, first, dtype=float)).sum((0, 1)).argmax()
-    look = {"planes": "z", "cut_coords": apply_affine(affine, [0, 0, plane])[2:]}
-    look |= {"cmap": "gray", "vmax": 1}
+    difference = np.abs(np.subtract(last, first, dtype=float)) + 1e-9 * first  # of an empty mask
+    plane = difference.sum((0, 1)).argmax()
+    place = apply_affine(affine, [0, 0, plane])[2:]
+    look = {"planes": "z", "cut_coords": place, "cmap": "gray", "vmax": 1}
     images = {label: to_image(volume, affine) for label, volume in panels.items()}
     row = [look | {"label": label, "stat_map_img": image} for label, image in images.items()]
     return brain_panels([row], title=title, foot=cohort, bar=("gray", 1, "value of a voxel"))
@@ -265,9 +266,8 @@ def score_dots(
             dots = folds[folds[hue] == kind]
             ax.plot(dots[value], heights(dots) - 0.3 * step, ".", color=colour, alpha=0.4)
     if published is not None:
-        look = {"fmt": "d", "color": PALE, "markersize": 4, "label": "published"}
-        places = heights(published) + 0.38 * step
-        ax.errorbar(published[value], places, xerr=published["sd"], **look)
+        look = {"xerr": published["sd"], "fmt": "d", "color": PALE, "label": "published", "ms": 4}
+        ax.errorbar(published[value], heights(published) + 0.38 * step, **look)
     ax.axvline(0.5, **CHANCE)
     ax.set(xlabel=label, ylim=(len(names) - 0.5, -0.5))
     ax.set_yticks(range(len(names)), names)
@@ -300,8 +300,8 @@ def network_diagram(network: torch.nn.Module, *, title: str) -> Figure:
         corner = place - (x + slant) / 2, -(z + slant) / 2
         a, b, c, d = np.add(corner, [(0, 0), (x, 0), (x, z), (0, z)])
         faces = [a, b, c, d], [d, c, c + slant, d + slant], [b, c, c + slant, b + slant]
-        tones = [(OUTLINE, alpha) for alpha in (0.8, 0.5, 1)]
-        ax.add_collection(PolyCollection(faces, facecolors=tones, edgecolors="white"))
+        for face, alpha in zip(faces, (0.8, 0.5, 1)):
+            ax.fill(*np.transpose(face), facecolor=(OUTLINE, alpha), edgecolor="white")
         part = network.get_submodule(name)
         layers = [layer for layer in part.modules() if part and not [*layer.children()]]
         above = [f"{type(layer).__name__} {getattr(layer, 'kernel_size', '')}" for layer in layers]

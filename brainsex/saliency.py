@@ -146,7 +146,8 @@ def attribute(
 
 
 def predicted_classes(network: nn.Module, volumes: np.ndarray) -> np.ndarray:
-    """Return the class (N,) that a network on its device predicts for volumes (N, X, Y, Z)."""
+    """Return the class (N,) that a network predicts for volumes (N, X, Y, Z), in float32."""
+    network = networks.to_device(copy.deepcopy(network), networks.device())
     logits = speed.predict_logits(network, volumes, torch.float32)
     return networks.average_slab_logits(logits).argmax(1).numpy()
 

@@ -56,6 +56,7 @@ def test_table_flags_each_fault_and_nobody_else():
     expected |= {11: "seems mirrored: RPI", 13: "correlation 0.", 29: "QC_Issue A;<b>"}
     assert set(flags) == set(expected)
     assert all(text in flags[row] for row, text in expected.items())
+    assert not any("mirrored: RAS" in text for text in flags.values())
     for row in (0, 3, 13):
         others = np.delete(cohort.volumes, row, axis=0).mean(axis=0, dtype=float)
         correlation = np.corrcoef(cohort.volumes[row].ravel(), others.ravel())[0, 1]
@@ -65,13 +66,12 @@ def test_table_flags_each_fault_and_nobody_else():
         assert table.at[row, "brain_volume_ml"] == pytest.approx(brain.sum() * 27 / 1000)
 
 
-@pytest.mark.parametrize(("mirrored", "named"), [(13, 13), (15, 0), (17, 13)])
+@pytest.mark.parametrize(("mirrored", "named"), [(13, 13), (15, 0)])
 def test_the_minority_is_named_as_mirrored_and_of_halves_nobody(mirrored, named):
     table = checks.check_table(make_cohort(faults=dict.fromkeys(range(mirrored), "LAS")))
     flagged = table["flags"].str.contains("seems mirrored: LAS")
     assert flagged.sum() == named
-    if named:
-        assert flagged[:mirrored].all() == (mirrored < 15)
+    assert flagged[:mirrored].all() == (mirrored < 15)
     assert (table["orientation"] != "RAS").equals(flagged)
 
 
@@ -81,9 +81,7 @@ def test_the_native_brain_volume_counts_where_it_is_known():
     cohort = make_cohort(faults={}, brain_volume_ml=native)
     cohort.volumes[2] = cohort.volumes.mean(0)  # nobody is blamed for resembling the others
     table = checks.check_table(cohort)
-    alike = np.arctanh(table["correlation"])
-    spread = median_abs_deviation(alike, scale="normal")
-    assert alike[2] > alike.median() + checks.OUTLIER_Z * spread
+    assert table["correlation"].argmax() == 2
     assert "correlation" not in table.at[2, "flags"]
     assert table["brain_volume_ml"].tolist() == native.tolist()
     z = (700 - np.median(native)) / median_abs_deviation(native, scale="normal")

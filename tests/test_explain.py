@@ -12,7 +12,7 @@ import torch
 from scipy.ndimage import gaussian_filter
 from scipy.stats import ttest_ind
 
-from brainsex import explain, perturbation, saliency
+from brainsex import explain, perturbation, saliency, storage
 from brainsex.cohort import Cohort
 from brainsex.networks import MriNet3d
 
@@ -174,12 +174,29 @@ def test_an_interrupted_run_goes_on(study, tmp_path, monkeypatch):
     calls.clear()
     pd.testing.assert_frame_equal(explain.explain(*run), table)
     assert calls == []
+    assert len(explain.explain(*run, rows=[])) == 0
     with pytest.raises(ValueError, match=r"explain lrp with gamma = 0\.5, found those with"):
         explain.explain(*run[:3], ["lrp"], gamma=0.5)
     explain.explain(*run[:3], ["lrp"], rows=[1], gamma=0.5, overwrite=True)
     assert calls == [("lrp", "000001")]
     assert [path.name for path in (tmp_path / "lrp").iterdir()] == ["000001.nii.gz"]
     assert len(list((tmp_path / "gradient_input").iterdir())) == 8
+
+
+def test_two_processes_may_write_the_table_at_once(study, tmp_path, monkeypatch):
+    """Each deletes what the other, as it must seem to it, left half-written."""
+    cohort, folder, *_ = study
+    write_text = storage.write_text
+
+    def raced(path, text):
+        with storage.atomic_path(path) as partial:
+            partial.write_text(text, encoding="utf-8")
+            if path.name == "masks.csv":
+                write_text(path, text)
+
+    monkeypatch.setattr(storage, "write_text", raced)
+    explain.explain(cohort, folder, tmp_path, rows=[3], iterations=1)
+    assert len(pd.read_csv(tmp_path / "masks.csv")) == 1
 
 
 def test_other_networks_and_draws_are_refused(study, tmp_path):

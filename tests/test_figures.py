@@ -64,7 +64,7 @@ def spot(picture: np.ndarray, ax: Axes, low: tuple, high: tuple) -> np.ndarray:
     return np.argwhere(match)[:, ::-1].mean(0)
 
 
-@pytest.mark.parametrize("flips", [(), (0,), (0, 1), (2,)])
+@pytest.mark.parametrize("flips", [(), (0,), (1, 2)])
 def test_each_plane_shows_the_blob_at_its_place_in_mm(volume, flips):
     affine = AFFINE.copy()
     for axis in flips:  # the same brain, stored the other way round

@@ -153,8 +153,8 @@ def test_packages_old_and_new_are_told_apart_and_led_to_the_next_command(tmp_pat
 
 def test_names_of_fa_in_bids_derivatives(tmp_path):
     names = (
-        "FA space-ACPC_model-tensor_param-fa_dwimap param-FA_desc-wls_dwimap space-T1w_mdp-fa_dwimap "
-        "mdp-FA_dwimap model-DTI_desc-FA_dwi model-DTI_map-FA"
+        "FA space-ACPC_model-tensor_param-fa_dwimap param-FA_desc-wls_dwimap mdp-FA_dwimap "
+        "space-T1w_mdp-fa_dwimap model-DTI_desc-FA_dwi model-DTI_map-FA"
     ).split()
     for name in (*names, "param-md_dwimap", "desc-FA_mask", "model-DTI_desc-FA_mask", "map-FAx"):
         write(tmp_path, {f"sub-01/dwi/sub-01_{name}.nii.gz": ""})

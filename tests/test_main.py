@@ -93,7 +93,10 @@ def test_masks_are_nifti_in_the_cohorts_space_and_resume(folder, trained, capsys
         ("masks {folder} nowhere out", "notebook 04_cnn_3d"),
     ],
 )
-def test_bad_input_ends_with_one_line_that_says_what_to_do(folder, command, message):
+def test_bad_input_ends_with_one_line_that_says_what_to_do(
+    folder, tmp_path, monkeypatch, command, message
+):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match=message) as stopped:
         main(command.format(folder=folder).split())
     assert str(stopped.value).startswith("error: ")

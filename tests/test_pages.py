@@ -159,14 +159,6 @@ def test_page_holds_the_meshes_escapes_its_texts_and_asks_for_nothing(tmp_path):
     assert [ends[n, n // 2] > limit for n, limit in ((1, 142), (3, 174), (5, 142))] == [True] * 3
 
 
-def test_page_is_never_too_large(tmp_path):
-    mesh, *look = MESHES["left <mask>"]
-    large = {"large": (pages.Mesh(np.tile(mesh.vertices, (9000, 1)), mesh.faces), *look)}
-    with pytest.raises(ValueError, match="expected less than 4000000 bytes"):
-        pages.write_page(tmp_path / "a.html", large, title="", caption="")
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Open the page in a real browser, drawn by software, and wait until it shows both masks."""

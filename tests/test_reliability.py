@@ -36,21 +36,48 @@ def read_shown(folder: Path) -> dict[str, bytes]:
     return {str(path): (folder / path).read_bytes() for path in paths}
 
 
-@LINUX
-@pytest.mark.parametrize(
-    "kills",
-    [{"extract": 3, "convert": 3, "train": 1}, pytest.param(None, marks=pytest.mark.soak)],
-)
-def test_kills_at_random_moments_lose_nothing_and_change_nothing(kills):
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory):
+    """The arguments of each command on small inputs; OUT stands for its folder."""
     pytest.importorskip("dipy")
-    from tests.reliability.kills import KILLS
+    from tests.reliability.kills import make_inputs
 
-    command = [sys.executable, "-m", "tests.reliability.kills", json.dumps(kills or KILLS), "3"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    figures = json.loads(done.stdout.splitlines()[-1])
-    print(figures)
-    assert all(figures[name]["kills"] >= least for name, least in (kills or KILLS).items())
+    return make_inputs(tmp_path_factory.mktemp("inputs"), subjects=6, trained=4, epochs=1)
+
+
+def fill_in(arguments: list[str], out: Path) -> list[str]:
+    return [str(out) if word == "OUT" else word for word in arguments]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory, commands):
+    """The files of each command that nothing disturbs."""
+    folder = tmp_path_factory.mktemp("results")
+    for name, arguments in commands.items():
+        main(fill_in(arguments, folder / name))
+    return {name: read_shown(folder / name) for name in commands}
+
+
+FEW = {"extract": 3, "convert": 2, "train": 1, "masks": 0, "fa": 0}
+
+
+@LINUX
+@pytest.mark.parametrize("soak", [False, pytest.param(True, marks=pytest.mark.soak)])
+def test_no_kill_locale_time_zone_or_folder_changes_a_byte(tmp_path, commands, results, soak):
+    from tests.reliability.kills import KILLS, make_inputs
+
+    commands = make_inputs(tmp_path / "inputs") if soak else commands
+    arguments = [json.dumps(KILLS if soak else FEW), tmp_path / "out", json.dumps(commands)]
+    variables = {"LC_ALL": "C", "TZ": "Asia/Kathmandu", "PYTHONUTF8": "0"}
+    variables |= {"PYTHONPATH": str(ROOT), "PYTHONWARNDEFAULTENCODING": "1"}
+    run = [sys.executable, "-m", "tests.reliability.kills", *arguments]
+    options = {"cwd": tmp_path, "env": os.environ | variables, "check": False}
+    done = subprocess.run(run, capture_output=True, encoding="utf-8", **options)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    print(done.stdout)
+    assert f"{ROOT}/brainsex" not in done.stderr  # no EncodingWarning
+    for name in FEW if not soak else ():
+        assert read_shown(tmp_path / "out" / name / "whole") == results[name], name
 
 
 @LINUX
@@ -65,17 +92,6 @@ def test_ctrl_c_ends_every_command_within_two_seconds():
     assert max(seconds.values()) < 2, seconds
 
 
-@pytest.fixture(scope="module")
-def commands(tmp_path_factory):
-    """The arguments of each command on small inputs, for an OUT."""
-    pytest.importorskip("dipy")
-    from tests.reliability.kills import fill_in, make_inputs
-
-    commands = make_inputs(tmp_path_factory.mktemp("inputs"), subjects=6, trained=4, epochs=1)
-    del commands["train, 2 workers"]
-    return lambda out: {name: fill_in(words, out / name) for name, words in commands.items()}
-
-
 @contextmanager
 def mount(place: Path, *options: str):
     place.mkdir()
@@ -87,26 +103,25 @@ def mount(place: Path, *options: str):
 
 
 @MOUNTS
-def test_after_a_full_disk_the_same_command_goes_on_to_the_same_result(tmp_path, commands):
-    for name, arguments in commands(tmp_path).items():
-        main(arguments)
-        whole = read_shown(tmp_path / name)
+def test_after_a_full_disk_the_same_command_goes_on_to_the_same_result(tmp_path, commands, results):
+    for name, whole in results.items():
         room = int(sum(len(content) // 4096 + 1 for content in whole.values()) * 0.6) * 4096
-        with mount(tmp_path / f"{name}-disk", "-o", f"size={room}") as disk:
-            with pytest.raises(SystemExit, match=rf"No space left.*/{name}/.*make room and run"):
-                main(commands(disk)[name])
-            assert read_shown(disk / name).items() <= whole.items()
+        with mount(tmp_path / name, "-o", f"size={room}") as disk:
+            arguments = fill_in(commands[name], disk / "out")
+            with pytest.raises(SystemExit, match=rf"No space left.*/{name}/out/.*make room and ru"):
+                main(arguments)
+            assert read_shown(disk / "out").items() <= whole.items()
             subprocess.run(["mount", "-o", "remount,size=100m", disk], check=True)
-            main(commands(disk)[name])
-            assert read_shown(disk / name) == whole, name
+            main(arguments)
+            assert read_shown(disk / "out") == whole, name
 
 
 @MOUNTS
 def test_a_read_only_folder_is_named(tmp_path, commands):
     with mount(tmp_path / "disk", "-o", "ro") as disk:
-        for name, arguments in commands(disk).items():
-            with pytest.raises(SystemExit, match=rf"cannot write \(Read-only.*disk/{name}'"):
-                main(arguments)
+        for arguments in commands.values():
+            with pytest.raises(SystemExit, match=r"cannot write \(Read-only.*disk/out'"):
+                main(fill_in(arguments, disk / "out"))
 
 
 def test_a_vanished_input_ends_with_a_line_or_a_rejection(tmp_path, monkeypatch):
@@ -135,25 +150,3 @@ def test_a_vanished_input_ends_with_a_line_or_a_rejection(tmp_path, monkeypatch)
     table.to_csv(tmp_path / "folds.csv", index=False)
     with pytest.raises(FileNotFoundError, match=r"fold-0\.pt"):
         explain.explain(data, tmp_path, tmp_path / "masks")
-
-
-def test_locale_time_zone_and_folder_change_no_byte(tmp_path, commands):
-    trees, processes = [], {}
-    for name, place, variables in (
-        ("first", ROOT, {"LC_ALL": "C", "TZ": "UTC", "PYTHONUTF8": "0"}),
-        ("second", tmp_path, {"LC_ALL": "C.utf8", "TZ": "Asia/Kathmandu"}),
-    ):
-        calls = list(commands(tmp_path / name).values())
-        code = f"from brainsex.__main__ import main\nfor call in {calls}: main(call)"
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNDEFAULTENCODING": "1"}
-        options = {"cwd": place, "env": environment | variables, "stderr": subprocess.PIPE}
-        options |= {"stdout": subprocess.DEVNULL, "encoding": "utf-8"}
-        processes[name] = subprocess.Popen([sys.executable, "-c", code], **options)
-    for name, process in processes.items():
-        printed = process.communicate()[1]
-        assert process.returncode == 0, printed
-        warnings = [line for line in printed.splitlines() if "EncodingWarning" in line]
-        assert not [line for line in warnings if str(ROOT / "brainsex") in line]
-        trees.append(read_shown(tmp_path / name))
-    assert trees[0] == trees[1]
-    assert len(trees[0]) > 40

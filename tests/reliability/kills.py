@@ -20,6 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 import torch._dynamo  # which Adam would import in each attempt
 
@@ -38,19 +39,24 @@ def make_inputs(
     folder: Path, subjects: int = 36, trained: int = 12, epochs: int = 6
 ) -> dict[str, list[str]]:
     """Write inputs and return the arguments of each command, in which OUT stands for its folder."""
-    large, small = folder / "large", folder / "small"
-    for data, count in (large, subjects), (small, trained):
-        main(["synthesize", str(data), "--subjects", str(count), "--spacing", "8"])
-        main(["extract", str(data), str(data / "fa")])
-    (small / "restricted.csv").unlink()  # so few subjects are too few families
-    volumes.convert(small / "fa", small, small, shape=(22, 22, 22))
+    data, small = folder / "cohort", folder / "small"
+    main(["synthesize", str(data), "--subjects", str(subjects), "--spacing", "8"])
+    main(["extract", str(data), str(data / "fa")])
+    small.mkdir()
+    people = pd.read_csv(data / "unrestricted_behavioral.csv", dtype=str)
+    people = people[
+        [(data / "fa" / f"{subject}.nii.gz").is_file() for subject in people["Subject"]]
+    ]
+    people = people.groupby("Gender").head(trained // 2)
+    people.to_csv(small / "unrestricted_behavioral.csv", index=False)
+    volumes.convert(data / "fa", small, small, shape=(22, 22, 22))
     main(["train", str(small), str(folder / "networks"), *TRAIN, "--epochs", "1", "--workers", "1"])
     for number in range(subjects):
         save(folder / "series" / f"{900000 + number}" / "T1w" / "Diffusion", series(number % 7))
     train = ["train", str(small), "OUT", *TRAIN, "--epochs", str(epochs), "--workers"]
     return {
-        "extract": ["extract", str(large), "OUT"],
-        "convert": ["convert", str(large), "--fa", str(large / "fa"), "--out", "OUT"],
+        "extract": ["extract", str(data), "OUT"],
+        "convert": ["convert", str(data), "--fa", str(data / "fa"), "--out", "OUT"],
         "train": [*train, "1"],
         "train, 2 workers": [*train, "2"],
         "masks": ["masks", str(small), str(folder / "networks"), "OUT"],
@@ -162,21 +168,24 @@ def kill(command: str, arguments: list[str], folder: Path, least: int, draw: ran
     return figures
 
 
-def measure(kills: dict[str, int], seed: int = 0) -> dict[str, dict]:
-    """Return the figures of each command after so many kills of it."""
-    draw, figures = random.Random(seed), {}
+def measure(kills: dict[str, int], folder: Path, commands: dict[str, list[str]]) -> dict:
+    """Return the figures of each command after so many kills of it; `folder` gets its results."""
+    draw, figures = random.Random(0), {}
     storage.environment()  # once: a commit on the way would be on record
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
-            commands = pool.submit(make_inputs, folder / "inputs").result()
-        for number, (command, least) in enumerate(kills.items()):
-            place = folder / str(number)
-            place.mkdir()
-            figures[command] = kill(command, commands[command], place, least, draw)
-            print(command, figures[command], file=sys.stderr, flush=True)
+    for command, least in kills.items():
+        (folder / command).mkdir(parents=True)
+        figures[command] = kill(command, commands[command], folder / command, least, draw)
+        print(command, figures[command], flush=True)
     return figures
 
 
 if __name__ == "__main__":  # a process of its own, for tests whose process has threads
-    print(json.dumps(measure(*map(json.loads, sys.argv[1:3] or [json.dumps(KILLS)]))))
+    if len(sys.argv) > 1:
+        kills, results, commands = sys.argv[1:]
+        measure(json.loads(kills), Path(results), json.loads(commands))
+    else:
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+                commands = pool.submit(make_inputs, folder / "inputs").result()
+            measure(KILLS, folder / "results", commands)

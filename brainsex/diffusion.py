@@ -7,7 +7,6 @@ the tensor fitted with the nominal g is (I + L)ᵀ D (I + L), from which D is re
 
 import gzip
 import math
-import os
 import re
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -162,8 +161,9 @@ def _find_series(paths: list[Path], root: Path, scratch: Path, stack: ExitStack)
         if SEVEN_TESLA.search(label):
             continue
         if path.name == DATA:
-            for name in filter(os.path.lexists, map(path.with_name, names)):  # or broken links
-                files.append((name.relative_to(root).as_posix(), partial(open, name, "rb")))
+            for place in map(path.with_name, names):
+                if place.is_file() or place.is_symlink():  # a broken link is named by what opens it
+                    files.append((place.relative_to(root).as_posix(), partial(open, place, "rb")))
         else:
             for member in archives.find_members(path, label, names, stack, scratch):
                 archives.check_member(member, archives.MAX_INNER)

@@ -77,8 +77,8 @@ def find_volumes(folder: str | Path) -> pd.DataFrame:
     if not rows:
         raise FileNotFoundError(
             f"{folder}: expected fa/<ID>.nii.gz, <ID>/T1w/…, sub-<ID>/…/dwi/…_FA.nii.gz, "
-            f"FA/<ID>_FA.nii.gz or packages <ID>_….zip, found {len(list(folder.glob('*')))} other "
-            "files and folders. DATA_ACCESS.md lists what is recognised."
+            "FA/<ID>_FA.nii.gz or packages <ID>_….zip, found "
+            f"{[path.name for path in folder.glob('*')][:9]}. DATA_ACCESS.md lists what fits."
         )
     return pd.DataFrame(rows, columns=["Subject", "session", "kind", "modality", "path", "number"])
 

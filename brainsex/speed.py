@@ -28,35 +28,20 @@ kernel would otherwise clear anew."""
 
 
 def training_forward(network: nn.Module, batch: Tensor) -> Tensor:
-    """Compute ``network(batch)`` in training mode; our networks faster than by their own forward.
+    """Compute ``network(batch)``, for a `MriNet3d` in training faster than by its own forward.
 
-    Pooling comes before the ReLU, with which a maximum commutes. The first batch norm of `MriNet3d`
-    is folded into its convolution, as in inference: mean and variance of what a convolution makes
-    of one channel follow from the moments of that channel. So the largest tensors are never
-    normalised, and on a CPU they are made and pooled `CPU_BATCH` volumes at a time, in the cache.
-    Statistics and gradients are those of the whole batch.
+    Pooling comes before the ReLU, with which a maximum commutes. The first batch norm is folded
+    into its convolution: mean and variance of what that makes of one channel follow from the
+    channel's moments. So the largest tensors are never normalised, and on a CPU they are made and
+    pooled `CPU_BATCH` volumes at a time. Statistics and gradients are those of the whole batch.
     """
-    if type(network) is networks.MriNet3d and network.training:
-        networks.check_input(batch, network.shape)
-        features = _first_layer(network.hidden1, batch)
-        features = _hidden_layer(network.hidden3, _hidden_layer(network.hidden2, features))
-        return network.linear(network.dropout(features.flatten(1)))
-    if type(network) is networks.MriNet2d:
-        features = network.convolution(network.slabs(batch))
-        for layer in (network.hidden1, network.hidden2, network.hidden3):
-            features = _hidden_layer(layer, features)
-        logits = network.linear(network.dropout(features.flatten(1)))
-        return logits.unflatten(0, (len(batch), -1))
-    return network(batch)
-
-
-def _hidden_layer(layer: nn.Sequential, features: Tensor) -> Tensor:
-    """Compute ``layer(features)``, plain or residual, with the pooling before the ReLU."""
-    convolution, norm, relu, pooling, *projection = layer
-    normed = norm(convolution(features))
-    if projection:
-        normed = normed + projection[0](features[..., 1:-1, 1:-1])
-    return relu(_MaxPool3d(2)(normed) if normed.ndim == 5 else pooling(normed))
+    if type(network) is not networks.MriNet3d or not network.training:
+        return network(batch)
+    networks.check_input(batch, network.shape)
+    features = _first_layer(network.hidden1, batch)
+    for convolution, norm, relu, _ in (network.hidden2, network.hidden3):
+        features = relu(_MaxPool3d(2)(norm(convolution(features))))
+    return network.linear(network.dropout(features.flatten(1)))
 
 
 class _MaxPool3d(nn.MaxPool3d):
@@ -74,17 +59,7 @@ def _first_layer(layer: nn.Sequential, volumes: Tensor) -> Tensor:
     # bfloat16, the constant leaves a background of zeros exact.
     offset = volumes.detach().mean().bfloat16().float()
     chunks = (volumes - offset).split(CPU_BATCH if volumes.device.type == "cpu" else len(volumes))
-    weight, bias = _fold_batch_norm(convolution, norm, chunks, offset)
-    pooling = _MaxPool3d(2)
-    pooled = torch.cat([pooling(nn.functional.conv3d(chunk, weight)) for chunk in chunks])
-    return relu(pooled + bias.view(-1, 1, 1, 1))  # in the bias's precision
-
-
-def _fold_batch_norm(
-    convolution: nn.Conv3d, norm: nn.BatchNorm3d, chunks: Sequence[Tensor], offset: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Weight (C, 1, 3, 3, 3) and bias (C,) of both; `chunks` are the batch less `offset`."""
-    with torch.autocast(chunks[0].device.type, enabled=False):
+    with torch.autocast(volumes.device.type, enabled=False):
         count, sums, products = _patch_moments(chunks)
         kernels = convolution.weight.double().flatten(1)
         centre = kernels @ sums / count
@@ -92,14 +67,14 @@ def _fold_batch_norm(
         mean = centre + convolution.bias
         scale = norm.weight / (variance + norm.eps).sqrt()
         bias = norm.bias + scale * (convolution.bias - mean)  # its gradient is 0, and not None
+        weight = scale.to(norm.weight.dtype).view(-1, 1, 1, 1, 1) * convolution.weight
         with torch.no_grad():
             norm.num_batches_tracked += 1
-            unbiased = variance * count / (count - 1)
-            mean = mean + offset * kernels.sum(1)
-            for running, batch in ((norm.running_mean, mean), (norm.running_var, unbiased)):
-                running.lerp_(batch.to(running.dtype), norm.momentum)
-        dtype = convolution.weight.dtype
-        return scale.to(dtype).view(-1, 1, 1, 1, 1) * convolution.weight, bias.to(dtype)
+            mean, variance = mean + offset * kernels.sum(1), variance * count / (count - 1)
+            norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
+            norm.running_var.lerp_(variance.to(norm.running_var.dtype), norm.momentum)
+    pooled = [_MaxPool3d(2)(nn.functional.conv3d(chunk, weight)) for chunk in chunks]
+    return relu(torch.cat(pooled) + bias.to(weight.dtype).view(-1, 1, 1, 1))
 
 
 def _patch_moments(chunks: Sequence[Tensor]) -> tuple[int, Tensor, Tensor]:
@@ -127,19 +102,16 @@ def _patch_moments(chunks: Sequence[Tensor]) -> tuple[int, Tensor, Tensor]:
 def inference_copy(network: nn.Module, device: torch.device, fuse: bool = True) -> nn.Module:
     """Copy a network to a device, in evaluation mode, with parameters that need no gradient.
 
-    With `fuse`, a `MriNet3d` gets its batch norms fused into its convolutions, its poolings before
-    its ReLUs, and a first convolution with a fast gradient of its input: the same function, up to
-    rounding. Other networks keep their modules. A copy may be copied again.
+    With `fuse`, a `MriNet3d` gets its batch norms fused into its convolutions, and its poolings
+    before its ReLUs: the same function, up to rounding. A copy may be copied again.
     """
     network = copy.deepcopy(network).eval().requires_grad_(False)
     if fuse and isinstance(network, networks.MriNet3d) and len(network.hidden1) == 4:
         for name in ("hidden1", "hidden2", "hidden3"):
             convolution, norm, relu, _ = getattr(network, name)
-            layers = fuse_conv_bn_eval(convolution, norm), _MaxPool3d(2), relu
-            setattr(network, name, nn.Sequential(*layers))
-        fused = network.hidden1[0]
-        network.hidden1[0] = nn.utils.skip_init(_FirstConv3d, 1, fused.out_channels, 3)
-        network.hidden1[0].weight, network.hidden1[0].bias = fused.weight, fused.bias
+            fused = fuse_conv_bn_eval(convolution, norm)
+            setattr(network, name, nn.Sequential(fused, _MaxPool3d(2), relu))
+        network.hidden1[0].__class__ = _FirstConv3d  # the same weights, a faster gradient
     return networks.to_device(network, device)
 
 
@@ -178,10 +150,7 @@ class _InputGradient(torch.autograd.Function):
 
 
 def forward_in_chunks(network: nn.Module, volumes: Tensor) -> Tensor:
-    """Compute ``network(volumes)``, on a CPU in chunks of just `CPU_BATCH` volumes.
-
-    So a volume's logits do not depend on how many there are.
-    """
+    """Compute ``network(volumes)``; on a CPU a volume's logits do not depend on the others."""
     if volumes.device.type != "cpu":
         return network(volumes)
     missing = -len(volumes) % CPU_BATCH
@@ -190,14 +159,10 @@ def forward_in_chunks(network: nn.Module, volumes: Tensor) -> Tensor:
 
 
 def predict_logits(network: nn.Module, volumes: np.ndarray, dtype: torch.dtype) -> Tensor:
-    """Compute logits (N, 2), or (N, S, 2) of slabs, float32, of volumes (N, X, Y, Z) in `dtype`.
-
-    An `inference_copy` does so, on the device of the network.
-    """
+    """Compute logits (N, 2), or (N, S, 2) of slabs, float32, of volumes (N, X, Y, Z) in `dtype`."""
     device = next(network.parameters()).device
     fast = inference_copy(network, device)
 
-    @torch.no_grad()
     def logits(rows: np.ndarray) -> Tensor:
         with autocast(device, dtype):
             return forward_in_chunks(fast, read_batch(volumes, rows, device)).float().cpu()
@@ -207,30 +172,23 @@ def predict_logits(network: nn.Module, volumes: np.ndarray, dtype: torch.dtype) 
 
 
 def map_batches(
-    work: Callable[[np.ndarray], object],
-    count: int,
-    device: torch.device,
-    *,
-    name: str | None = None,
-    size: int | None = None,
+    work: Callable, count: int, device: torch.device, *, name: str = "", size: int | None = None
 ) -> Iterator:
     """Yield ``work(rows)`` for the rows of each batch of `count` subjects, in their order.
 
     Batches have `size` subjects, by default one on a CPU and `GPU_BATCH` on a GPU. A batch runs on
-    each CPU core at once, on one thread: small convolutions gain less from a second thread than two
-    subjects do, and results do not depend on the number of cores. `name` labels a progress bar.
+    each CPU core at once, on one thread: faster than one on all, and results do not depend on the
+    number of cores. `name` labels a progress bar, if there is to be one.
     """
     on_cpu, threads = device.type == "cpu", torch.get_num_threads()
     size = size or (1 if on_cpu else GPU_BATCH)
     batches = [np.arange(start, min(start + size, count)) for start in range(0, count, size)]
+    workers = joblib.Parallel(threads if on_cpu else 1, require="sharedmem", return_as="generator")
     torch.set_num_threads(1 if on_cpu else threads)
     try:
         with float32_convolutions():
-            workers = joblib.Parallel(
-                threads if on_cpu else 1, require="sharedmem", return_as="generator"
-            )
             results = workers(joblib.delayed(work)(rows) for rows in batches)
-            yield from tqdm(results, name, total=len(batches), unit="batch", disable=name is None)
+            yield from tqdm(results, name, total=len(batches), unit="batch", disable=not name)
     finally:
         torch.set_num_threads(threads)
 

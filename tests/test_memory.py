@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from brainsex import cohort, explain, first_layer, training, volumes
-from tests.test_reliability import SHAPE, make_network
+from tests.reliability.kills import SHAPE
+from tests.test_reliability import make_network
 
 ROOT = Path(__file__).parents[1]
 VOLUME = np.random.default_rng(0).uniform(0.2, 0.6, SHAPE).astype(np.float32)

@@ -83,21 +83,14 @@ def logits_by_hand(network: nn.Module, maps: np.ndarray) -> np.ndarray:
     return state["linear.weight"] @ maps.ravel() + state["linear.bias"]
 
 
-def count_parameters(network: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in network.parameters())
-
-
 def test_sizes_and_names_are_the_studys() -> None:
     network = MriNet3d()
-    assert count_parameters(network) == 322_818
+    assert sum(map(torch.numel, network.parameters())) == 322_818
     assert network.linear.in_features == 22_400
     names = ["0.weight", "0.bias", "1.weight", "1.bias", "1.running_mean", "1.running_var"]
     names += ["1.num_batches_tracked"]
     expected = [f"hidden{n}.{name}" for n in (1, 2, 3) for name in names]
     assert list(network.state_dict()) == [*expected, "linear.weight", "linear.bias"]
-    for hidden in (network.hidden1, network.hidden2, network.hidden3):
-        kinds = [nn.Conv3d, nn.BatchNorm3d, nn.ReLU, nn.MaxPool3d]
-        assert [type(layer) for layer in hidden] == kinds
 
 
 @pytest.mark.parametrize(("depth", "slabs"), [(3, 23), (5, 14)])
@@ -105,7 +98,7 @@ def test_the_studys_slabs(depth: int, slabs: int) -> None:
     network, expected = MriNet2d(depth), depth * 32 * 9 + 32
     for inputs, outputs in ((32, 32), (32, 64), (64, 128)):
         expected += inputs * outputs * 9 + outputs + 2 * outputs
-    assert count_parameters(network) == expected + 128 * 5 * 5 * 2 + 2
+    assert sum(map(torch.numel, network.parameters())) == expected + 128 * 5 * 5 * 2 + 2
     with torch.no_grad():
         assert network.eval()(torch.rand(2, 1, 58, 70, 58)).shape == (2, slabs, 2)
 
@@ -132,26 +125,15 @@ def test_2d_forward_is_the_studys_layers_on_slabs(residual: bool) -> None:
     np.testing.assert_allclose(logits, expected, atol=1e-5)
 
 
-def test_dropout_acts_in_training_alone() -> None:
-    network, volume = make_3d(), torch.from_numpy(make_volumes(1))[:, None]
-    with torch.no_grad():
-        assert not torch.equal(network.train()(volume), network(volume))
-        assert torch.equal(network.eval()(volume), network(volume))
-    rates = [MriNet3d().dropout.p, MriNet3d(2, SHAPE, 0.25).dropout.p, MriNet2d().dropout.p]
-    assert rates == [0.5, 0.25, 0.2]
-
-
 @pytest.mark.parametrize(
     ("make", "options", "message"),
     [
-        (MriNet3d, {"shape": (21, 26, 24)}, r"at least \(22, 22, 22\), found \(21, 26, 24\)"),
-        (MriNet3d, {"shape": (22, 26)}, r"at least \(22, 22, 22\), found"),
-        (MriNet3d, {"shape": (22, 22, 22, 22)}, r"at least \(22, 22, 22\), found"),
-        (MriNet2d, {"depth": 0, "shape": SHAPE}, "whole layers, found .* and 0"),
-        (MriNet2d, {"depth": 27, "shape": SHAPE}, "whole layers, found .* and 27"),
-        (MriNet2d, {"depth": 2.5, "shape": SHAPE}, "whole layers, found .* and 2.5"),
-        (MriNet2d, {"shape": (22, 26)}, r"a shape \(X, Y, Z\)"),
-        (MriNet2d, {"shape": (22, 26, 21)}, r"at least 22 voxels along X and Z.*\(22, 26, 21\)"),
+        (MriNet3d, {"shape": (21, 26, 24)}, r"at least 22 voxels .*, found \(21, 26, 24\)"),
+        (MriNet3d, {"shape": (22, 26)}, "not enough values"),
+        (MriNet2d, {"depth": 0, "shape": SHAPE}, "of 1 to 26 whole layers, found 0"),
+        (MriNet2d, {"depth": 27, "shape": SHAPE}, "whole layers, found 27"),
+        (MriNet2d, {"depth": 2.5, "shape": SHAPE}, "whole layers, found 2.5"),
+        (MriNet2d, {"shape": (22, 26, 21)}, r"at least 22 voxels .*\(22, 21\)"),
     ],
 )
 def test_sizes_that_do_not_fit(make: type, options: dict, message: str) -> None:
@@ -179,8 +161,6 @@ def test_load_reads_the_form_off_the_weights(tmp_path, make: type, options: dict
     volumes = torch.from_numpy(make_volumes())[:, None]
     with torch.no_grad():
         assert torch.equal(loaded(volumes), network.eval()(volumes))
-    with pytest.raises(ValueError, match=r"fold-0\.pt: no state dict of MriNet3d or MriNet2d"):
-        networks.load(tmp_path / "fold-0.pt", (30, 30, 30))
 
 
 @pytest.mark.parametrize("key", ["state_dict", "model_state_dict", None])
@@ -189,15 +169,6 @@ def test_load_takes_a_state_dict_out_of_a_checkpoint(tmp_path, key: str | None) 
     torch.save(state if key is None else {"epoch": 3, key: state}, path)
     weight = networks.load(path, SHAPE).hidden1[0].weight
     assert weight.equal(state["module.hidden1.0.weight"])
-
-
-def test_slabs_of_older_files_load_along_y_alone(tmp_path) -> None:
-    path, state = tmp_path / "fold-0.pt", make_2d().state_dict()
-    torch.save(state | {"_extra_state": torch.tensor(1)}, path)
-    assert isinstance(networks.load(path, SHAPE), MriNet2d)
-    torch.save(state | {"_extra_state": torch.tensor(0)}, path)
-    with pytest.raises(ValueError, match="along another axis than Y"):
-        networks.load(path, SHAPE)
 
 
 class Hostile:
@@ -222,13 +193,14 @@ def changed(name: str, value: torch.Tensor) -> dict:
         {"state_dict": 3},
         changed("linear.bias", torch.full((2,), torch.nan)),
         changed("hidden1.1.running_mean", torch.zeros(2, dtype=torch.int64)),
+        changed("linear.weight", torch.zeros(1).expand(2, 10**9)),
+        MriNet2d(channels=2, shape=SHAPE).state_dict() | {"_extra_state": torch.tensor(0)},
         torch.zeros(3),
-        [1, 2],
         Hostile(),
         b"Subject,Gender\n",
         b"",
     ],
-    ids="sizes other part number nested nan integer tensor list pickle text empty".split(),
+    ids="sizes other part number nested nan integer view axis tensor pickle text empty".split(),
 )
 def test_load_refuses_what_is_no_state_dict(tmp_path, capsys, content: object) -> None:
     path = tmp_path / "fold-0.pt"
@@ -236,7 +208,8 @@ def test_load_refuses_what_is_no_state_dict(tmp_path, capsys, content: object) -
         path.write_bytes(content)
     else:
         torch.save(content, path)
-    with pytest.raises(ValueError, match=r"fold-0\.pt: no state dict of MriNet3d"):
+    message = r"fold-0\.pt: expected a state dict of MriNet3d.*; save network\.state_dict\(\)"
+    with pytest.raises(ValueError, match=message):
         networks.load(path, SHAPE)
     assert "executed" not in capsys.readouterr().out
 
@@ -249,10 +222,7 @@ def test_load_inflates_nothing_and_names_the_notebook(tmp_path) -> None:
             archive.writestr(name, stored.read(name))
     with pytest.raises(ValueError, match="its parts are compressed"):
         networks.load(deflated, SHAPE)
-    torch.save(changed("linear.weight", torch.zeros(1).expand(2, 10**9)), path)
-    with pytest.raises(ValueError, match="more weights than the file has bytes"):
-        networks.load(path, SHAPE)
-    with pytest.raises(FileNotFoundError, match="04_cnn_3d"):
+    with pytest.raises(FileNotFoundError, match=r"fold-1\.pt.*04_cnn_3d"):
         networks.load(tmp_path / "fold-1.pt")
 
 
@@ -261,9 +231,3 @@ def test_a_subject_is_the_mean_of_its_slabs_log_odds() -> None:
     logits = networks.average_slab_logits(slabs)
     np.testing.assert_allclose(logits[:, 1] - logits[:, 0], [(1 + 2 - 5) / 3, (-1 + 0 + 4) / 3])
     assert networks.average_slab_logits(logits) is logits
-
-
-def test_networks_are_placed_channels_last() -> None:
-    flat, solid = (networks.to_device(network, CPU) for network in (make_2d(), make_3d()))
-    assert flat.hidden2[0].weight.is_contiguous(memory_format=torch.channels_last)
-    assert solid.hidden2[0].weight.is_contiguous(memory_format=torch.channels_last_3d)

@@ -2,8 +2,12 @@
 
 import json
 import os
+import random
+import re
+import signal
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,6 +17,7 @@ import pytest
 from brainsex import archives, cohort, explain, volumes
 from brainsex.__main__ import main
 from brainsex.networks import MriNet3d
+from tests.reliability import kills
 from tests.test_archives import nested, save, volume
 from tests.test_volumes import make as make_people
 
@@ -21,74 +26,79 @@ LINUX = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and proce
 MOUNTS = pytest.mark.skipif(
     sys.platform != "linux" or os.geteuid() != 0, reason="needs root to mount a small disk"
 )
-SHAPE = (22, 22, 22)
+FEW = {"extract": 3, "convert": 2, "train": 1, "masks": 0, "fa": 0}
+"""Kills of each command in the suite; `make soak` has many."""
 QUICK = {"folds": 2, "epochs": 1, "batch_size": 6, "workers": 1}
 
 
 def make_network() -> MriNet3d:
-    return MriNet3d(2, SHAPE)
-
-
-def read_shown(folder: Path) -> dict[str, bytes]:
-    """Read all files of a folder but hidden ones."""
-    paths = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
-    paths = [path for path in paths if not any(part.startswith(".") for part in path.parts)]
-    return {str(path): (folder / path).read_bytes() for path in paths}
+    return MriNet3d(2, kills.SHAPE)
 
 
 @pytest.fixture(scope="module")
-def commands(tmp_path_factory):
-    """The arguments of each command on small inputs; OUT stands for its folder."""
-    pytest.importorskip("dipy")
-    from tests.reliability.kills import make_inputs
-
-    return make_inputs(tmp_path_factory.mktemp("inputs"), subjects=6, trained=4, epochs=1)
-
-
-def fill_in(arguments: list[str], out: Path) -> list[str]:
-    return [str(out) if word == "OUT" else word for word in arguments]
+def inputs(tmp_path_factory):
+    """A folder of small inputs for each command."""
+    folder = tmp_path_factory.mktemp("inputs")
+    kills.make_inputs(folder, subjects=6, trained=4, epochs=1)
+    return folder
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory, commands):
-    """The files of each command that nothing disturbs."""
-    folder = tmp_path_factory.mktemp("results")
-    for name, arguments in commands.items():
-        main(fill_in(arguments, folder / name))
-    return {name: read_shown(folder / name) for name in commands}
-
-
-FEW = {"extract": 3, "convert": 2, "train": 1, "masks": 0, "fa": 0}
+def run(inputs, command, out):
+    """Run a command; return its files."""
+    main(kills.arguments(inputs, command, out))
+    return kills.read_tree(out)
 
 
 @LINUX
 @pytest.mark.parametrize("soak", [False, pytest.param(True, marks=pytest.mark.soak)])
-def test_no_kill_locale_time_zone_or_folder_changes_a_byte(tmp_path, commands, results, soak):
-    from tests.reliability.kills import KILLS, make_inputs
-
-    commands = make_inputs(tmp_path / "inputs") if soak else commands
-    arguments = [json.dumps(KILLS if soak else FEW), tmp_path / "out", json.dumps(commands)]
+def test_no_kill_locale_time_zone_or_folder_changes_a_byte(tmp_path, inputs, soak):
+    place = [tmp_path / "soak"] if soak else [inputs, json.dumps(FEW)]
     variables = {"LC_ALL": "C", "TZ": "Asia/Kathmandu", "PYTHONUTF8": "0"}
     variables |= {"PYTHONPATH": str(ROOT), "PYTHONWARNDEFAULTENCODING": "1"}
-    run = [sys.executable, "-m", "tests.reliability.kills", *arguments]
-    options = {"cwd": tmp_path, "env": os.environ | variables, "check": False}
-    done = subprocess.run(run, capture_output=True, encoding="utf-8", **options)
+    options = {"cwd": tmp_path, "env": os.environ | variables, "encoding": "utf-8"}
+    command = [sys.executable, "-m", "tests.reliability.kills", *place]
+    done = subprocess.run(command, capture_output=True, check=False, **options)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     print(done.stdout)
-    assert f"{ROOT}/brainsex" not in done.stderr  # no EncodingWarning
     for name in FEW if not soak else ():
-        assert read_shown(tmp_path / "out" / name / "whole") == results[name], name
+        log = (inputs / f"{name}.log").read_text(encoding="utf-8")
+        assert not re.search(rf"{ROOT}/brainsex.*EncodingWarning", log)
+        assert run(inputs, name, tmp_path / name) == kills.read_tree(inputs / name), name
 
 
 @LINUX
 @pytest.mark.soak
-def test_ctrl_c_ends_every_command_within_two_seconds():
-    pytest.importorskip("dipy")
-    from tests.reliability import interrupts
-
-    seconds = interrupts.measure()
+def test_ctrl_c_ends_every_command_within_two_seconds(tmp_path):
+    kills.make_inputs(tmp_path, subjects=720, epochs=100)
+    begun = {"convert": ".parts/*.npz", "train": ".fold-*.checkpoint", "masks": "run.json"}
+    seconds, options = {}, {"cwd": ROOT, "stderr": subprocess.PIPE, "text": True}
+    for name in (*kills.KILLS, "notebooks"):
+        out, first_file = tmp_path / name, begun.get(name.split(",")[0], "*.nii.gz")
+        command = [sys.executable, "-m", "brainsex"]
+        if name == "notebooks":
+            command, first_file = [sys.executable, "notebooks/run.py", "--profile"], "02_*.ipynb"
+            command += ["smoke", "--cohort", str(tmp_path / "cohort"), "--out", str(out)]
+        else:
+            command += kills.arguments(tmp_path, name, out)
+        with subprocess.Popen(command, start_new_session=True, **options) as process:
+            while not any(out.glob(first_file)):
+                assert process.poll() is None, process.stderr.read()[-2000:]
+                time.sleep(0.01)
+            time.sleep(random.Random(name).uniform(0, 0.3))
+            began = time.monotonic()
+            os.killpg(process.pid, signal.SIGINT)
+            printed = process.communicate(timeout=60)[1]
+            seconds[name] = time.monotonic() - began
+        assert process.returncode == 130, printed[-2000:]
+        assert "Traceback" not in printed, printed[-2000:]
+        assert "the same command goes on from what is" in printed, printed[-2000:]
+        if name != "notebooks":
+            before = kills.finished_files(out, name)
+            again = subprocess.run(command, check=False, **options)
+            assert again.returncode == 0, again.stderr[-2000:]
+            after = kills.finished_files(out, name)  # convert deletes its parts
+            assert all(after.get(path, stamp) == stamp for path, stamp in before.items()), name
     print(seconds)
-    assert len(seconds) == 7
     assert max(seconds.values()) < 2, seconds
 
 
@@ -103,25 +113,24 @@ def mount(place: Path, *options: str):
 
 
 @MOUNTS
-def test_after_a_full_disk_the_same_command_goes_on_to_the_same_result(tmp_path, commands, results):
-    for name, whole in results.items():
+def test_after_a_full_disk_the_same_command_goes_on_to_the_same_result(tmp_path, inputs):
+    for name in FEW:
+        whole = run(inputs, name, tmp_path / "whole" / name)
         room = int(sum(len(content) // 4096 + 1 for content in whole.values()) * 0.6) * 4096
         with mount(tmp_path / name, "-o", f"size={room}") as disk:
-            arguments = fill_in(commands[name], disk / "out")
             with pytest.raises(SystemExit, match=rf"No space left.*/{name}/out/.*make room and ru"):
-                main(arguments)
-            assert read_shown(disk / "out").items() <= whole.items()
+                run(inputs, name, disk / "out")
+            assert kills.read_tree(disk / "out").items() <= whole.items()
             subprocess.run(["mount", "-o", "remount,size=100m", disk], check=True)
-            main(arguments)
-            assert read_shown(disk / "out") == whole, name
+            assert run(inputs, name, disk / "out") == whole, name
 
 
 @MOUNTS
-def test_a_read_only_folder_is_named(tmp_path, commands):
+def test_a_read_only_folder_is_named(tmp_path, inputs):
     with mount(tmp_path / "disk", "-o", "ro") as disk:
-        for arguments in commands.values():
+        for name in FEW:
             with pytest.raises(SystemExit, match=r"cannot write \(Read-only.*disk/out'"):
-                main(fill_in(arguments, disk / "out"))
+                run(inputs, name, disk / "out")
 
 
 def test_a_vanished_input_ends_with_a_line_or_a_rejection(tmp_path, monkeypatch):
@@ -142,7 +151,7 @@ def test_a_vanished_input_ends_with_a_line_or_a_rejection(tmp_path, monkeypatch)
     assert table["status"].tolist() == ["rejected", "extracted"]
     assert "900001.zip" in table["reason"][0]
     monkeypatch.setattr(volumes, "prepare", lose_volume)
-    volumes.convert(folder / "fa", folder, out, shape=SHAPE, workers=1)
+    volumes.convert(folder / "fa", folder, out, shape=kills.SHAPE, workers=1)
     data = cohort.load_cohort(out)
     assert data.subjects.tolist() == ["000001", "000003", "000004"]
     assert "000002,cannot be read now" in (out / "rejected.csv").read_text()

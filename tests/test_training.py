@@ -1,7 +1,6 @@
 """Fitting, prediction and cross-validation: the same bits whatever happens on the way."""
 
 import copy
-import inspect
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from sklearn.linear_model import LinearRegression
 from torch import nn
 
 from brainsex import cohort, evaluation, networks, speed, training
@@ -51,13 +51,10 @@ def same_bits(state: dict, other: dict) -> bool:
     return all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
 
 
-# ---------------------------------------------------------------------------------------- fit
-
-
 @pytest.mark.parametrize("make", [make_3d, make_2d, lambda: make_2d(residual=True)])
 def test_the_loss_falls(make: Callable) -> None:
     (volumes, sex), validation, network = toy(24), toy(10, seed=1), make()
-    history = fit(network, volumes, sex, validation=validation, **FAST | {"epochs": 8}).epochs
+    history = fit(network, volumes, sex, validation=validation, **FAST | {"epochs": 8})
     columns = "epoch train_loss train_accuracy validation_loss validation_accuracy"
     assert history.columns.tolist() == columns.split()
     assert history["epoch"].tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
@@ -79,7 +76,7 @@ def test_fit_is_adam_on_cross_entropy(make: Callable) -> None:
     plain = copy.deepcopy(network)
     adam = torch.optim.Adam(plain.parameters(), lr=2e-3)
     options = {"lr": 2e-3, "precision": torch.float32, "progress": False}
-    history = fit(network, volumes, sex, validation=(volumes, sex), epochs=3, **options).epochs
+    history = fit(network, volumes, sex, validation=(volumes, sex), epochs=3, **options)
 
     def by_hand(logits: torch.Tensor) -> tuple[torch.Tensor, float]:
         log_odds = logits[..., 1] - logits[..., 0]  # (6,) or (6, S)
@@ -103,16 +100,14 @@ def test_the_same_seed_gives_the_same_bits_with_and_without_validation(tmp_path)
     volumes, sex = toy()
     np.save(tmp_path / "v.npy", volumes)
     mapped = np.load(tmp_path / "v.npy", mmap_mode="r")
-    first, second, other = make_3d(), make_3d(), make_3d()
-    curves = fit(first, volumes, sex, seed=1, **FAST).epochs
+    first, second = make_3d(), make_3d()
+    curves = fit(first, volumes, sex, seed=1, **FAST)
     torch.manual_seed(99)  # the caller's own draws play no part, and are not disturbed
     state = torch.get_rng_state()
-    validated = fit(second, mapped, sex.tolist(), seed=1, validation=toy(4, seed=1), **FAST).epochs
+    validated = fit(second, mapped, sex.tolist(), seed=1, validation=toy(4, seed=1), **FAST)
     assert torch.equal(torch.get_rng_state(), state)
     assert same_bits(first.state_dict(), second.state_dict())
     pd.testing.assert_frame_equal(curves, validated[curves.columns], check_exact=True)
-    fit(other, volumes, sex, seed=2, **FAST)
-    assert not same_bits(first.state_dict(), other.state_dict())
 
 
 def test_an_epoch_takes_everybody_once_in_batches_of_equal_size(monkeypatch) -> None:
@@ -142,10 +137,10 @@ def test_the_rate_falls_after_each_milestone(monkeypatch) -> None:
     np.testing.assert_allclose(rates, [0.5, 0.5, 0.05, 0.05, 0.005])
 
 
-@pytest.mark.parametrize("epoch", [1, 3])
 def test_a_run_killed_in_the_middle_of_an_epoch_goes_on_to_the_same_bits(
-    tmp_path, monkeypatch, epoch: int
+    tmp_path, monkeypatch
 ) -> None:
+    epoch = 3
     options = FAST | {"epochs": 4, "milestones": (2,), "validation": toy(4, seed=1)}
     whole, killed, resumed = make_3d(), make_3d(), make_3d()
     expected = fit(whole, *toy(), **options)
@@ -170,45 +165,11 @@ def test_a_run_killed_in_the_middle_of_an_epoch_goes_on_to_the_same_bits(
     complete = fit(again, *toy(), checkpoint=path, **options)  # nothing is left to do
     for network, curves in ((resumed, history), (again, complete)):
         assert same_bits(network.state_dict(), whole.state_dict())
-        pd.testing.assert_frame_equal(curves.epochs, expected.epochs, check_exact=True)
+        pd.testing.assert_frame_equal(curves, expected, check_exact=True)
     assert [file.name for file in path.parent.iterdir()] == ["fit.checkpoint"]
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"epochs": 4},
-        {"batch_size": 6},
-        {"lr": 1e-3},
-        {"milestones": (1,)},
-        {"seed": 1},
-        {"precision": torch.bfloat16},
-        {"volumes": toy(11)[0], "sex": toy(11)[1]},
-        {"sex": 1 - toy()[1]},
-        {"network": MriNet3d(2, SHAPE, dropout=0.1)},
-    ],
-    ids=lambda change: "-".join(change),
-)
-def test_a_checkpoint_of_another_call_is_refused(tmp_path, change: dict) -> None:
-    volumes, sex = toy()
-    call = {"network": make_3d(), "volumes": volumes, "sex": sex} | FAST | {"epochs": 1}
-    call |= {"checkpoint": tmp_path / "fit.checkpoint"}
-    fit(**call)
+    path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"fit\.checkpoint: expected .* same call.*; delete it"):
-        fit(**call | {"network": make_3d()} | change)
-
-
-@pytest.mark.parametrize("make", [make_3d, make_2d])
-def test_bfloat16_is_within_noise_of_float32(make: Callable) -> None:
-    options = FAST | {"epochs": 6, "validation": toy(10, seed=1)}
-    single, half = make(), make()
-    expected = fit(single, *toy(24), **options).epochs
-    history = fit(half, *toy(24), **options | {"precision": torch.bfloat16}).epochs
-    assert not history.equals(expected)
-    assert all(value.dtype != torch.bfloat16 for value in half.state_dict().values())
-    np.testing.assert_allclose(history["train_loss"], expected["train_loss"], atol=0.05)
-    volumes, _ = toy(10, seed=1)
-    np.testing.assert_allclose(predict(half, volumes), predict(single, volumes), atol=0.1)
+        fit(again, *toy(), checkpoint=path, **options)
 
 
 def test_fit_takes_the_machines_precision(precision: torch.dtype) -> None:
@@ -225,7 +186,6 @@ def test_fit_takes_the_machines_precision(precision: torch.dtype) -> None:
         ({"volumes": np.zeros((0, *SHAPE)), "sex": []}, "found 0 and 0"),
         ({"sex": np.arange(12) % 3}, r"found 12 and 12, which are \[0 1 2\]"),
         ({"sex": np.full(12, np.nan)}, r"which are \[nan\]"),
-        ({"validation": (np.zeros((0, *SHAPE)), [])}, "found 0 and 0"),
         ({"validation": (np.zeros((1, *SHAPE)), [2])}, r"found 1 and 1, which are \[2\]"),
         ({"volumes": np.zeros((12, 26, 22, 24))}, "expected volumes"),
     ],
@@ -234,17 +194,6 @@ def test_fit_refuses(change: dict, message: str) -> None:
     volumes, sex = toy()
     with pytest.raises(ValueError, match=message):
         fit(**{"network": make_3d(), "volumes": volumes, "sex": sex} | FAST | change)
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path) -> None:
-    volumes, sex = toy()
-    volumes[3, 5, 5, 5] = np.nan
-    with pytest.raises(FloatingPointError, match="epoch 1: the loss is not finite"):
-        fit(make_3d(), volumes, sex, checkpoint=tmp_path / "fit.checkpoint", **FAST)
-    assert not list(tmp_path.iterdir())
-
-
-# ------------------------------------------------------------------------------------ predict
 
 
 def test_probabilities_and_slab_log_odds() -> None:
@@ -276,17 +225,17 @@ def test_the_same_bits_whatever_the_company_and_the_threads() -> None:
     np.testing.assert_array_equal(predict(network, volumes[::-1]), together[::-1])
 
 
-def test_predict_refuses_what_has_no_probability() -> None:
+def test_what_is_not_finite_is_refused() -> None:
     network, (volumes, _) = make_3d().train(), toy(4)
     volumes[2, 5, 5, 5] = np.nan
+    with pytest.raises(FloatingPointError, match="epoch 1: the loss is not finite"):
+        fit(make_3d(), volumes, [0, 1, 0, 1], **FAST)
     cases = [(volumes, r"volumes \[2\]: no finite probability"), (volumes[:0], "found none")]
     for array, message in [*cases, (volumes[:, :-1], "expected volumes")]:
         with pytest.raises(ValueError, match=message):
             predict(network, array)
     assert network.training
 
-
-# ----------------------------------------------------------------------------- cross_validate
 
 CV = {"folds": 3, "epochs": 1, "batch_size": 8, "lr": 3e-3, "precision": torch.float32}
 
@@ -359,10 +308,8 @@ def test_each_subject_is_tested_once_by_a_network_that_did_not_see_it(tmp_path, 
     assert {path.name for path in out.iterdir()} == files | {"folds.csv", "run.json"}
     settings = json.loads((out / "run.json").read_text())["train"]
     assert (settings["epochs"], settings["seed"], settings["milestones"]) == (2, 4, [5, 15])
-    assert settings["grid"]["shape"] == list(SHAPE)
     assert not torch.equal(fits[0]["start"], fits[1]["start"])
     assert fits[0]["milestones"] == (5, 15)  # the study's
-    assert inspect.signature(cross_validate).parameters["milestones"].default == (5, 15)
 
 
 def test_finished_folds_are_kept_and_lost_ones_made_again(tmp_path, fits) -> None:
@@ -382,9 +329,6 @@ def test_finished_folds_are_kept_and_lost_ones_made_again(tmp_path, fits) -> Non
     assert {path.name for path in out.iterdir()} == set(files)
     for name, content in files.items():
         assert name.endswith(".pt") or (out / name).read_bytes() == content
-    (out / "fold-0.json").write_text("[0.5")
-    with pytest.raises(ValueError, match=r"fold-0\.json: expected a JSON object"):
-        cross_validate(data, network_3d, out=out, **CV)
 
 
 @pytest.mark.parametrize("change", ["lr", "network", "volume", "confounds"])
@@ -412,48 +356,12 @@ def test_other_settings_or_data_are_refused_or_start_anew(tmp_path, fits, change
     assert len(fits) == 3
 
 
-def test_a_cross_validation_killed_within_a_fold_goes_on_to_the_same_bits(
-    tmp_path, fits, monkeypatch
-) -> None:
-    options = CV | {"epochs": 2}
-    data, out, whole = make_cohort(tmp_path / "c"), tmp_path / "out", tmp_path / "whole"
-    expected = cross_validate(data, network_3d, out=whole, **options)
-    epochs, fit_epoch = [], training._fit_epoch
-
-    def dying(*arguments: object) -> dict:
-        epochs.append(1)
-        if len(epochs) == 4:
-            raise KeyboardInterrupt
-        return fit_epoch(*arguments)
-
-    monkeypatch.setattr(training, "_fit_epoch", dying)
-    with pytest.raises(KeyboardInterrupt):
-        cross_validate(data, network_3d, out=out, **options)
-    assert len(list(out.glob(".*.checkpoint"))) == 1
-    predictions = cross_validate(data, network_3d, out=out, **options)
-    assert len(epochs) == 7  # six, and the one that was interrupted
-    pd.testing.assert_frame_equal(predictions, expected, check_exact=True)
-    assert {path.name for path in out.iterdir()} == {path.name for path in whole.iterdir()}
-    for fold in range(3):
-        assert same_bits(*(torch.load(path / f"fold-{fold}.pt") for path in (out, whole)))
-
-
-def test_the_same_bits_in_several_processes(tmp_path, one_core, monkeypatch) -> None:
-    data = make_cohort(tmp_path / "c")
-    options = CV | {"assignment": np.repeat([1, 0], 6)}  # folds of one's own
-    tables = [cross_validate(data, network_3d, out=tmp_path / "1", **options)]
-    monkeypatch.setattr(training.joblib, "cpu_count", lambda: 2)
-    tables.append(cross_validate(data, network_3d, out=tmp_path / "2", **options))
-    assert tables[0]["fold"].tolist() == [1] * 6 + [0] * 6
-    pd.testing.assert_frame_equal(*tables, check_exact=True)
-    for fold in range(2):
-        assert same_bits(*(torch.load(tmp_path / n / f"fold-{fold}.pt") for n in ("1", "2")))
-
-
-def test_folds_share_the_cores(tmp_path, in_process, fits, monkeypatch) -> None:
-    monkeypatch.setattr(training.joblib, "cpu_count", lambda: 6)
-    cross_validate(make_cohort(tmp_path / "c"), network_3d, **CV)
-    assert [call["threads"] for call in fits] == [2, 2, 2]
+def test_folds_of_ones_own_share_the_cores(tmp_path, in_process, fits, monkeypatch) -> None:
+    monkeypatch.setattr(training.joblib, "cpu_count", lambda: 4)
+    options = CV | {"assignment": np.repeat([1, 0], 6)}
+    table = cross_validate(make_cohort(tmp_path / "c"), network_3d, **options)
+    assert table["fold"].tolist() == [1] * 6 + [0] * 6
+    assert [call["threads"] for call in fits] == [2, 2]
 
 
 def test_a_share_of_the_folds_now_and_the_rest_later(tmp_path, fits) -> None:
@@ -462,8 +370,7 @@ def test_a_share_of_the_folds_now_and_the_rest_later(tmp_path, fits) -> None:
     fits.clear()
     none = cross_validate(data, network_2d, out=out, only=[], **CV)
     assert none.columns.tolist() == whole.columns.tolist()
-    assert len(none) == 0
-    assert none.attrs["history"] == []
+    assert (len(none), none.attrs["history"]) == (0, [])
     share = cross_validate(data, network_2d, out=out, only=[2], **CV)
     assert len(fits) == 1
     expected = whole[whole["fold"] == 2].reset_index(drop=True)
@@ -473,31 +380,24 @@ def test_a_share_of_the_folds_now_and_the_rest_later(tmp_path, fits) -> None:
     again = cross_validate(data, network_2d, out=out, **CV)
     assert len(fits) == 3
     pd.testing.assert_frame_equal(again, whole, check_exact=True)
-    for only in ([3], [-1], [0, 7]):
-        with pytest.raises(ValueError, match="expected some of folds 0 to 2, found"):
-            cross_validate(data, network_2d, only=only, out=tmp_path / "none", **CV)
-    assert not (tmp_path / "none").exists()
+    with pytest.raises(ValueError, match=r"expected some of folds 0 to 2, found \[-1, 3\]"):
+        cross_validate(data, network_2d, only=[3, -1], **CV)
 
 
 def test_confounds_are_regressed_out_inside_the_training_folds(
     tmp_path, one_core, monkeypatch
 ) -> None:
-    """What `fit` gets, against least squares on the training rows by numpy."""
-    data = make_cohort(tmp_path / "cohort")
-    size = np.random.default_rng(0).normal(1500, 100, 12)
-    assignment, seen = np.arange(12) % 3, []
+    data, rows, seen = make_cohort(tmp_path / "cohort"), np.arange(12), []
+    size = np.random.default_rng(0).normal(1500, 100, (12, 1))
 
-    def recorded(network: nn.Module, volumes: object, sex: object, **options: object) -> object:
+    def record(network: nn.Module, volumes: object, sex: object, **options: object) -> object:
         seen.extend([volumes[np.arange(8)], options["validation"][0][np.arange(4)]])
         return fit(network, volumes, sex, **options)
 
-    monkeypatch.setattr(training, "fit", recorded)
-    options = CV | {"assignment": assignment, "only": [1]}
-    cross_validate(data, network_3d, confounds=size[:, None], **options)
-    train = assignment != 1
-    design = np.column_stack([np.ones(12), size - size[train].mean()])
-    flat = np.asarray(data.volumes, float).reshape(12, -1)
-    slope = np.linalg.lstsq(design[train], flat[train], rcond=None)[0][1]
-    expected = (flat - design[:, 1:] * slope).reshape(data.volumes.shape)
+    monkeypatch.setattr(training, "fit", record)
+    cross_validate(data, network_3d, confounds=size, **CV | {"assignment": rows % 3, "only": [1]})
+    train = rows % 3 != 1
+    slope = LinearRegression().fit(size[train], data.volumes[train].reshape(8, -1)).coef_
+    expected = data.volumes - ((size - size[train].mean()) @ slope.T).reshape(data.volumes.shape)
     np.testing.assert_allclose(seen[0], expected[train], atol=1e-4)
     np.testing.assert_allclose(seen[1], expected[~train], atol=1e-4)

@@ -12,6 +12,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from functools import cache
 
 import numpy as np
 import torch
@@ -44,12 +45,16 @@ def save_bytes(save: Callable, value: object, **options: object) -> bytes:
     return buffer.getvalue()
 
 
+@cache
+def deflate(content: bytes) -> bytes:
+    """Return a block of a deflate stream, after and before which there may be others."""
+    stream = zlib.compressobj(9, zlib.DEFLATED, -15)
+    return stream.compress(content) + stream.flush(zlib.Z_FULL_FLUSH)
+
+
 def deflate_zeros(gigabytes: float, start: bytes = b"") -> bytes:
     """Make a deflate stream of `start` and zeros, of a thousandth of their size, at once."""
-    deflate, step = zlib.compressobj(9, zlib.DEFLATED, -15), 1 << 24
-    head = deflate.compress(start) + deflate.flush(zlib.Z_FULL_FLUSH)
-    block = deflate.compress(bytes(step)) + deflate.flush(zlib.Z_FULL_FLUSH)
-    return head + block * round(gigabytes * 64) + b"\3\0"
+    return deflate(start) + deflate(bytes(1 << 24)) * round(gigabytes * 64) + b"\3\0"
 
 
 def gzip_bomb(gigabytes: float, start: bytes) -> Callable[[], bytes]:
@@ -205,66 +210,53 @@ def texts(whole: bytes) -> Cases:
     yield "pickle", PICKLE
 
 
-NPY_HEADERS = (
-    "{'descr': '<f4', 'fortran_order': False, 'shape': (8, 99999, 99999, 99999)}",
-    "{'descr': '<f4', 'fortran_order': False, 'shape': (-8, 22, 23, 24)}",
-    "{'descr': '<f4', 'fortran_order': False, 'shape': (2**70,)}",
-    "{'descr': '<f4', 'fortran_order': False, 'shape': (9" + "9" * 60 + ",)}",
-    "{'descr': '|O', 'fortran_order': False, 'shape': (8,)}",
-    "{'descr': __import__('os'), 'fortran_order': False, 'shape': (8,)}",
-    "(" * 3000,
-    "-" * 8000 + "1",
-)
+NPY_HEADER = "{'descr': '<f4', 'fortran_order': False, 'shape': (8,)}"
+NPY_SHAPES = ("(8, 99999, 99999, 99999)", "(-8, 22, 23, 24)", "(2**70,)", f"({'9' * 60},)", "None")
 
 
 def arrays(whole: bytes) -> Cases:
     values = np.lib.format.read_array(io.BytesIO(whole))
-    yield "pickle", PICKLE
-    yield "archive of pickles", save_bytes(np.savez, np.array([Bomb()], object))
-    contents = {"pickles": np.array([Bomb()] * len(values), object)}
-    contents |= {"fields": np.zeros(values.shape, [("a", "f4"), ("b", "i4")])}
-    contents |= {"Fortran order": np.asfortranarray(values), "number": np.array(1.0)}
-    contents |= {"fewer": values[:-1], "none": values[:0], "nested": values[..., None]}
     kinds = ("f8", "i1", "c8", "U3", "S3", "?", "M8[s]", ">f4", "f2")
-    contents |= {f"type {kind}": values.astype(kind) for kind in kinds}
-    constants = (2, -1, 9**9, np.nan, np.inf, -1e30)
-    contents |= {f"all {value}": np.full(values.shape, value) for value in constants}
-    yield from ((how, save_bytes(np.save, content)) for how, content in contents.items())
-    for header in NPY_HEADERS:
+    contents = [np.array([Bomb()] * len(values), object), np.array(1.0), np.asfortranarray(values)]
+    contents += [np.zeros(values.shape, "f4, i4"), values[:-1], values[:0], values[..., None]]
+    contents += [np.full(values.shape, value) for value in (2, -1, 9**9, np.nan, np.inf, -1e30)]
+    contents += [values.astype(kind) for kind in kinds]
+    for number, content in enumerate(contents):
+        yield f"array {number}: {content.dtype} {content.shape}", save_bytes(np.save, content)
+    yield "archive of pickles", save_bytes(np.savez, contents[0])
+    headers = [NPY_HEADER.replace("(8,)", shape) for shape in NPY_SHAPES]
+    headers += [NPY_HEADER.replace("'<f4'", kind) for kind in ("'|O'", "__import__('os')")]
+    for header in (*headers, "(" * 3000, "-" * 8000 + "1"):
         text = header.encode() + b"\n"
         yield f"header {header[-20:]}", b"\x93NUMPY\1\0" + struct.pack("<H", len(text)) + text
     for version in (b"\0\0", b"\2\0", b"\x09\0"):
         yield f"version {version[0]}", whole[:6] + version + whole[8:]
     yield "header of 4 GB", b"\x93NUMPY\2\0\xff\xff\xff\xff" + b" " * 1000
+    yield "pickle", PICKLE
 
 
 def weights(whole: bytes) -> Cases:
     state = torch.load(io.BytesIO(whole), weights_only=True)
-    first, scalar = next(iter(state)), torch.zeros(1)
+    name, scalar = next(iter(state)), torch.zeros(1)
     wide = {"convolution.weight": scalar.expand(4000, 3, 3, 3)}
-    yield "pickle", PICKLE
-    contents = {"a bomb": Bomb(), "a bomb beside": state | {"more": Bomb()}}
-    contents |= {"a network": torch.nn.Linear(2, 2), "none": None, "text": "x", "list": []}
-    contents |= {"no weights": {}, "nested": {"state_dict": {"state_dict": state}}}
-    contents |= {"numbers as names": {1: scalar}, "slabs, wide": wide}
-    contents |= {"slabs, five axes": wide | {"_extra_state": torch.ones(5)}}
-    contents |= {"slabs, deep": {"convolution.weight": scalar.expand(1, 10**9, 3, 3)}}
-    values = {"complex": state[first].to(torch.complex64), "sparse": state[first].to_sparse()}
-    values |= {"meta": state[first].to("meta"), "NaN": state[first] * torch.nan, "text": "x"}
-    values |= {"endless": scalar.expand(10**12), "wide": scalar.expand(3000, 1, 3, 3, 3)}
-    contents |= {f"{first} {how}": state | {first: value} for how, value in values.items()}
-    contents |= {f"only {first} {how}": {first: value} for how, value in values.items()}
-    for how, content in contents.items():
-        yield how, save_bytes(torch.save, content)
-        old = save_bytes(torch.save, content, _use_new_zipfile_serialization=False)
-        yield f"{how}, old format", old
+    contents = [Bomb(), state | {"more": Bomb()}, torch.nn.Linear(2, 2), None, "x", [], {}]
+    contents += [{"state_dict": {"state_dict": state}}, {1: scalar}, wide]
+    contents += [wide | {"_extra_state": torch.ones(5)}]
+    contents += [{"convolution.weight": scalar.expand(1, 10**9, 3, 3)}]
+    values = [state[name].to(torch.complex64), state[name].to_sparse(), state[name].to("meta")]
+    values += [state[name] * torch.nan, "x", scalar.expand(10**12), scalar.expand(3000, 1, 3, 3, 3)]
+    contents += [state | {name: value} for value in values] + [{name: value} for value in values]
+    for number, content in enumerate(contents):
+        for new in (True, False):
+            file = save_bytes(torch.save, content, _use_new_zipfile_serialization=new)
+            yield f"content {number}, {'new' if new else 'old'} format", file
     with zipfile.ZipFile(io.BytesIO(whole)) as archive:
         files = {name: archive.read(name) for name in archive.namelist()}
     zeros = {name: 2**31 * name.endswith("data/0") for name in files}
     yield "inflating", lambda: zipped([(n, c + bytes(zeros[n])) for n, c in files.items()])
     for name in files:
-        for how, content in (("cut", files[name][:9]), ("pickle", PICKLE)):
-            yield f"{name} {how}", zipped([*(files | {name: content}).items()], STORED)
+        yield f"pickle as {name}", zipped([*(files | {name: PICKLE}).items()], STORED)
+    yield "pickle", PICKLE
 
 
 def damage(whole: bytes, draw: random.Random) -> tuple[str, bytes]:

@@ -1,7 +1,7 @@
 """Kill commands at random moments, start them again until they are done, and compare.
 
-An attempt is a fork of this process, which has imported everything and computed nothing: so a kill
-falls within the work, not within imports. ``python -m tests.reliability.kills`` prints the figures.
+``python -m tests.reliability.kills FOLDER`` prints the figures. An attempt is a fork of this
+process, which has imported everything and computed nothing: so a kill falls within the work.
 """
 
 import itertools
@@ -9,10 +9,8 @@ import json
 import multiprocessing
 import os
 import random
-import shutil
 import signal
 import sys
-import tempfile
 import time
 import traceback
 from concurrent.futures import ProcessPoolExecutor
@@ -30,31 +28,28 @@ from tests.test_diffusion import save, series
 
 KILLS = {"extract": 20, "convert": 20, "train": 20, "train, 2 workers": 5, "masks": 15, "fa": 20}
 """Kills of each command, at least, in `make soak`."""
+SHAPE = (22, 22, 22)
 TRAIN = "--channels 2 --folds 2 --batch-size 6 --lr 0.003 --milestones 3".split()
 FINISHED = {"convert": ".parts/[!.]*.npz", "train": "fold-*.json", "masks": "mask/*.nii.gz"}
 """Files that no later run may write again; of other commands the volumes of the subjects."""
 
 
-def make_inputs(
-    folder: Path, subjects: int = 36, trained: int = 12, epochs: int = 6
-) -> dict[str, list[str]]:
-    """Write inputs and return the arguments of each command, in which OUT stands for its folder."""
+def make_inputs(folder: Path, subjects: int = 36, trained: int = 12, epochs: int = 6) -> None:
+    """Write inputs and, as ``commands.json``, the arguments of each command for a folder OUT."""
     data, small = folder / "cohort", folder / "small"
     main(["synthesize", str(data), "--subjects", str(subjects), "--spacing", "8"])
     main(["extract", str(data), str(data / "fa")])
     small.mkdir()
     people = pd.read_csv(data / "unrestricted_behavioral.csv", dtype=str)
-    people = people[
-        [(data / "fa" / f"{subject}.nii.gz").is_file() for subject in people["Subject"]]
-    ]
+    people = people[[(data / "fa" / f"{name}.nii.gz").is_file() for name in people["Subject"]]]
     people = people.groupby("Gender").head(trained // 2)
     people.to_csv(small / "unrestricted_behavioral.csv", index=False)
-    volumes.convert(data / "fa", small, small, shape=(22, 22, 22))
+    volumes.convert(data / "fa", small, small, shape=SHAPE)
     main(["train", str(small), str(folder / "networks"), *TRAIN, "--epochs", "1", "--workers", "1"])
     for number in range(subjects):
         save(folder / "series" / f"{900000 + number}" / "T1w" / "Diffusion", series(number % 7))
     train = ["train", str(small), "OUT", *TRAIN, "--epochs", str(epochs), "--workers"]
-    return {
+    commands = {
         "extract": ["extract", str(data), "OUT"],
         "convert": ["convert", str(data), "--fa", str(data / "fa"), "--out", "OUT"],
         "train": [*train, "1"],
@@ -62,13 +57,16 @@ def make_inputs(
         "masks": ["masks", str(small), str(folder / "networks"), "OUT"],
         "fa": ["fa", str(folder / "series"), "OUT"],
     }
+    (folder / "commands.json").write_text(json.dumps(commands))
 
 
-def fill_in(arguments: list[str], out: Path) -> list[str]:
-    return [str(out) if word == "OUT" else word for word in arguments]
+def arguments(folder: Path, command: str, out: Path) -> list[str]:
+    """Return the arguments of a command on the inputs in `folder`."""
+    words = json.loads((folder / "commands.json").read_text())[command]
+    return [str(out) if word == "OUT" else word for word in words]
 
 
-def start(arguments: list[str], out: Path) -> int:
+def start(folder: Path, command: str, out: Path) -> int:
     """Start a command in a child process, the head of its own group; return its ID."""
     if pid := os.fork():
         with suppress(OSError):  # the child may have done so, and ended
@@ -86,7 +84,7 @@ def start(arguments: list[str], out: Path) -> int:
 
     os.replace = replace_slowly
     try:
-        main(fill_in(arguments, out))
+        main(arguments(folder, command, out))
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()
@@ -105,21 +103,21 @@ def wait_for_group(group: int) -> None:
 
 
 def read_tree(folder: Path) -> dict[str, bytes]:
-    """Read the files of a folder at any depth, but for its lock."""
-    paths = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
-    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+    """Read the files of a folder at any depth, but hidden ones."""
+    paths = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+    paths = [path for path in paths if not any(part.startswith(".") for part in path.parts)]
+    return {str(path): (folder / path).read_bytes() for path in paths}
 
 
 def check_whole(out: Path, expected: dict[str, bytes]) -> None:
     """Assert that each file under a final name is whole, and the undisturbed run's or a part."""
-    for name, content in read_tree(out).items():
-        if name.endswith(".npz"):
-            with np.load(out / name) as part:
-                assert np.isfinite(part["volume"]).all()
-        elif name.endswith(".checkpoint"):
-            assert torch.load(out / name, weights_only=True)["history"]
-        elif not name.endswith(".partial"):
-            assert content == expected[name], name
+    tree = read_tree(out)
+    assert tree.items() <= expected.items(), [name for name in tree if tree[name] != expected[name]]
+    for path in out.glob(FINISHED["convert"]):
+        with np.load(path) as part:
+            assert np.isfinite(part["volume"]).all()
+    for path in out.glob(".*.checkpoint"):
+        assert torch.load(path, weights_only=True)["history"]
 
 
 def finished_files(out: Path, command: str) -> dict[Path, tuple[int, int]]:
@@ -130,19 +128,17 @@ def finished_files(out: Path, command: str) -> dict[Path, tuple[int, int]]:
     return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in paths}
 
 
-def kill(command: str, arguments: list[str], folder: Path, least: int, draw: random.Random) -> dict:
+def kill(folder: Path, command: str, least: int, draw: random.Random) -> dict[str, int]:
     """Kill a command `least` times or more; AssertionError where anything is lost or differs."""
-    began = time.monotonic()
-    pid = start(arguments, folder / "whole")
-    assert os.waitpid(pid, 0)[1] == 0, (folder / "whole.log").read_text()
-    duration, expected = time.monotonic() - began, read_tree(folder / "whole")
-    assert not any(part.startswith(".") for name in expected for part in Path(name).parts)
+    began, whole = time.monotonic(), folder / command
+    assert os.waitpid(start(folder, command, whole), 0)[1] == 0, whole.with_suffix(".log")
+    duration, expected = time.monotonic() - began, read_tree(whole)
     figures = {"kills": 0, "runs": 0, "partial files": 0, "finished files kept": 0}
     while figures["kills"] < least:
-        out, before = folder / f"out-{figures['runs']}", {}
+        out, before = folder / f"{command} {figures['runs']}", {}
         figures["runs"] += 1
         for attempts in itertools.count():
-            pid = start(arguments, out)
+            pid = start(folder, command, out)
             time.sleep(draw.uniform(0, 0.9 * duration) * (1 + attempts / 8))  # so one gets there
             if os.waitpid(pid, os.WNOHANG)[0]:
                 break  # it was done before: what it left shows how it ended
@@ -156,36 +152,26 @@ def kill(command: str, arguments: list[str], folder: Path, least: int, draw: ran
             wait_for_group(pid)
             check_whole(out, expected)
             after = finished_files(out, command)
-            repeated = {path for path in before.keys() & after if after[path] != before[path]}
+            repeated = [path for path in before.keys() & after if after[path] != before[path]]
             assert not repeated, f"{command}: made again: {repeated}"
             before |= after
             figures["finished files kept"] = max(figures["finished files kept"], len(before))
-        log = out.with_suffix(".log").read_text()
-        assert read_tree(out) == expected, f"{command}: another result than undisturbed\n{log}"
+        assert read_tree(out) == expected, f"another result than undisturbed: {out}.log"
+        assert {path.name for path in out.rglob(".*")} <= {".lock"}
         after = finished_files(out, command)
         assert all(after.get(path, stamp) == stamp for path, stamp in before.items())
-        shutil.rmtree(out)
     return figures
 
 
-def measure(kills: dict[str, int], folder: Path, commands: dict[str, list[str]]) -> dict:
-    """Return the figures of each command after so many kills of it; `folder` gets its results."""
-    draw, figures = random.Random(0), {}
+def measure(folder: Path, kills: dict[str, int]) -> None:
+    """Print the figures of each command after so many kills of it."""
     storage.environment()  # once: a commit on the way would be on record
+    if not (folder / "commands.json").is_file():
+        with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+            pool.submit(make_inputs, folder).result()
     for command, least in kills.items():
-        (folder / command).mkdir(parents=True)
-        figures[command] = kill(command, commands[command], folder / command, least, draw)
-        print(command, figures[command], flush=True)
-    return figures
+        print(command, kill(folder, command, least, random.Random(0)), flush=True)
 
 
 if __name__ == "__main__":  # a process of its own, for tests whose process has threads
-    if len(sys.argv) > 1:
-        kills, results, commands = sys.argv[1:]
-        measure(json.loads(kills), Path(results), json.loads(commands))
-    else:
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary)
-            with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
-                commands = pool.submit(make_inputs, folder / "inputs").result()
-            measure(KILLS, folder / "results", commands)
+    measure(Path(sys.argv[1]), json.loads(sys.argv[2]) if len(sys.argv) > 2 else KILLS)

@@ -1,10 +1,9 @@
 """Test with the lowest versions that pyproject.toml allows, or with the newest.
 
-``python -m tests.reliability.versions {lowest,newest} [--python PYTHON]`` makes a virtual
-environment in build/ and runs the test suite with it. It downloads what it installs.
+``python -m tests.reliability.versions {lowest,newest} [PYTHON]`` makes a virtual environment in
+build/, of this interpreter or another, and runs the test suite with it. It downloads what it needs.
 """
 
-import argparse
 import subprocess
 import sys
 import sysconfig
@@ -21,27 +20,19 @@ def requirements(which: str) -> list[str]:
     return [line.replace(">=", "==") for line in needed] if which == "lowest" else needed
 
 
-def install(which: str, python: str) -> str:
-    """Make the environment anew, and return its interpreter."""
-    code = "import platform; print(platform.python_version())"
-    version = subprocess.check_output([python, "-c", code], text=True).strip()
+def run(which: str, python: str = sys.executable) -> int:
+    """Make the environment anew, and return how pytest ends in it."""
+    version = subprocess.check_output([python, "--version"], text=True).split()[1]
     folder = ROOT / "build" / f"versions-{which}-{version}"
     subprocess.run([python, "-m", "venv", "--clear", folder], check=True)
-    scripts = sysconfig.get_path("scripts", "venv", {"base": str(folder)})
-    pip = [Path(scripts, "python"), "-m", "pip", "install", "--quiet"]
+    inside = Path(sysconfig.get_path("scripts", "venv", {"base": str(folder)}), "python")
+    pip = [inside, "-m", "pip", "install", "--quiet"]
     subprocess.run([*pip, *requirements(which)], check=True)
     subprocess.run([*pip, "--no-deps", "--editable", ROOT], check=True)
-    return pip[0]
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("which", choices=("lowest", "newest"))
-    parser.add_argument("--python", default=sys.executable, help="an interpreter, else this one")
-    arguments = parser.parse_args()
-    python = install(arguments.which, arguments.python)
-    return subprocess.run([python, "-m", "pytest"], cwd=ROOT, check=False).returncode
+    return subprocess.run([inside, "-m", "pytest"], cwd=ROOT, check=False).returncode
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    if sys.argv[1:2] not in (["lowest"], ["newest"]):
+        sys.exit(__doc__)
+    sys.exit(run(*sys.argv[1:]))

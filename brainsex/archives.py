@@ -216,9 +216,13 @@ def _open_inner(path: Path | IO, member: Member, scratch: Path, stack: ExitStack
     """Open an archive within an archive as a file that seeks fast."""
     _, info, label = member
     if info.compress_type != zipfile.ZIP_STORED:
-        file = stack.enter_context(tempfile.TemporaryFile(dir=scratch))
-        file.writelines(member_chunks(member, MAX_INNER))
-        file.flush()  # zipfile would take a full disk for a bad archive
+        try:
+            file = stack.enter_context(tempfile.TemporaryFile(dir=scratch))
+            file.writelines(member_chunks(member, MAX_INNER))
+            file.flush()  # zipfile would take a full disk for a bad archive
+        except OSError as error:
+            error.filename = error.filename or str(scratch)
+            raise
         return file
     check_member(member, info.file_size)  # of any size: it is read in place
     with storage.reading(label, "a whole zip archive"):

@@ -38,11 +38,11 @@ class _Regression:
     """Linear regression of values (N, …), read a chunk at a time, on standardised confounds."""
 
     def __init__(self, confounds: np.ndarray, values: np.ndarray, rows: np.ndarray) -> None:
-        known = confounds[rows]
-        spread = known.std(0)
-        varies = spread > 1e-9 * np.abs(known).max(0)  # or its spread is rounding
-        self.mean, self.scale = known.mean(0), np.where(varies, spread, np.inf)
-        design = np.column_stack([np.ones(len(rows)), (known - self.mean) / self.scale])
+        training = confounds[rows]
+        spread = training.std(0)
+        varies = spread > 1e-9 * np.abs(training).max(0)  # or its spread is rounding
+        self.mean, self.scale = training.mean(0), np.where(varies, spread, np.inf)
+        design = np.column_stack([np.ones(len(rows)), (training - self.mean) / self.scale])
         solve, self.coefficients = np.linalg.pinv(design)[1:], 0.0  # (K, N), (K, P)
         for part in np.array_split(np.arange(len(rows)), -(-len(rows) // CHUNK)):
             chunk = np.asarray(values[rows[part]], float).reshape(len(part), -1)

@@ -67,7 +67,8 @@ def reading(
         yield
     except Exception as error:
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
-            raise  # EINVAL is of a damaged offset
+            error.filename = error.filename or name
+            raise  # of the disk; EINVAL is of a damaged offset
         if isinstance(error, ValueError) and str(error).startswith(name):
             raise
         problem = " ".join(str(error).split())[:300] or type(error).__name__

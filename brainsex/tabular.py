@@ -224,13 +224,22 @@ def neighbour_sweep(
     Features are standardised; parameters as in `cross_val_decisions`.
     """
     values, decisions = np.asarray(features, float), np.full((largest, len(sex)), np.nan)
-    for train, test in PredefinedSplit(assignment).split():
-        scale = _standardised("passthrough")
-        search = NearestNeighbors(n_neighbors=largest).fit(scale.fit_transform(values[train]))
-        nearest = search.kneighbors(scale.transform(values[test]), return_distance=False)
-        men = sex[train][nearest].T.cumsum(0)
-        decisions[:, test] = men / np.arange(1, largest + 1)[:, None] - 0.5
+    splits = list(PredefinedSplit(assignment).split())
+    sweep = joblib.delayed(_sweep_fold)
+    votes = joblib.Parallel(-1)(sweep(values, sex, *split, largest) for split in splits)
+    for (_, test), vote in zip(splits, votes):
+        decisions[:, test] = vote
     return decisions
+
+
+def _sweep_fold(
+    values: np.ndarray, sex: np.ndarray, train: np.ndarray, test: np.ndarray, largest: int
+) -> np.ndarray:
+    """Share of men less 0.5 among the 1 to `largest` nearest neighbours of each test subject."""
+    scale = _standardised("passthrough")
+    search = NearestNeighbors(n_neighbors=largest).fit(scale.fit_transform(values[train]))
+    nearest = search.kneighbors(scale.transform(values[test]), return_distance=False)
+    return sex[train][nearest].T.cumsum(0) / np.arange(1, largest + 1)[:, None] - 0.5
 
 
 def importances(
@@ -297,8 +306,8 @@ def voxel_svm(
         values = volumes if confounds is None else RegressedVolumes(volumes, confounds, train)
         voxels = [np.stack([values[row][brain] for row in rows]) for rows in (train, test)]
         scaler = StandardScaler(copy=False).fit(voxels[0])
-        known, new = (scaler.transform(sample) for sample in voxels)
-        gamma = 1 / (known.shape[1] * known.var())  # SVC's own; but a matrix product a kernel
-        svm = SVC(kernel="precomputed").fit(rbf_kernel(known, known, gamma), cohort.sex[train])
-        decisions[test] = svm.decision_function(rbf_kernel(new, known, gamma))
+        seen, new = (scaler.transform(sample) for sample in voxels)
+        gamma = 1 / (seen.shape[1] * seen.var())  # SVC's own; but a matrix product a kernel
+        svm = SVC(kernel="precomputed").fit(rbf_kernel(seen, seen, gamma), cohort.sex[train])
+        decisions[test] = svm.decision_function(rbf_kernel(new, seen, gamma))
     return decisions

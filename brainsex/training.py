@@ -236,7 +236,9 @@ def _start(run: _Run, overwrite: bool) -> None:
     storage.start_run(run.out, "train", run.settings | facts, overwrite=overwrite, results=results)
     path, table = run.out / "folds.csv", pd.DataFrame({"Subject": cohort.subjects})
     text = table.assign(fold=run.assignment).to_csv(index=False)
-    if not path.is_file() or path.read_text(encoding="utf-8") != text:  # not by each of torchrun's
+    if (
+        not path.is_file() or path.read_text("utf-8", "replace") != text
+    ):  # not by each of torchrun's
         storage.write_text(path, text)
 
 

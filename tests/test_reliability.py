@@ -1,23 +1,23 @@
-"""Kills, Ctrl-C, full and read-only disks, vanished files, other places: no result is lost."""
+"""Kills, Ctrl-C, full and read-only disks, lost and damaged files: no result is lost or wrong."""
 
 import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
-import pandas as pd
 import pytest
+import torch
 
-from brainsex import archives, cohort, explain, volumes
+from brainsex import archives, cohort, synthetic, volumes
 from brainsex.__main__ import main
-from brainsex.networks import MriNet3d
 from tests.reliability import kills
+from tests.reliability.hostile import write_study
 from tests.test_archives import nested, save, volume
 from tests.test_volumes import make as make_people
 
@@ -26,21 +26,7 @@ LINUX = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and proce
 MOUNTS = pytest.mark.skipif(
     sys.platform != "linux" or os.geteuid() != 0, reason="needs root to mount a small disk"
 )
-FEW = {"extract": 3, "convert": 2, "train": 1, "masks": 0, "fa": 0}
-"""Kills of each command in the suite; `make soak` has many."""
-QUICK = {"folds": 2, "epochs": 1, "batch_size": 6, "workers": 1}
-
-
-def make_network() -> MriNet3d:
-    return MriNet3d(2, kills.SHAPE)
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    """A folder of small inputs for each command."""
-    folder = tmp_path_factory.mktemp("inputs")
-    kills.make_inputs(folder, subjects=6, trained=4, epochs=1)
-    return folder
+FEW = {"extract": 3, "convert": 1, "train": 1, "masks": 0, "fa": 0}  # kills in the suite
 
 
 def run(inputs, command, out):
@@ -49,37 +35,70 @@ def run(inputs, command, out):
     return kills.read_tree(out)
 
 
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A study of six, which each command can read."""
+    folder, threads = tmp_path_factory.mktemp("inputs"), torch.get_num_threads()
+    write_study(folder, 6)
+    torch.set_num_threads(1)
+    yield folder
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, inputs):
+    """A folder of what each command leaves, with convert's parts and train's checkpoints."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+        patch.setattr(Path, "unlink", lambda *_, **__: None)
+        for command in FEW:
+            run(inputs, command, folder / command)
+    return folder
+
+
 @LINUX
 @pytest.mark.parametrize("soak", [False, pytest.param(True, marks=pytest.mark.soak)])
-def test_no_kill_locale_time_zone_or_folder_changes_a_byte(tmp_path, inputs, soak):
-    place = [tmp_path / "soak"] if soak else [inputs, json.dumps(FEW)]
+def test_no_kill_locale_time_zone_or_folder_changes_a_byte(tmp_path, inputs, finished, soak):
     variables = {"LC_ALL": "C", "TZ": "Asia/Kathmandu", "PYTHONUTF8": "0"}
-    variables |= {"PYTHONPATH": str(ROOT), "PYTHONWARNDEFAULTENCODING": "1"}
+    variables |= {"PYTHONWARNDEFAULTENCODING": "1", "PYTHONPATH": str(ROOT)}
     options = {"cwd": tmp_path, "env": os.environ | variables, "encoding": "utf-8"}
-    command = [sys.executable, "-m", "tests.reliability.kills", *place]
+    command = [sys.executable, "-m", "tests.reliability.kills"]
+    command += [tmp_path / "soak"] if soak else [inputs, json.dumps(FEW)]
     done = subprocess.run(command, capture_output=True, check=False, **options)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     print(done.stdout)
     for name in FEW if not soak else ():
-        log = (inputs / f"{name}.log").read_text(encoding="utf-8")
-        assert not re.search(rf"{ROOT}/brainsex.*EncodingWarning", log)
-        assert run(inputs, name, tmp_path / name) == kills.read_tree(inputs / name), name
+        assert kills.read_tree(inputs / name) == kills.read_tree(finished / name), name
+    assert not re.search(rf"{ROOT}/brainsex.*EncodingWarning", done.stderr)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("every", [199, pytest.param(1, marks=pytest.mark.soak)])
+def test_no_hostile_file_stops_a_command_or_takes_more_than_it_may(every):
+    command = [sys.executable, "-m", "tests.reliability.hostile", str(every)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert int(re.search(r"(\d+) hostile files, 0 failed", done.stdout)[1]) > 1000 / every
 
 
 @LINUX
 @pytest.mark.soak
 def test_ctrl_c_ends_every_command_within_two_seconds(tmp_path):
-    kills.make_inputs(tmp_path, subjects=720, epochs=100)
+    write_study(tmp_path, 720)
+    cohort = synthetic.write_cohort(tmp_path / "cohort", subjects=16, spacing=5)
     begun = {"convert": ".parts/*.npz", "train": ".fold-*.checkpoint", "masks": "run.json"}
-    seconds, options = {}, {"cwd": ROOT, "stderr": subprocess.PIPE, "text": True}
-    for name in (*kills.KILLS, "notebooks"):
-        out, first_file = tmp_path / name, begun.get(name.split(",")[0], "*.nii.gz")
-        command = [sys.executable, "-m", "brainsex"]
-        if name == "notebooks":
-            command, first_file = [sys.executable, "notebooks/run.py", "--profile"], "02_*.ipynb"
-            command += ["smoke", "--cohort", str(tmp_path / "cohort"), "--out", str(out)]
-        else:
-            command += kills.arguments(tmp_path, name, out)
+    begun |= {"train-by-two": begun["train"], "run.py": "02_*.ipynb"}
+    options, seconds = {"cwd": ROOT, "stderr": subprocess.PIPE, "text": True}, {}
+    for name in (*kills.KILLS, "run.py"):
+        out, first_file = tmp_path / name, begun.get(name, "*.nii.gz")
+        command = [sys.executable, "notebooks/run.py", "--profile", "smoke", "--out", out]
+        command += ["--cohort", cohort]
+        if name in kills.KILLS:
+            command[1:] = ["-m", "brainsex", *kills.arguments(tmp_path, name, out)]
+            command += ["--epochs", "200"] if "train" in name else []
         with subprocess.Popen(command, start_new_session=True, **options) as process:
             while not any(out.glob(first_file)):
                 assert process.poll() is None, process.stderr.read()[-2000:]
@@ -92,7 +111,7 @@ def test_ctrl_c_ends_every_command_within_two_seconds(tmp_path):
         assert process.returncode == 130, printed[-2000:]
         assert "Traceback" not in printed, printed[-2000:]
         assert "the same command goes on from what is" in printed, printed[-2000:]
-        if name != "notebooks":
+        if name in kills.KILLS:
             before = kills.finished_files(out, name)
             again = subprocess.run(command, check=False, **options)
             assert again.returncode == 0, again.stderr[-2000:]
@@ -102,60 +121,70 @@ def test_ctrl_c_ends_every_command_within_two_seconds(tmp_path):
     assert max(seconds.values()) < 2, seconds
 
 
-@contextmanager
-def mount(place: Path, *options: str):
-    place.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", place, *options], check=True)
+@MOUNTS
+@pytest.mark.parametrize("name", FEW)
+def test_a_full_or_read_only_disk_is_named_and_then_a_command_goes_on(
+    tmp_path, inputs, finished, name
+):
+    whole = kills.read_tree(finished / name)
+    room = int(sum(len(content) // 4096 + 1 for content in whole.values()) * 0.6) * 4096
+    mount = ["mount", "-t", "tmpfs", "tmpfs", tmp_path, "-o"]
+    subprocess.run([*mount, f"ro,size={room}"], check=True)
     try:
-        yield place
+        with pytest.raises(SystemExit, match=r"cannot write \(Read-only.*/out'"):
+            run(inputs, name, tmp_path / "out")
+        subprocess.run([*mount, "remount,rw"], check=True)
+        with pytest.raises(SystemExit, match=r"No space left.*/out/.*; make room and run"):
+            run(inputs, name, tmp_path / "out")
+        assert kills.read_tree(tmp_path / "out").items() <= whole.items()
+        subprocess.run([*mount, "remount,size=100m"], check=True)
+        assert run(inputs, name, tmp_path / "out") == whole
     finally:
-        subprocess.run(["umount", place], check=True)
+        subprocess.run(["umount", tmp_path], check=True)
 
 
-@MOUNTS
-def test_after_a_full_disk_the_same_command_goes_on_to_the_same_result(tmp_path, inputs):
-    for name in FEW:
-        whole = run(inputs, name, tmp_path / "whole" / name)
-        room = int(sum(len(content) // 4096 + 1 for content in whole.values()) * 0.6) * 4096
-        with mount(tmp_path / name, "-o", f"size={room}") as disk:
-            with pytest.raises(SystemExit, match=rf"No space left.*/{name}/out/.*make room and ru"):
-                run(inputs, name, disk / "out")
-            assert kills.read_tree(disk / "out").items() <= whole.items()
-            subprocess.run(["mount", "-o", "remount,size=100m", disk], check=True)
-            assert run(inputs, name, disk / "out") == whole, name
+def test_an_input_that_vanishes_is_one_subject_rejected(tmp_path, monkeypatch):
+    def delete_before(module, name, path):
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a: path.unlink(missing_ok=True) or function(*a))
 
-
-@MOUNTS
-def test_a_read_only_folder_is_named(tmp_path, inputs):
-    with mount(tmp_path / "disk", "-o", "ro") as disk:
-        for name in FEW:
-            with pytest.raises(SystemExit, match=r"cannot write \(Read-only.*disk/out'"):
-                run(inputs, name, disk / "out")
-
-
-def test_a_vanished_input_ends_with_a_line_or_a_rejection(tmp_path, monkeypatch):
-    save(tmp_path / "packages", _900001=nested(volume(1)), _900002=nested(volume(2)))
     folder, out = make_people(tmp_path / "people", 4), tmp_path / "out"
-    open_archive, prepare = archives.find_members, volumes.prepare
-
-    def lose_archive(path, *options):
-        (tmp_path / "packages" / "900001.zip").unlink(missing_ok=True)
-        return open_archive(path, *options)
-
-    def lose_volume(path, *options):
-        (folder / "fa" / "000002.nii.gz").unlink(missing_ok=True)
-        return prepare(path, *options)
-
-    monkeypatch.setattr(archives, "find_members", lose_archive)
+    save(tmp_path / "packages", _900001=nested(volume(1)), _900002=nested(volume(2)))
+    delete_before(archives, "find_members", tmp_path / "packages" / "900001.zip")
+    delete_before(volumes, "prepare", folder / "fa" / "000002.nii.gz")
     table = archives.extract(tmp_path / "packages", tmp_path / "fa")
     assert table["status"].tolist() == ["rejected", "extracted"]
     assert "900001.zip" in table["reason"][0]
-    monkeypatch.setattr(volumes, "prepare", lose_volume)
-    volumes.convert(folder / "fa", folder, out, shape=kills.SHAPE, workers=1)
-    data = cohort.load_cohort(out)
-    assert data.subjects.tolist() == ["000001", "000003", "000004"]
+    volumes.convert(folder / "fa", folder, out, shape=(22, 22, 22), workers=1)
+    assert cohort.load_cohort(out).subjects.tolist() == ["000001", "000003", "000004"]
     assert "000002,cannot be read now" in (out / "rejected.csv").read_text()
-    table = pd.DataFrame({"Subject": data.subjects, "fold": [0, 1, 1]})
-    table.to_csv(tmp_path / "folds.csv", index=False)
-    with pytest.raises(FileNotFoundError, match=r"fold-0\.pt"):
-        explain.explain(data, tmp_path, tmp_path / "masks")
+
+
+@pytest.mark.parametrize("how", ["cut", "noise"])
+@pytest.mark.parametrize(
+    ("command", "name", "made_anew", "absent"),
+    [
+        ("convert", "grid.json", False, ""),
+        ("convert", ".parts/*.npz", True, "tensors.npy"),
+        ("train", "run.json", False, ""),
+        ("train", "fold-0.json", False, ""),
+        ("train", ".fold-0.checkpoint", False, "fold-0.json"),
+        ("train", "folds.csv", True, ""),
+        ("masks", "mask/*.json", False, ""),
+        ("masks", "masks.csv", True, ""),
+    ],
+)
+def test_a_damaged_file_of_the_projects_own_is_named_or_made_anew(
+    tmp_path, inputs, finished, command, name, made_anew, absent, how
+):
+    out = tmp_path / "copy"
+    shutil.copytree(finished / command, out)
+    path, whole = next(out.glob(name)), kills.read_tree(out)
+    noise, half = random.Random(0).randbytes(200), path.read_bytes()[: path.stat().st_size // 2]
+    path.write_bytes({"cut": half, "noise": noise}[how])
+    (out / absent).unlink() if absent else None
+    if made_anew:
+        assert run(inputs, command, out) == whole
+    else:
+        with pytest.raises(SystemExit, match=rf"^error: \S*{path.name}: expected"):
+            run(inputs, command, out)

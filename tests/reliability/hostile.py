@@ -6,25 +6,21 @@ with EVERY only each such case is tried. A case is a small study that is whole b
 
 import io
 import json
-import multiprocessing
 import os
 import random
 import re
-import resource
 import shutil
 import signal
 import sys
 import tempfile
 import time
 import traceback
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
+from itertools import product
 from pathlib import Path
-from typing import NamedTuple
 
-import dipy.reconst.dti  # noqa: F401  once, not in each process
 import numpy as np
 import pandas as pd
 import torch
@@ -37,131 +33,112 @@ from tests.test_archives import zipped
 from tests.test_diffusion import SHAPE as SERIES_SHAPE
 from tests.test_diffusion import image, series
 
-MAX_SECONDS, MAX_MEGABYTES = 10, 1 << 10
-"""Processor time that a case may take, and memory beyond that of the warm process."""
-DAMAGED = 12
-"""Cases of seeded damage of each file."""
-PEOPLE = [f"00000{number}" for number in range(1, 10)]
-BAD = PEOPLE[-1]
-"""The subject whose file is hostile, where it is one subject's."""
+MAX_SECONDS, MAX_MEGABYTES = 10, 1024  # of the processor; beyond what the warm process has
+DAMAGED = 12  # cases of seeded damage of each file
+BAD = "000009"  # the last subject, whose file is hostile where it is one subject's
 SHAPE, AFFINE = (22, 23, 24), np.diag([8.0, 8, 8, 1])
 
 
-def make_table(header: str, row: str) -> bytes:
-    """Make a table of all people; in `row` stand {who}, {sex}, {label} and a number {n}."""
-    rows = [row.format(who=w, sex="FM"[n % 2], label=n % 2, n=n) for n, w in enumerate(PEOPLE)]
+def make_table(count: int, header: str, row: str) -> bytes:
+    """Make a table of people; in `row` stand {who}, {sex}, {label} and the number {n}."""
+    numbers = range(1, count + 1)
+    rows = [row.format(who=f"{n:06d}", sex="FM"[n % 2], label=n % 2, n=n) for n in numbers]
     return "\n".join([header, *rows, ""]).encode()
 
 
-def make_files() -> dict[str, bytes]:
-    """Make a study of nine subjects, with files of every kind, all whole."""
-    values = np.random.default_rng(0).uniform(0.1, 0.9, (9, *SHAPE)).astype(np.float32)
+def write_study(root: Path, count: int = 9, without: str = "/none") -> dict[str, bytes]:
+    """Write whole files of every kind into ``in``, but where a name holds `without`; return them.
+
+    The converted cohort has 12 subjects at most.
+    """
+    values = np.random.default_rng(0).uniform(0.1, 0.9, (count, *SHAPE)).astype(np.float32)
+    people, trained = partial(make_table, count), min(count, 12)
     measures = "Subject,Release,Gender,FS_IntraCranial_Vol,FS_L_Thalamus_Vol"
     subjects = "Subject,Gender,label,brain_volume_ml,group"
     grid = {"shape": SHAPE, "affine": AFFINE.tolist(), "modality": "fa", "normalised": False}
     files = {
-        "study/unrestricted_behavioral.csv": make_table("Subject,Gender,Age", "{who},{sex},22-25"),
-        "study/restricted.csv": make_table("Subject,Family_ID,Age_in_Yrs", "{who},F{n},3{n}"),
-        "study/unrestricted_hcp_freesurfer.csv": make_table(measures, "{who},S9,{sex},15{n},{n}.5"),
-        "bids/participants.tsv": make_table("participant_id\tsex\tage", "sub-{who}\t{sex}\t30"),
-        "tbss/participants.tsv": make_table("participant_id\tsex", "{who}\t{sex}"),
+        "study/unrestricted_behavioral.csv": people("Subject,Gender,Age", "{who},{sex},22-25"),
+        "study/restricted.csv": people("Subject,Family_ID,Age_in_Yrs", "{who},F{n},3{n}"),
+        "study/unrestricted_hcp_freesurfer.csv": people(measures, "{who},S9,{sex},15{n},{n}.5"),
+        "bids/participants.tsv": people("participant_id\tsex\tage", "sub-{who}\t{sex}\t30"),
+        "tbss/participants.tsv": people("participant_id\tsex", "{who}\t{sex}"),
         "tbss/stats/all_FA.nii.gz": image(np.moveaxis(values, 0, -1), affine=AFFINE),
-        "tbss/stats/all_FA.txt": "\n".join(PEOPLE).encode(),
+        "tbss/stats/all_FA.txt": people("", "{who}"),
         "atlas/labels.nii.gz": image(np.arange(24).reshape(2, 3, 4) % 3, np.int16, AFFINE),
         "atlas/labels.csv": b"index,name\n1,left one\n2,right two\n",
-        "cohort/tensors.npy": save_bytes(np.save, values),
-        "cohort/labels.npy": save_bytes(np.save, np.arange(9) % 2),
-        "cohort/subjects.csv": make_table(subjects, "{who},{sex},{label},1500.5,F{n}"),
+        "cohort/tensors.npy": save_bytes(np.save, values[:trained]),
+        "cohort/labels.npy": save_bytes(np.save, np.arange(1, trained + 1) % 2),
+        "cohort/subjects.csv": make_table(trained, subjects, "{who},{sex},{label},1500.5,F{n}"),
         "cohort/grid.json": json.dumps(grid).encode(),
         "networks/fold-0.pt": save_bytes(torch.save, networks.MriNet3d(1, SHAPE).state_dict()),
         "networks/run.json": json.dumps({"train": {"grid": grid}}).encode(),
-        "networks/folds.csv": make_table("Subject,fold", "{who},0"),
+        "networks/folds.csv": people("Subject,fold", "{who},0"),
     }
-    for who, volume in zip(PEOPLE, values):
-        files[f"study/fa/{who}.nii.gz"] = fa = image(volume, affine=AFFINE)
-        files[f"bids/sub-{who}/dwi/sub-{who}_FA.nii.gz"] = fa
-    for who in (PEOPLE[0], BAD):
-        content = series(int(who), dev=image(np.full((*SERIES_SHAPE, 9), 0.01)))
+    for number, volume in enumerate(values, 1):
+        who, fa = f"{number:06d}", image(volume, affine=AFFINE)
+        content = series(number, dev=image(np.full((*SERIES_SHAPE, 9), 0.01)))
         content = {f"{who}/T1w/Diffusion/{name}": file for name, file in content.items()}
         files |= {f"series/{name}": file for name, file in content.items()}
         files[f"packages/{who}_3T_Diffusion_preproc.zip"] = zipped(content.items())
-        files[f"archives/{who}.zip"] = zipped([("in.zip", zipped([(f"{who}_FA.nii", fa)]))])
+        files[f"archives/{who}.zip"] = zipped([("in.zip", zipped([(f"{who}_FA.nii.gz", fa)]))])
+        files[f"study/fa/{who}.nii.gz"] = files[f"bids/sub-{who}/dwi/sub-{who}_FA.nii.gz"] = fa
+    for name, content in files.items():
+        if without not in name:
+            (root / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / "in" / name).write_bytes(content)
     return files
 
 
-def load_and_explain() -> None:
-    data = cohort.load_cohort("in/cohort")
-    explain.explain(data, "in/networks", "out/masks", rows=[0], iterations=1)
-
-
-def sum_regions() -> None:
-    brain, atlas = np.ones((2, 3, 4), bool), ("in/atlas/labels.nii.gz", "in/atlas/labels.csv")
-    metrics.region_shares({"men": 1.0 * brain}, AFFINE, *atlas, brain)
-
-
+BRAIN, ATLAS = np.ones((2, 3, 4), bool), ("in/atlas/labels.nii.gz", "in/atlas/labels.csv")
 COMMANDS = {
-    "extract": "extract in/archives out/archives",
-    "unpack": "fa in/packages out/packages --workers 1",
-    "fit": "fa in/series out/series --workers 1",
-    "survey": "survey in/study",
-    "convert": "convert in/study --out out/study",
-    "convert-bids": "convert in/bids --out out/bids",
-    "convert-tbss": "convert in/tbss --out out/tbss",
-    "check": "check in/cohort out/check",
-    "train": "train in/cohort out/networks --channels 1 --folds 2 --epochs 1 --workers 1",
-    "predict": "predict in/networks/fold-0.pt "
-    f"in/study/fa/{PEOPLE[0]}.nii.gz in/study/fa/{BAD}.nii.gz",
-    "explain": load_and_explain,
+    "extract": "extract {0}/in/archives {1}",
+    "unpack": "fa {0}/in/packages {1}",
+    "fa": "fa {0}/in/series {1}",
+    "convert": "convert {0}/in/study --out {1}",
+    "bids": "convert {0}/in/bids --out {1}",
+    "tbss": "convert {0}/in/tbss --out {1}",
+    "check": "check {0}/in/cohort {1}",
+    "train": "train {0}/in/cohort {1} --channels 1 --folds 2 --epochs 6 --workers 1",
+    "predict": "predict {0}/in/networks/fold-0.pt "
+    "{0}/in/study/fa/000001.nii.gz {0}/in/study/fa/000009.nii.gz",
+    "masks": "masks {0}/in/cohort {0}/in/networks {1}",
+    "explain": lambda: explain.explain(
+        cohort.load_cohort("in/cohort"), "in/networks", "out/masks", rows=[0], iterations=1
+    ),
     "people": lambda: tables.read_people("in/study/unrestricted_behavioral.csv"),
     "measures": lambda: tabular.load_table("in/study/unrestricted_hcp_freesurfer.csv"),
-    "regions": sum_regions,
+    "regions": lambda: metrics.region_shares({"men": 1.0 * BRAIN}, AFFINE, *ATLAS, BRAIN),
 }
-"""The arguments of a command, or a call as of a notebook."""
-
-
-class Kind(NamedTuple):
-    hostile: Callable[[bytes], damage.Cases]
-    commands: str  # that read it
-    result: str = ""  # of the others, which must be what it is without the bad subject
-
-
-SERIES, FIT = f"series/{BAD}/T1w/Diffusion", ("fit", f"series/{PEOPLE[0]}.nii.gz")
-UNPACK, COHORT = ("unpack", f"packages/{PEOPLE[0]}.nii.gz"), "check train explain"
-KINDS = {  # by the place of the file
-    f"archives/{BAD}.zip": Kind(damage.zips, "extract", f"archives/{PEOPLE[0]}.nii"),
-    f"packages/{BAD}_3T_Diffusion_preproc.zip": Kind(damage.zips, *UNPACK),
-    f"study/fa/{BAD}.nii.gz": Kind(damage.niftis, "convert predict", "study/tensors.npy"),
-    f"{SERIES}/data.nii.gz": Kind(damage.niftis, *FIT),
-    f"{SERIES}/nodif_brain_mask.nii.gz": Kind(damage.niftis, *FIT),
-    f"{SERIES}/grad_dev.nii.gz": Kind(damage.niftis, *FIT),
-    f"{SERIES}/bvals": Kind(damage.texts, *FIT),
-    f"{SERIES}/bvecs": Kind(damage.texts, *FIT),
-    "study/unrestricted_behavioral.csv": Kind(damage.tables, "survey convert people"),
-    "study/restricted.csv": Kind(damage.tables, "survey measures"),
-    "study/unrestricted_hcp_freesurfer.csv": Kind(damage.tables, "survey measures"),
-    "bids/participants.tsv": Kind(damage.tables, "convert-bids"),
-    "tbss/stats/all_FA.nii.gz": Kind(damage.niftis, "convert-tbss"),
-    "tbss/stats/all_FA.txt": Kind(damage.texts, "convert-tbss"),
-    "cohort/tensors.npy": Kind(damage.arrays, COHORT),
-    "cohort/labels.npy": Kind(damage.arrays, COHORT),
-    "cohort/subjects.csv": Kind(damage.tables, COHORT),
-    "networks/fold-0.pt": Kind(damage.weights, "predict explain"),
-    "atlas/labels.nii.gz": Kind(damage.niftis, "regions"),
-    "atlas/labels.csv": Kind(damage.tables, "regions"),
+"""The arguments of a command that reads a study {0} and writes {1}; or a call of a notebook's."""
+SERIES, FITTED = f"series/{BAD}/T1w/Diffusion", "fa/000001.nii.gz"
+KINDS = {  # a place: files there; what reads them; what of other subjects must not depend on it
+    f"archives/{BAD}.zip": (damage.zips, "extract", "extract/000001.nii.gz"),
+    f"packages/{BAD}_3T_Diffusion_preproc.zip": (damage.zips, "unpack", "unpack/000001.nii.gz"),
+    f"study/fa/{BAD}.nii.gz": (damage.niftis, "convert predict", "convert/tensors.npy"),
+    f"{SERIES}/data.nii.gz": (damage.niftis, "fa", FITTED),
+    f"{SERIES}/nodif_brain_mask.nii.gz": (damage.niftis, "fa", FITTED),
+    f"{SERIES}/grad_dev.nii.gz": (damage.niftis, "fa", FITTED),
+    f"{SERIES}/bvals": (damage.texts, "fa", FITTED),
+    f"{SERIES}/bvecs": (damage.texts, "fa", FITTED),
+    "study/unrestricted_behavioral.csv": (damage.tables, "convert people", ""),
+    "study/restricted.csv": (damage.tables, "convert measures", ""),
+    "study/unrestricted_hcp_freesurfer.csv": (damage.tables, "convert measures", ""),
+    "bids/participants.tsv": (damage.tables, "bids", ""),
+    "tbss/stats/all_FA.nii.gz": (damage.niftis, "tbss", ""),
+    "tbss/stats/all_FA.txt": (damage.texts, "tbss", ""),
+    "cohort/tensors.npy": (damage.arrays, "check train explain", ""),
+    "cohort/labels.npy": (damage.arrays, "check train explain", ""),
+    "cohort/subjects.csv": (damage.tables, "check train explain", ""),
+    "networks/fold-0.pt": (damage.weights, "predict explain", ""),
+    "atlas/labels.nii.gz": (damage.niftis, "regions", ""),
+    "atlas/labels.csv": (damage.tables, "regions", ""),
 }
-ODD = {
-    "a folder": Path.mkdir,
-    "a pipe": os.mkfifo,
-    "a link to itself": lambda path: path.symlink_to(path.name),
-    "an endless device": lambda path: path.symlink_to("/dev/zero"),
-}
-"""What may stand in a file's place, and is none."""
 
 
 def list_cases(files: dict[str, bytes]) -> Iterator[tuple]:
-    """Yield a place, how its file is bad, and the content or what puts something else there."""
-    for place, kind in KINDS.items():
-        yield from ((place, *case) for case in (*kind.hostile(files[place]), *ODD.items()))
+    """Yield a place, what is bad about its file, and its content or what makes it."""
+    for place, (hostile, _, _) in KINDS.items():
+        yield from ((place, *case) for case in hostile(files[place]))
         for seed in range(DAMAGED):
             yield place, *damage.damage(files[place], random.Random(f"{place} {seed}"))
 
@@ -170,63 +147,35 @@ def run(name: str) -> str:
     """Run a command; return the one line that it ends with, empty after a success."""
     command = COMMANDS[name]
     try:
-        main(command.split()) if isinstance(command, str) else command()
+        command() if callable(command) else main(command.format(".", f"out/{name}").split())
     except SystemExit as stop:
         return str(stop)
     except BaseException as error:
-        expected = isinstance(error, (ValueError, OSError)) and not isinstance(command, str)
+        expected = callable(command) and isinstance(error, (ValueError, OSError))
         return f"error: {error}" if expected else traceback.format_exc()
     return ""
 
 
-def fork(work: Callable[[], None]) -> tuple[int, float]:
-    """Do some work in a child process; return its wait status and seconds of the processor."""
-    if not (pid := os.fork()):
-        work()
-        os._exit(0)
-    end = time.monotonic() + 12 * MAX_SECONDS  # of the wall, where others use the cores
-    while not (ended := os.wait4(pid, os.WNOHANG))[0]:
-        if time.monotonic() > end:
-            os.kill(pid, signal.SIGKILL)
-        time.sleep(0.005)
-    return ended[1], ended[2].ru_utime + ended[2].ru_stime
-
-
-def watch(root: Path, events: list[str]) -> None:
-    """Note what reading a file must not do: run what is in it, or write anywhere but in out."""
-    allowed = (str(root / "out"), str(root / "tmp"), "/dev/")
+def watch(allowed: tuple[str, ...]) -> list[str]:
+    """Return a list of what reading a file must not do: run what is in it, or write elsewhere."""
+    events = []
 
     def hook(event: str, arguments: tuple) -> None:
         if event in ("pickle.find_class", "subprocess.Popen", "os.system", "os.exec"):
             events.append(f"{event} {arguments[:2]}")
         elif event == "open" and isinstance(arguments[0], (str, bytes, Path)):
-            path, mode, flags = arguments
-            writes = set(mode or "") & set("wax+") or flags & (os.O_WRONLY | os.O_RDWR)
-            if writes and not os.path.abspath(os.fsdecode(path)).startswith(allowed):
+            path = os.path.abspath(os.fsdecode(arguments[0]))
+            if arguments[2] & (os.O_WRONLY | os.O_RDWR) and not path.startswith(allowed):
                 events.append(f"writes {path}")
 
     sys.addaudithook(hook)
+    return events
 
 
 def own_megabytes(line: str) -> float:
     """Return what a line of Linux's ``/proc/self/status`` says."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(text.split()[1]) for text in lines if text.startswith(line)) / 1024
-
-
-def attempt(root: Path, commands: str, record: Path) -> None:
-    """Run commands in a folder; write how they ended and what they printed to `record`."""
-    os.chdir(root)
-    os.environ["TMPDIR"] = tempfile.tempdir = str(root / "tmp")
-    limit = int(own_megabytes("VmData") + 3 * MAX_MEGABYTES) << 20  # not to harm the machine
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-    resource.setrlimit(resource.RLIMIT_CPU, (2 * MAX_SECONDS,) * 2)
-    events, printed, before = [], io.StringIO(), own_megabytes("VmRSS")
-    watch(root, events)
-    with redirect_stdout(printed), redirect_stderr(printed):
-        endings = {name: run(name) for name in commands.split()}
-    content = {"endings": endings, "printed": printed.getvalue()[-20000:], "events": events}
-    record.write_text(json.dumps(content | {"megabytes": own_megabytes("VmHWM") - before}))
 
 
 def snapshot(root: Path) -> dict[Path, bytes]:
@@ -237,106 +186,111 @@ def snapshot(root: Path) -> dict[Path, bytes]:
 
 def read_result(root: Path, place: str) -> bytes:
     """Read what was made of the subjects whose files are whole; of tensors the first eight."""
-    path = root / "out" / KINDS[place].result
+    path = root / "out" / KINDS[place][2]
     return np.load(path)[:8].tobytes() if path.suffix == ".npy" else path.read_bytes()
 
 
-def find_problems(root: Path, place: str, record: dict, expected: bytes | None) -> Iterator[str]:
-    """Yield what is wrong with how a case ended."""
-    path, result, printed = root / "in" / place, KINDS[place].result, record["printed"]
-    names = (path.name, path.name.split(".")[0], path.parent.name)
-    for name, ending in record["endings"].items():
-        named = any(part in ending + printed for part in names)
-        if ending and (result or not ending.startswith("error: ") or not named):
-            yield f"{name} should do the others, or name the file: {ending[-1500:]}"
-        elif len(ending) > 2000 or "\n" in ending:
-            yield f"{name}: no line: {ending[:300]}"
+def find_problems(root: Path, place: str, endings: dict, printed: str, expected) -> Iterator[str]:
+    """Yield what is wrong with how the commands ended, and with what they left."""
+    path, result = root / "in" / place, KINDS[place][2]
+    for name, ending in endings.items():
+        parts = (path.name, path.name.split(".")[0], path.parent.name, "rejected.csv")
+        named = any(part in ending + printed for part in parts)
+        line = ending.startswith("error: ") and len(ending) < 2000 and "\n" not in ending
+        if ending and not (named and line and not result):
+            yield f"{name} should do the others, or end with a line: {ending[:200]}{ending[-999:]}"
     if "Traceback" in printed:
         yield f"a traceback: {printed[-1500:]}"
-    yield from record["events"]
     yield from (f"left behind: {path}" for path in (root / "out").rglob("*.partial"))
-    if result and not any(record["endings"].values()):
-        if read_result(root, place) != expected:
+    if result and not any(endings.values()):
+        if read_result(root, place) != expected[place]:
             yield "the others are not what they are without the bad one"
         folder = (root / "out" / result).parent
         reasons = pd.read_csv(folder / "rejected.csv", dtype=str).set_index("Subject")["reason"]
         reason, made = reasons.get(BAD, ""), (*folder.glob(f"{BAD}*"), *folder.glob("tensors.npy"))
-        if path.is_file() and not made and not reason:
-            yield "neither made nor rejected"
-        if re.search(r"Error: (?!\[Errno)", reason):
-            yield f"rejected by accident: {reason}"
+        if (not made and not reason) or re.search(r"Error: (?!\[Errno)", reason):
+            yield f"neither made nor rejected for a reason: {reason}"
 
 
-class Outcome(NamedTuple):
-    place: str
-    how: str
-    problems: list[str]
-    seconds: float  # of the processor, all threads
-    megabytes: float  # more than the process had before
+def try_case(root: Path, place: str, how: str, content: object, expected: dict) -> dict:
+    """Put a file in place in a copy of the study, and run what reads it, in a child process."""
+    import resource  # which Windows has not
 
-
-CASES = []
-"""As `list_cases` gives them; forks of this process read them."""
-
-
-def try_case(folder: Path, expected: dict[str, bytes], number: int) -> Outcome:
-    """Put a file in place in a copy of the study, and run what reads it."""
-    place, how, content = CASES[number]
-    root, record, megabytes = folder / f"{number}", folder / f"{number}.json", 0.0
-    shutil.copytree(folder / "study", root)
-    path = root / "in" / place
-    path.unlink()
-    make = content if callable(content) else lambda: content
-    fork(lambda: content(path) if how in ODD else path.write_bytes(make()))
+    shutil.copytree(root.parent / "study", root)
+    path, printed = root / "in" / place, io.StringIO()
+    path.write_bytes(content() if callable(content) else content)
     before = snapshot(root)
-    status, seconds = fork(lambda: attempt(root, KINDS[place].commands, record))
-    problems = [f"killed: wait status {status}"]
-    if record.is_file():
-        ended = json.loads(record.read_text())
-        megabytes = ended["megabytes"]
-        problems = list(find_problems(root, place, ended, expected.get(place)))
-    problems += [f"changed: {path}" for path, _ in before.items() ^ snapshot(root).items()]
+    os.chdir(root)
+    os.environ["TMPDIR"] = tempfile.tempdir = str(root / "tmp")
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    memory, began = own_megabytes("VmRSS"), time.process_time()
+    limit = int(own_megabytes("VmData") + 3 * MAX_MEGABYTES) << 20  # not to harm the machine
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_CPU, (int(began) + 2 * MAX_SECONDS,) * 2)
+    signal.alarm(12 * MAX_SECONDS)  # of the wall, where others use the cores
+    problems = watch((str(root / "out"), str(root / "tmp"), "/dev/"))
+    with redirect_stdout(printed), redirect_stderr(printed):
+        endings = {name: run(name) for name in KINDS[place][1].split()}
+    seconds, megabytes = time.process_time() - began, own_megabytes("VmHWM") - memory
     if seconds > MAX_SECONDS or megabytes > MAX_MEGABYTES:
         problems.append(f"takes {seconds:.0f} s of the processor, {megabytes:.0f} MB")
+    problems += find_problems(root, place, endings, printed.getvalue(), expected)
+    problems += [f"changed: {path}" for path, _ in before.items() ^ snapshot(root).items()]
+    return {"problems": problems, "seconds": seconds, "megabytes": megabytes}
+
+
+def in_child(work: Callable[[], object], record: Path) -> int:
+    """Start a child process that writes what some work returns; return its ID."""
+    if not (pid := os.fork()):
+        try:
+            record.write_text(json.dumps(work()))
+        finally:
+            os._exit(0)
+    return pid
+
+
+def collect(running: dict[int, tuple]) -> dict:
+    """Wait until a case has ended, by itself or by a limit; print and return how."""
+    pid, status = os.waitpid(-1, 0)
+    root, (place, how, _) = running.pop(pid)
     shutil.rmtree(root)
-    return Outcome(place, how, problems, seconds, megabytes)
+    outcome = {"problems": [f"killed: wait status {status}"], "seconds": 0, "megabytes": 0}
+    if (record := root.with_suffix(".json")).is_file():
+        outcome = json.loads(record.read_text())
+    for problem in outcome["problems"]:
+        print(f"{place}: {how}: {problem}", flush=True)
+    return outcome | {"place": place, "how": how}
 
 
-def try_all(every: int = 1, only: str = "") -> Iterator[Outcome]:
-    """Try every case, or each so many-th, of the places whose names hold `only`."""
+def try_all(every: int = 1, only: str = "") -> int:
+    """Try each so many-th case at places whose names hold `only`; return how many fail."""
     torch.set_num_threads(1)
     storage.environment()  # which asks git for the commit
+    running, outcomes = {}, []
     with tempfile.TemporaryDirectory() as temporary:
-        folder, files = Path(temporary), make_files()
-        for root in (folder / "study", folder / "others"):
-            paths = {root / "in" / name: content for name, content in files.items()}
-            paths |= {root / name / "mine.txt": b"mine" for name in ("out", "tmp", "beside")}
-            for path, content in paths.items():
-                if root.name == "study" or BAD not in str(path):
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    path.write_bytes(content)
-        fork(lambda: attempt(root, "extract unpack fit convert", folder / "record.json"))
-        expected = {place: read_result(root, place) for place in KINDS if KINDS[place].result}
-        CASES[:] = [case for case in [*list_cases(files)][::every] if only in case[0]]
-        with multiprocessing.get_context("fork").Pool() as pool:
-            yield from pool.imap(partial(try_case, folder, expected), range(len(CASES)))
-
-
-def run_all(every: int = 1, only: str = "") -> int:
-    """Print what went wrong, and the figures; return how many cases failed."""
-    outcomes = []
-    for outcome in try_all(every, only):
-        outcomes.append(outcome)
-        for problem in outcome.problems:
-            print(f"{outcome.place}: {outcome.how}: {problem}", flush=True)
-    failed = sum(bool(outcome.problems) for outcome in outcomes)
+        study, good = Path(temporary, "study"), Path(temporary, "others")
+        files, _ = write_study(study), write_study(good, without=BAD)
+        for root, name in product((study, good), ("out", "tmp", "beside")):
+            (root / name).mkdir()
+            (root / name / "mine.txt").write_text("mine")
+        names = ("extract", "unpack", "fa", "convert")
+        os.waitpid(in_child(lambda: (os.chdir(good), *map(run, names)), good / "record.json"), 0)
+        expected = {place: read_result(good, place) for place in KINDS if KINDS[place][2]}
+        cases = [case for case in [*list_cases(files)][::every] if only in case[0]]
+        for number, case in enumerate(cases):
+            if len(running) == os.cpu_count():
+                outcomes.append(collect(running))
+            root = Path(temporary, str(number))
+            work = partial(try_case, root, *case, expected)
+            running[in_child(work, root.with_suffix(".json"))] = root, case
+        outcomes += [collect(running) for _ in [*running]]
+    failed = sum(bool(outcome["problems"]) for outcome in outcomes)
     print(f"{len(outcomes)} hostile files, {failed} failed")
-    print(*(f"{count} {place}" for place, count in Counter(o.place for o in outcomes).items()))
     for name in ("seconds", "megabytes"):
-        worst = max(outcomes, key=lambda outcome: getattr(outcome, name))
-        print(f"at most {getattr(worst, name):.3g} {name} ({worst.place}: {worst.how})")
+        worst = max(outcomes, key=lambda outcome: outcome[name])
+        print(f"at most {worst[name]:.3g} {name} ({worst['place']}: {worst['how']})")
     return failed
 
 
 if __name__ == "__main__":
-    sys.exit(run_all(*map(int, sys.argv[1:2]), *sys.argv[2:3]) > 0)
+    sys.exit(try_all(*map(int, sys.argv[1:2]), *sys.argv[2:3]) > 0)

@@ -28,10 +28,12 @@ figures: .venv/.installed $(NEEDS)
 notebooks: .venv/.installed data/synthetic/unrestricted_behavioral.csv
 	$(BIN)/python notebooks/run.py --in-place
 
+# As many tests at once as there are cores, each on one.
+test: export OMP_NUM_THREADS = 1
 test: .venv/.tested
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto --dist worksteal
 
 bench: .venv/.tested
 	$(BIN)/python -m tests.benchmarks

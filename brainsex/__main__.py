@@ -15,14 +15,18 @@ from datetime import timedelta
 from pathlib import Path
 
 import joblib
+import nibabel as nib
+import numpy as np
 import pandas as pd
 import torch
+from nibabel.orientations import axcodes2ornt, ornt_transform
 from torch import distributed
+from tqdm.auto import tqdm
 
 from brainsex import (
+    SHAPE,
     archives,
     checks,
-    cohort,
     diffusion,
     explain,
     layouts,
@@ -34,6 +38,7 @@ from brainsex import (
     training,
     volumes,
 )
+from brainsex.cohort import check_grid, load_cohort
 
 PROCESS_TIMEOUT = timedelta(days=14)
 """How long torchrun's processes wait for the slowest, whose last fold may take hours."""
@@ -41,10 +46,7 @@ PROCESS_TIMEOUT = timedelta(days=14)
 
 @contextmanager
 def process_group() -> Iterator[bool]:
-    """Join torchrun's other processes, with a GPU and a share of the cores; yield if this is first.
-
-    This has to be entered before CUDA is used.
-    """
+    """Join torchrun, before CUDA is used, with a GPU and some cores; yield if this is first."""
     local_processes = int(os.environ["LOCAL_WORLD_SIZE"])
     if gpus := torch.cuda.device_count():
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
@@ -86,26 +88,11 @@ def share_work(
     return work(None, False)
 
 
-def _synthesize(arguments: argparse.Namespace) -> None:
-    """Write a synthetic cohort, as HCP's would lie on disk."""
-    synthetic.write_cohort(**vars(arguments))
-
-
-def _extract(arguments: argparse.Namespace) -> None:
-    """Take each subject's FA map out of its archives."""
-    archives.extract(**vars(arguments))
-
-
-def _fa(arguments: argparse.Namespace) -> None:
-    """Fit each subject's FA map to its diffusion series, by DIPY."""
-    diffusion.fit_folder(**vars(arguments))
-
-
-def _survey(arguments: argparse.Namespace) -> pd.DataFrame:
+def _survey(cohort: Path, table: Path | None = None) -> pd.DataFrame:
     """Say how many subjects of what kind a folder holds, and what is missing."""
-    files = layouts.find_volumes(arguments.cohort)
+    files = layouts.find_volumes(cohort)
     try:
-        people = tables.read_people(arguments.table or tables.find_people(arguments.cohort))
+        people = tables.read_people(table or tables.find_people(cohort))
     except FileNotFoundError as error:
         print(f"no table of people: {error}")
         people = None
@@ -113,53 +100,45 @@ def _survey(arguments: argparse.Namespace) -> pd.DataFrame:
     return files
 
 
-def _convert(arguments: argparse.Namespace) -> None:
+def _convert(
+    cohort: Path, out: Path | None, fa: Path | None, table: Path | None, **settings: object
+) -> None:
     """Turn a folder's volumes and its table of people into tensors.npy."""
-    folder, out = arguments.cohort, arguments.out or arguments.cohort
-    settings = vars(arguments)
-    table = arguments.table or tables.find_people(folder)
-    choice = {name: settings[name] for name in ("kind", "session", "match")}
-    source = arguments.fa
-    if source is None:
-        source = layouts.choose_volumes(_survey(arguments), out / "all_FA", **choice)
+    choice = {name: settings.pop(name) for name in ("kind", "session", "match")}
+    source, table, out = fa, table or tables.find_people(cohort), out or cohort
+    if fa is None:
+        source = layouts.choose_volumes(_survey(cohort, table), **choice)
     elif any(choice.values()):
-        raise ValueError(
-            "--kind, --session and --match choose from COHORT; --fa names another folder."
-        )
-    names = ("regrid", "normalised", "leave_out_qc", "overwrite")
-    volumes.convert(source, table, out, **{name: settings[name] for name in names})
-    if (folder / "SYNTHETIC").is_file():
+        raise ValueError("--kind, --session, --match choose from COHORT; --fa is another folder.")
+    volumes.convert(source, table, out, **settings)
+    if (cohort / "SYNTHETIC").is_file():
         (out / "SYNTHETIC").touch()
 
 
-def _check(arguments: argparse.Namespace) -> None:
+def _check(cohort: Path, out: Path) -> None:
     """Look for outliers, and show all subjects: checks.csv, montage.html in OUT."""
-    data, out = cohort.load_cohort(arguments.cohort), arguments.out
-    storage.start_run(out, "check", {"cohort": cohort.digest(data)}, overwrite=True)
+    data = load_cohort(cohort)
     table = checks.check_table(data)
     checks.write_montage(data, table, out / "montage.html")
     storage.write_text(out / "checks.csv", table.to_csv(index=False))
-    flagged = table.loc[table["flags"] != "", ["Subject", "flags"]]
-    print(f"{len(flagged)} of {len(table)} flagged; all are in {out / 'montage.html'}")
-    for subject, flags in flagged.itertuples(index=False):
-        print(f"{subject}: {flags}")
+    print(table.loc[table["flags"] != "", ["Subject", "flags"]].to_string(index=False))
+    print(f"all {len(table)} are in {out / 'montage.html'}, these first")
 
 
-def _train(arguments: argparse.Namespace) -> None:
+def _train(
+    cohort: Path, channels: int, workers: int | None, overwrite: bool, **settings: object
+) -> None:
     """Cross-validate the 3D CNN; fold-K.pt and folds.csv go to OUT."""
-    settings = vars(arguments)
-    data, channels = cohort.load_cohort(settings.pop("cohort")), settings.pop("channels")
-    overwrite = settings.pop("overwrite")
-    if distributed.is_initialized() and settings["workers"] is None:
-        settings["workers"] = torch.get_num_threads()
+    data = load_cohort(cohort)
+    if distributed.is_initialized():
+        workers = workers or torch.get_num_threads()
 
     def make_network() -> networks.MriNet3d:
         return networks.MriNet3d(channels, data.volumes.shape[1:])
 
     def fit_folds(only: Sequence[int] | None, overwrite: bool) -> pd.DataFrame:
-        return training.cross_validate(
-            data, make_network, only=only, overwrite=overwrite, **settings
-        )
+        options = settings | {"only": only, "workers": workers, "overwrite": overwrite}
+        return training.cross_validate(data, make_network, **options)
 
     table = share_work(fit_folds, range(settings["folds"]), overwrite)
     correct = (table["probability"] > 0.5) == table["sex"]
@@ -167,37 +146,66 @@ def _train(arguments: argparse.Namespace) -> None:
     print(f"accuracy {correct.mean():.4f} over {len(table)} subjects")
 
 
-def _predict(arguments: argparse.Namespace) -> None:
-    """Print the probability of man for new volumes, as CSV."""
-    options = {"orientation": arguments.orientation}
-    table, rejected = training.predict_files(arguments.network, arguments.volumes, **options)
-    table.to_csv(sys.stdout, index=False)
-    for subject, reason in rejected.itertuples(index=False):
-        print(f"{subject}: left out: {reason}", file=sys.stderr)
-    if table.empty:
-        raise ValueError(f"not one of {len(rejected)} volumes could be used.")
-
-
-def _masks(arguments: argparse.Namespace) -> None:
+def _masks(cohort: Path, networks: Path, out: Path, seed: int, overwrite: bool) -> None:
     """Learn perturbation masks of held-out subjects, saved as NIfTI."""
-    data = cohort.load_cohort(arguments.cohort)
+    data = load_cohort(cohort)
 
     def explain_rows(rows: Sequence[int] | None, overwrite: bool) -> pd.DataFrame:
-        options = {"rows": rows, "seed": arguments.seed, "overwrite": overwrite}
-        return explain.explain(data, arguments.networks, arguments.out, **options)
+        options = {"rows": rows, "seed": seed, "overwrite": overwrite}
+        return explain.explain(data, networks, out, **options)
 
-    table = share_work(explain_rows, range(len(data)), arguments.overwrite)
+    table = share_work(explain_rows, range(len(data)), overwrite)
     print(table[["before", "after", "volume"]].describe().loc[["mean", "min", "max"]].to_string())
+
+
+def _predict(network: Path, volumes: Sequence[Path], orientation: str) -> None:
+    """Print the probability of man for new volumes, as CSV."""
+    table = predict_files(network, volumes, orientation=orientation)
+    table.to_csv(sys.stdout, index=False)
+    if table["probability_of_man"].isna().all():
+        raise ValueError(f"not one of {len(table)} volumes could be used; see their reasons")
+
+
+def predict_files(
+    checkpoint: str | Path, paths: Sequence[Path], *, orientation: str = "RAS"
+) -> pd.DataFrame:
+    """Predict the sex of NIfTI volumes at native resolution, prepared as the training cohort was.
+
+    ``run.json`` beside the checkpoint (``fold-K.pt``) names the cohort's grid and modality; without
+    it they are FA of any field of view. `orientation` is that of the arrays which the network was
+    fitted to, else a ValueError: ours are RAS, HCP's files read without their affine are LAS.
+
+    Returns a row a volume: path, Subject, and probability_of_man, or the reason why it has none.
+    """
+    if sorted(orientation.translate(str.maketrans("LPI", "RAS"))) != ["A", "R", "S"]:
+        raise ValueError(f"expected an orientation such as RAS or LAS, found {orientation}.")
+    turn = ornt_transform(axcodes2ornt("RAS"), axcodes2ornt(orientation))
+    record, grid = Path(checkpoint).with_name(storage.RUN_RECORD), {"shape": SHAPE}
+    if record.is_file():
+        grid = storage.read_json(record).get("train", {}).get("grid", grid)
+    grid = check_grid(grid, record)
+    network, rows = networks.load(checkpoint, grid["shape"]), []
+    for path in tqdm(paths, "predict", unit="volume"):
+        row = {"path": path, "Subject": layouts.subject_of(path), "probability_of_man": np.nan}
+        try:
+            volume, affine, _ = volumes.prepare(path, grid["modality"], grid["normalised"])
+            image = nib.Nifti1Image(volume, affine).as_reoriented(turn)
+            small, affine = volumes.resample(image.dataobj, image.affine, network.shape)
+            if grid["affine"] is not None and not np.allclose(affine, grid["affine"], atol=1e-3):
+                problem = f"found another, of affine {affine.round(3).tolist()}"
+                raise ValueError(f"{path}: expected the training cohort's field of view, {problem}")
+            row["probability_of_man"] = training.predict(network, np.asarray(small)[None])[0, 1]
+        except (ValueError, OSError) as error:
+            row["reason"] = str(error)
+        rows.append(row)
+    return pd.DataFrame(rows, columns=["path", "Subject", "probability_of_man", "reason"])
 
 
 OPTIONS = {
     "folder": {"type": Path},
     "source": {"type": Path, "help": "a folder, searched at any depth"},
     "target": {"type": Path, "help": "gets <ID>.nii.gz, and rejected.csv"},
-    "cohort": {
-        "type": Path,
-        "help": "a layout that DATA_ACCESS.md lists; once converted, its cohort",
-    },
+    "cohort": {"type": Path, "help": "a layout of DATA_ACCESS.md; once converted, its cohort"},
     "network": {"type": Path, "help": "fold-K.pt, or a published state dict"},
     "networks": {"type": Path, "help": "folder that train wrote"},
     "volumes": {"type": Path, "nargs": "+", "help": "<ID>.nii.gz"},
@@ -207,7 +215,6 @@ OPTIONS = {
     "--spacing": {"type": float, "default": 2.5, "help": "mm; 1.25 is HCP's grid"},
     "--head-size": {"type": float, "default": 0.12, "help": "men's over women's, minus one"},
     "--effect": {"type": float, "default": 1.0, "help": "multiplies planted local differences"},
-    "--template": {"type": Path, "help": "a real FA map to start from"},
     "--seed": {"type": int, "default": 0, "help": "of all random draws"},
     "--workers": {"type": int, "help": "at once; as many as cores by default (memory: README)"},
     "--overwrite": {"action": "store_true", "help": "start anew, also with other settings"},
@@ -230,74 +237,72 @@ OPTIONS = {
     "--milestones": {"type": int, "nargs": "*", "default": (5, 15), "help": "a tenth of it after"},
     "--orientation": {"default": "RAS", "help": "of the arrays the network was trained on"},
 }
-COMMANDS = {  # an example, and the arguments
-    _synthesize: (
-        "data/synthetic",
-        "folder --subjects --spacing --head-size --effect --template --seed --workers",
+COMMANDS = {  # name: the function, and its arguments
+    "synthesize": (
+        synthetic.write_cohort,
+        "folder --subjects --spacing --head-size --effect --seed --workers --overwrite",
     ),
-    _extract: ("data/hcp data/hcp/fa", "source target --member --workers --overwrite"),
-    _fa: ("data/hcp data/hcp/fa --workers 4", "source target --bmax --b0 --workers --overwrite"),
-    _survey: ("data/hcp", "cohort --table"),
-    _convert: (
-        "data/hcp --normalised --out data/hcp-one-size",
+    "extract": (archives.extract, "source target --member --workers --overwrite"),
+    "fa": (diffusion.fit_folder, "source target --bmax --b0 --workers --overwrite"),
+    "survey": (_survey, "cohort --table"),
+    "convert": (
+        _convert,
         "cohort --out --fa --table --kind --session --match --regrid --normalised --leave-out-qc "
         "--overwrite",
     ),
-    _check: ("data/hcp results/hcp/check", "cohort out"),
-    _train: (
-        "data/hcp results/hcp/cnn3d --epochs 20 --workers 2",
+    "check": (_check, "cohort out"),
+    "train": (
+        _train,
         "cohort out --channels --folds --epochs --batch-size --lr --milestones --seed --workers "
         "--overwrite",
     ),
-    _predict: ("results/hcp/cnn3d/fold-0.pt some_FA.nii.gz", "network volumes --orientation"),
-    _masks: (
-        "data/hcp results/hcp/cnn3d results/hcp/masks",
-        "cohort networks out --seed --overwrite",
-    ),
+    "masks": (_masks, "cohort networks out --seed --overwrite"),
+    "predict": (_predict, "network volumes --orientation"),
 }
+EXAMPLES = """from HCP's packages to masks:
+  python -m brainsex fa data/hcp data/hcp/fa --workers 4
+  python -m brainsex survey data/hcp
+  python -m brainsex convert data/hcp
+  python -m brainsex check data/hcp results/hcp/check
+  python -m brainsex train data/hcp results/hcp/cnn3d --workers 2
+  python -m brainsex masks data/hcp results/hcp/cnn3d results/hcp/masks
+  python -m brainsex predict results/hcp/cnn3d/fold-0.pt some_FA.nii.gz
+without HCP, or from archives of FA maps:
+  python -m brainsex synthesize data/synthetic
+  python -m brainsex extract data/synthetic data/synthetic/fa
+"""
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of all commands; a command's help is its docstring."""
-    top = argparse.ArgumentParser(prog="python -m brainsex", description=__doc__)
-    commands = top.add_subparsers(required=True, metavar="COMMAND")
-    for function, (example, names) in COMMANDS.items():
-        sub = commands.add_parser(
-            function.__name__[1:],
-            help=function.__doc__,
-            description=function.__doc__,
-            epilog=f"Example: {top.prog} {function.__name__[1:]} {example}",
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        )
-        sub.set_defaults(function=function)
+    """Return the parser of all commands; a command's help is the first line of its docstring."""
+    look = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": EXAMPLES}
+    top = argparse.ArgumentParser(prog="python -m brainsex", description=__doc__, **look)
+    commands = top.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    for command, (function, names) in COMMANDS.items():
+        line, look = function.__doc__.partition("\n")[0], argparse.ArgumentDefaultsHelpFormatter
+        parser = commands.add_parser(command, help=line, description=line, formatter_class=look)
         for name in names.split():
-            sub.add_argument(name, **OPTIONS[name])
+            parser.add_argument(name, **OPTIONS[name])
     return top
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; whatever stops it ends with one line and an exit code other than 0."""
-    parsed = build_parser().parse_args(arguments)
+    options = vars(build_parser().parse_args(arguments))
     os.environ.update(speed.MALLOC_ENVIRONMENT | os.environ)
-    function = parsed.function
-    del parsed.function
-    folders = (getattr(parsed, name, None) for name in ("target", "out", "folder"))
-    folder = next(filter(None, folders), parsed.cohort if function is _convert else None)
+    command = options.pop("command")
+    folders = (options.get(name) for name in ("target", "out", "folder"))
+    folder = next(filter(None, folders), options["cohort"] if command == "convert" else None)
     try:
         launched = "TORCHELASTIC_RUN_ID" in os.environ
-        if launched and function not in (_train, _masks):
-            raise ValueError(
-                f"{function.__name__[1:]} is work for one process: torchrun shares train and masks."
-            )
+        if launched and command not in ("train", "masks"):
+            raise ValueError("torchrun shares train and masks; this is work for one process.")
         with process_group() if launched else nullcontext(True) as is_first:
             lock = storage.folder_lock(folder) if is_first and folder else nullcontext()
             with lock, redirect_stdout(sys.stdout if is_first else None):
-                function(parsed)
+                COMMANDS[command][0](**options)
     except KeyboardInterrupt:
-        print(
-            "stopped: nothing is left half-written; the same command goes on from what is finished",
-            file=sys.stderr,
-        )
+        print("stopped: the same command goes on from what is finished", file=sys.stderr)
         sys.exit(130)  # as of any program that Ctrl-C ends
     except (ValueError, OSError, FloatingPointError, ImportError, BrokenProcessPool) as error:
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -1,7 +1,7 @@
 """Volumes from HCP's zip archives, nested or not: one NIfTI file a subject (notebook 02).
 
-In the study each subject is an archive of 1 GB that holds another one with the wanted file. A
-stored inner archive is read in place, a compressed one inflated to a bounded temporary file.
+In the study each subject is an archive of 1 GB that holds another one with the wanted file, which
+is read in place.
 """
 
 import errno
@@ -10,12 +10,10 @@ import io
 import os
 import re
 import struct
-import tempfile
 import zipfile
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from fnmatch import fnmatchcase
-from functools import cache
 from pathlib import Path
 from typing import IO
 
@@ -27,7 +25,7 @@ from brainsex import storage, tables
 
 FA_MEMBERS = ("*_FA.nii.gz", "FA.nii.gz", "*_FA.nii", "FA.nii")
 MAX_MEMBER = 2 << 30  # bytes of the largest volume extracted
-MAX_INNER = 8 << 30  # bytes of the largest inner archive inflated to a temporary file
+MAX_INNER = 8 << 30  # bytes of the largest compressed archive within another one
 MAX_RATIO = 500  # inflated bytes to stored ones: brain masks reach 350, zip bombs 1000
 CHUNK = 1 << 20  # bytes read at a time
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -55,27 +53,38 @@ def extract(
     workers : subjects at the same time; by default the cores that this process may use.
     overwrite : delete these subjects' volumes first.
 
-    Returns a DataFrame sorted by Subject (str): status (extracted, present, rejected) and reason.
-    Raises FileNotFoundError if there is no archive, ValueError if `target` has volumes of another
-    `member`, and OSError if the disk is full.
+    Returns a table sorted by Subject: status (extracted, present, rejected) and reason. Raises
+    FileNotFoundError without an archive, ValueError if `target` has volumes of another `member`,
+    and OSError if the disk is full.
     """
     source, target = Path(source), Path(target)
     patterns = (member,) if isinstance(member, str) else tuple(member)
-    archives = group_by_subject(files_below(source, ".zip"))
-    if not archives:
-        expected = "expected archives named <ID>_….zip or <ID>.zip, found none"
-        raise FileNotFoundError(f"{source}: {expected}; DATA_ACCESS.md says how to get them")
 
-    def work(subject: str) -> str:
-        return _extract_volume(archives[subject], source, patterns, target / subject)
+    def work(subject: str, paths: dict[str, Path]) -> str:
+        members = []
+        with ExitStack() as stack:
+            for label, path in paths.items():
+                members += find_members(path, label, patterns, stack, MAX_MEMBER)
+            members = [member for member in members if re.search(r"(?i)\.nii(\.gz)?$", member[2])]
+            if len(members) != 1:
+                hits = ", ".join(label for _, _, label in members[:4])
+                hits = hits or "none (HCP ships no FA map: DATA_ACCESS.md says how to fit one)"
+                expected = f"expected one file named like {' or '.join(patterns)}"
+                raise ValueError(f"{', '.join(paths)}: {expected}, found {hits}")
+            ending = ".nii.gz" if members[0][2].lower().endswith(".gz") else ".nii"
+            with storage.atomic_path(target / f"{subject}{ending}") as partial:
+                with open(partial, "wb") as file:
+                    file.writelines(_read_chunks(members[0]))
+        return "extracted"
 
-    settings = {"member": patterns}
-    return process_subjects(work, archives, target, "extract", settings, workers, overwrite)
+    archives, settings = storage.files_below(source, ".zip"), {"member": patterns}
+    return process_subjects(work, source, archives, target, "extract", settings, workers, overwrite)
 
 
 def process_subjects(
-    work: Callable[[str], str],
-    subjects: Collection[str],
+    work: Callable[[str, dict[str, Path]], str],
+    source: Path,
+    paths: Iterable[Path],
     target: Path,
     command: str,
     settings: Mapping,
@@ -84,11 +93,19 @@ def process_subjects(
 ) -> pd.DataFrame:
     """Call `work` for each subject without a volume in `target`; return the table of `extract`.
 
-    `work` writes ``target/<ID>.nii.gz`` and returns the status. A subject for whom it raises is
-    rejected; only a failure to write to `target` ends the run, which ``run.json`` records.
+    `work` takes the subject and its files among `paths`, by their names below `source`; it writes
+    ``target/<ID>.nii.gz`` and returns the status. A subject for whom it raises is rejected; only a
+    failure to write to `target` ends the run, which ``run.json`` records.
     """
-    volumes = [path for path in target.glob("*.nii*") if path.name.endswith((".nii", ".nii.gz"))]
-    stale = [glob.escape(path.name) for path in volumes if tables.subject_id(path) in subjects]
+    groups: dict[str, dict[str, Path]] = {}
+    for path in sorted(paths):
+        if subject := _subject_of(path):  # two links to one file count once
+            groups.setdefault(subject, {}).setdefault(os.path.realpath(path), path)
+    if not groups:
+        expected = "expected archives <ID>_….zip or <ID>.zip (to fit: or <ID>/T1w/Diffusion)"
+        raise FileNotFoundError(f"{source}: {expected}, found none; DATA_ACCESS.md has the source")
+    volumes = list(target.glob("[!.]*.nii*"))
+    stale = [glob.escape(path.name) for path in volumes if tables.subject_id(path) in groups]
     storage.start_run(target, command, settings, overwrite=overwrite, results=stale)
     present = set() if overwrite else set(map(tables.subject_id, volumes))
 
@@ -96,7 +113,8 @@ def process_subjects(
         if subject in present:
             return subject, "present", ""
         try:
-            return subject, work(subject), ""
+            files = {p.relative_to(source).as_posix(): p for p in groups[subject].values()}
+            return subject, work(subject, files), ""
         except Exception as error:
             path = Path(getattr(error, "filename", None) or "")
             if target in path.parents or getattr(error, "errno", None) in DISK_FULL:
@@ -105,31 +123,17 @@ def process_subjects(
             return subject, "rejected", f"{name}{error}"
 
     run = Parallel(workers or cpu_count(), require="sharedmem", return_as="generator")  # threads
-    rows = run(delayed(attempt)(subject) for subject in sorted(subjects))
-    rows = list(tqdm(rows, command, total=len(subjects), unit="subject"))
+    rows = run(delayed(attempt)(subject) for subject in sorted(groups))
+    rows = list(tqdm(rows, command, total=len(groups), unit="subject"))
     table = pd.DataFrame(rows, columns=["Subject", "status", "reason"])
     rejected = table.loc[table["status"] == "rejected", ["Subject", "reason"]]
     storage.write_text(target / "rejected.csv", rejected.to_csv(index=False))
-    print(f"{len(table)} subjects, {len(rejected)} of them rejected (rejected.csv says why)")
+    counts = table["status"].value_counts().rename_axis(f"{command} (rejected.csv says why)")
+    print(counts.to_string())
     return table
 
 
-def files_below(folder: str | Path, *endings: str) -> Iterator[Path]:
-    """Yield the files at any depth whose names end in one of `endings`, behind links too.
-
-    Hidden folders are left out (DataLad's ``.git/annex``). A broken link counts, a pipe does not.
-    """
-    real = cache(os.path.realpath)
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        if real(parent) in map(real, Path(parent).parents):  # a link to a folder above
-            folders.clear()
-            continue
-        folders[:] = (name for name in folders if not name.startswith("."))
-        paths = (Path(parent, name) for name in names if name.lower().endswith(endings))
-        yield from (path for path in paths if path.is_file() or not path.exists())
-
-
-def archive_subject(path: str | Path) -> str:
+def _subject_of(path: Path) -> str:
     """Return the ID with which an archive's name starts, or that of the folder a series lies in.
 
     That folder is above ``T1w`` and ``ses-…``. BIDS's ``sub-`` is no part of an ID; "" if none.
@@ -142,21 +146,13 @@ def archive_subject(path: str | Path) -> str:
     return next(names, "").removeprefix("sub-")
 
 
-def group_by_subject(paths: Iterable[Path]) -> dict[str, list[Path]]:
-    """Group paths by `archive_subject`; two links to one file count once."""
-    groups: dict[str, dict[str, Path]] = {}
-    for path in sorted(paths):
-        if subject := archive_subject(path):
-            groups.setdefault(subject, {}).setdefault(os.path.realpath(path), path)
-    return {subject: list(files.values()) for subject, files in groups.items()}
-
-
 def find_members(
-    file: Path | IO, label: str, patterns: Sequence[str], stack: ExitStack, scratch: Path | None
+    file: Path | IO, label: str, patterns: Sequence[str], stack: ExitStack, limit: int
 ) -> list[Member]:
-    """Return an archive's matching members; with `scratch` also those of the archives in it.
+    """Return the matching members of an archive, and of those within a file's archive.
 
-    `label` names the archive in messages; files stay open until `stack` closes.
+    `label` names the archive in messages; files stay open until `stack` closes. Raises ValueError
+    for a damaged archive, and for a member of more than `limit` bytes or a zip bomb.
     """
     with storage.reading(label, "a whole zip archive"):
         archive = stack.enter_context(zipfile.ZipFile(file))
@@ -166,24 +162,24 @@ def find_members(
         name = re.split(r"[/\\]", info.filename.lower())[-1]
         if "__MACOSX" in info.filename or name.startswith("._"):
             continue
-        if name.endswith(".zip") and scratch:
-            inner = _open_inner(file, member, scratch, stack)
-            members += find_members(inner, member[2], patterns, stack, None)
+        if name.endswith(".zip") and isinstance(file, Path):  # no deeper than this
+            inner = _open_inner(file, member, stack)
+            members += find_members(inner, member[2], patterns, stack, limit)
         elif any(fnmatchcase(name, pattern.lower()) for pattern in patterns):
+            _check_size(member, limit)
             members.append(member)
     return members
 
 
-def member_chunks(member: Member, limit: int) -> Iterator[bytes]:
-    """Yield the bytes of a member of at most `limit` bytes; zipfile compares their checksum."""
+def _read_chunks(member: Member) -> Iterator[bytes]:
+    """Yield the bytes of a member; zipfile compares their checksum."""
     archive, info, label = member
-    check_member(member, limit)
     with storage.reading(label, "a whole zip archive"), archive.open(info) as stream:
         while chunk := stream.read(CHUNK):
             yield chunk
 
 
-def check_member(member: Member, limit: int) -> None:
+def _check_size(member: Member, limit: int) -> None:
     """Raise ValueError if a member declares more than `limit` bytes, or is a zip bomb."""
     archive, info, label = member
     stored = min(info.compress_size, archive.start_dir)  # the declared size could be a lie
@@ -193,39 +189,14 @@ def check_member(member: Member, limit: int) -> None:
         raise ValueError(f"{label}: {problem}, found {info.file_size} declared; repack it")
 
 
-def _extract_volume(paths: list[Path], source: Path, patterns: Sequence[str], target: Path) -> str:
-    """Write the one volume that a subject's archives hold to `target` and its ending."""
-    labels, members = [path.relative_to(source).as_posix() for path in paths], []
-    with ExitStack() as stack:
-        for path, label in zip(paths, labels):
-            members += find_members(path, label, patterns, stack, target.parent)
-        members = [member for member in members if re.search(r"(?i)\.nii(\.gz)?$", member[2])]
-        if len(members) != 1:
-            hits = ", ".join(label for _, _, label in members[:4])
-            raise ValueError(
-                f"{', '.join(labels)}: expected one file named like {' or '.join(patterns)}, found "
-                f"{hits or 'none (HCP ships no FA map: DATA_ACCESS.md says how to fit one)'}"
-            )
-        ending = ".nii.gz" if members[0][2].lower().endswith(".gz") else ".nii"
-        with storage.atomic_path(f"{target}{ending}") as partial, open(partial, "wb") as file:
-            file.writelines(member_chunks(members[0], MAX_MEMBER))
-    return "extracted"
-
-
-def _open_inner(path: Path | IO, member: Member, scratch: Path, stack: ExitStack) -> IO:
-    """Open an archive within an archive as a file that seeks fast."""
-    _, info, label = member
-    if info.compress_type != zipfile.ZIP_STORED:
-        try:
-            file = stack.enter_context(tempfile.TemporaryFile(dir=scratch))
-            file.writelines(member_chunks(member, MAX_INNER))
-            file.flush()  # zipfile would take a full disk for a bad archive
-        except OSError as error:
-            error.filename = error.filename or str(scratch)
-            raise
-        return file
-    check_member(member, info.file_size)  # of any size: it is read in place
+def _open_inner(path: Path, member: Member, stack: ExitStack) -> IO:
+    """Open an archive within an archive: a stored one, which is the rule, as a file that seeks."""
+    archive, info, label = member
+    stored = info.compress_type == zipfile.ZIP_STORED
+    _check_size(member, info.file_size if stored else MAX_INNER)
     with storage.reading(label, "a whole zip archive"):
+        if not stored:
+            return stack.enter_context(archive.open(info))
         outer = stack.enter_context(open(path, "rb", buffering=0))
         outer.seek(info.header_offset + 26)  # lengths of name and extra field, in a local header
         start = info.header_offset + 30 + sum(struct.unpack("<HH", outer.read(4)))

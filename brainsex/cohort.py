@@ -1,9 +1,7 @@
 """A converted cohort and its loader: volumes, sex, subjects, families and affine."""
 
 import hashlib
-import mmap
-import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -45,16 +43,7 @@ class VolumeRows:
         return len(self.rows)
 
     def __getitem__(self, index: int | slice | np.ndarray) -> np.ndarray:
-        rows = self.rows[index]
-        mapping = getattr(self.volumes, "base", None)
-        if isinstance(mapping, mmap.mmap) and hasattr(mmap, "MADV_WILLNEED"):
-            # the kernel's own read-ahead would read several times a cohort larger than memory
-            size = self.volumes.strides[0]
-            offset = self.volumes.ctypes.data - np.frombuffer(mapping, np.uint8).ctypes.data
-            for start in offset + np.atleast_1d(rows) * size:
-                page = int(start) // mmap.PAGESIZE * mmap.PAGESIZE
-                mapping.madvise(mmap.MADV_WILLNEED, page, int(start) + size - page)
-        return self.volumes[rows]
+        return self.volumes[self.rows[index]]
 
 
 def load_cohort(folder: str | Path, *, affine: np.ndarray | None = None) -> Cohort:
@@ -84,7 +73,7 @@ def load_cohort(folder: str | Path, *, affine: np.ndarray | None = None) -> Coho
         raise ValueError(f"{folder}: grid.json and tensors.npy disagree; {CONVERT_AGAIN}")
     subjects, families = table["Subject"].to_numpy(str), table.set_index("Subject").get("group")
     groups = None if families is None else tables.fill_missing_families(families)
-    return Cohort(*cohort_name(folder), volumes, sex, subjects, groups, table=table, **grid)
+    return Cohort(*tables.cohort_name(folder), volumes, sex, subjects, groups, table=table, **grid)
 
 
 load = load_cohort
@@ -102,35 +91,16 @@ def digest(cohort: Cohort) -> str:
     return checksum.hexdigest()
 
 
-def subset_cohort(cohort: Cohort, rows: np.ndarray) -> Cohort:
-    """Return the subjects of a cohort at `rows`; their volumes are read when they are indexed."""
-    return replace(
-        cohort,
-        volumes=VolumeRows(cohort.volumes, rows),
-        sex=cohort.sex[rows],
-        subjects=cohort.subjects[rows],
-        groups=None if cohort.groups is None else cohort.groups[rows],
-        table=cohort.table.iloc[rows].reset_index(drop=True),
-    )
-
-
-def cohort_name(folder: str | Path) -> tuple[str, bool]:
-    """Return a cohort's name, with the word synthetic where it is; and whether it is."""
-    synthetic = (Path(folder) / "SYNTHETIC").is_file()
-    name = Path(os.path.abspath(folder)).name  # a link keeps its own name
-    return name if not synthetic or "synthetic" in name else f"{name} (synthetic)", synthetic
-
-
 def check_grid(grid: dict, path: Path) -> dict:
     """Return shape, affine (4, 4), modality and normalised of a record, or raise ValueError."""
-    with storage.reading(path, "shape and affine of a cohort's grid", CONVERT_AGAIN):
+    with storage.reading(path, "shape, modality and affine of a cohort", CONVERT_AGAIN):
         modality, affine = grid.get("modality", "fa"), grid.get("affine")
-        if modality not in MODALITIES:
-            raise ValueError(f"modality {modality!r:.100}, not one of {', '.join(MODALITIES)}")
         if affine is not None:
-            affine = np.asarray(affine, float)
-            if affine.shape != (4, 4) or not np.isfinite(affine).all() or not np.linalg.det(affine):
-                raise ValueError(f"affine {affine.tolist()}, not (4, 4) with an inverse")
+            affine = np.array(affine, float).reshape(4, 4)
+        if modality not in MODALITIES or (
+            affine is not None and not abs(np.linalg.det(affine)) > 0
+        ):
+            raise ValueError(f"found modality {modality!r:.100} and affine {affine}")
         checked = {"shape": tuple(map(int, grid["shape"])), "affine": affine}
         return checked | {"modality": modality, "normalised": bool(grid.get("normalised", False))}
 

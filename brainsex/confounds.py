@@ -20,14 +20,11 @@ def confound_matrix(table: pd.DataFrame, names: Sequence[str]) -> np.ndarray:
     Text that is all numbers counts as numbers. Raises ValueError for a column that is missing, has
     blanks, or is the same for everybody.
     """
-    if unknown := [name for name in names if name not in table]:
-        raise ValueError(f"no column {', '.join(unknown)}: there are {', '.join(table.columns)}.")
-    columns = table[list(names)].replace([np.inf, -np.inf], np.nan)
+    columns = table.reindex(columns=names).replace([np.inf, -np.inf], np.nan)
     for name in columns:
-        if blank := columns[name].isna().sum():
-            raise ValueError(f"confound {name} is blank for {blank} of {len(columns)} subjects.")
-        if columns[name].nunique() < 2:
-            raise ValueError(f"confound {name} is the same for everybody.")
+        if columns[name].isna().any() or columns[name].nunique() < 2:
+            expected = f"confound {name} of all {len(table)} subjects, not the same for everybody"
+            raise ValueError(f"expected {expected}, found {columns[name].value_counts().to_dict()}")
         numbers = pd.to_numeric(columns[name], errors="coerce")
         if numbers.notna().all():
             columns[name] = numbers
@@ -122,14 +119,10 @@ def matched_rows(
         raise ValueError("expected finite confounds, found blanks among them.")
     scaled = confounds / np.where(np.ptp(confounds, 0) > 0, confounds.std(0), 1)
     women, men = np.flatnonzero(sex == 0), np.flatnonzero(sex == 1)
-    distance = np.zeros((len(women), len(men)))
-    near = np.ones(distance.shape, bool)
+    difference = np.abs(scaled[women, None] - scaled[men])  # (women, men, K)
+    distance, near = (difference**2).sum(-1), (difference <= caliper).all(-1)
     if within is not None:
-        near = within[women, None] == within[men]
-    for column in scaled.T:
-        difference = np.abs(column[women, None] - column[men])
-        near &= difference <= caliper
-        distance += difference**2
+        near &= within[women, None] == within[men]
     far = len(sex) * (distance[near].max(initial=0) + 1)  # one pair more is worth any closeness
     pairs = linear_sum_assignment(np.where(near, distance, far))
     close = near[pairs]

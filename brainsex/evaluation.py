@@ -1,21 +1,18 @@
 """Folds, and scores with intervals that a referee would accept.
 
 One protocol for every classifier: `folds` assigns, the classifier gives each held-out subject a
-decision, above 0 for man; `score`, `paired_test` and `permutation_test` judge the decisions.
+decision, above 0 for man; `score` and `paired_test` judge the decisions.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
 from scipy.stats import binomtest, norm, t
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
-from tqdm.auto import tqdm
 
-Z = norm.ppf(0.975)
-"""Standard errors on either side of a 95 % normal interval."""
 BOOTSTRAP_DRAWS = 2000
 
 
@@ -46,8 +43,6 @@ def wilson_interval(correct: int, n: int) -> tuple[float, float]:
 
     Wilson 1927, J. Am. Stat. Assoc. 22:209. Raises ValueError unless 0 <= correct <= n and n > 0.
     """
-    if not 0 <= correct <= n or n < 1:
-        raise ValueError(f"expected 0 <= correct <= n and n > 0, got {correct} of {n}.")
     interval = binomtest(correct, n).proportion_ci(0.95, method="wilson")
     return float(interval.low), float(interval.high)
 
@@ -145,7 +140,7 @@ def _auc_half_width(auc: float, women: int, men: int) -> float:
     """Half the 95 % interval of one sample's AUC, by Hanley and McNeil."""
     above, below = auc / (2 - auc), 2 * auc**2 / (1 + auc)
     variance = auc * (1 - auc) + (men - 1) * (above - auc**2) + (women - 1) * (below - auc**2)
-    return float(Z * math.sqrt(variance / (women * men)))
+    return float(norm.ppf(0.975) * math.sqrt(variance / (women * men)))
 
 
 def _tested_folds(
@@ -171,25 +166,17 @@ def paired_test(
 ) -> dict[str, float]:
     """Compare two classifiers over the same folds: the accuracy of the first less the second's.
 
-    The corrected resampled t test (Nadeau and Bengio 2003); if each fold is one subject or there
-    is one fold, McNemar's exact test with the interval of Agresti and Min 2005, Stat. Med. 24:729.
-    Takes what `score` does; returns the difference, its 95 % limits low and high, two-sided p.
+    The corrected resampled t test (Nadeau and Bengio 2003), of two folds at least. Takes what
+    `score` does; returns the difference, its 95 % limits low and high, and a two-sided p.
     """
     first, second = np.atleast_2d(first), np.atleast_2d(second)
     fold_rows, count = _tested_folds(np.isfinite(first) & np.isfinite(second), assignment)
     right = [(decisions > 0) == np.asarray(sex) for decisions in (first, second)]
     gain = right[0].astype(int) - right[1]
-    gains = [gain[rows] for rows in fold_rows]
-    if len(gains) == 1:
-        better, worse, n = int((gains[0] > 0).sum()), int((gains[0] < 0).sum()), gains[0].size + 2
-        p = binomtest(better, better + worse).pvalue if better + worse else 1.0
-        middle = (better - worse) / n
-        half = Z / n * math.sqrt(better + worse + 1 - (better - worse) ** 2 / n)
-        mean, low, high = gains[0].mean(), max(middle - half, -1), min(middle + half, 1)
-    else:
-        mean, low, high = corrected_t_interval([gain.mean() for gain in gains], folds=count)
-        error = (high - mean) / t.ppf(0.975, len(gains) - 1)
-        p = 2 * t.sf(abs(mean) / error, len(gains) - 1) if error else mean == 0
+    gains = [gain[rows].mean() for rows in fold_rows]
+    mean, low, high = corrected_t_interval(gains, folds=count)
+    error = (high - mean) / t.ppf(0.975, len(gains) - 1)
+    p = 2 * t.sf(abs(mean) / error, len(gains) - 1) if error else mean == 0
     return {"difference": float(mean), "low": float(low), "high": float(high), "p": float(p)}
 
 
@@ -214,26 +201,3 @@ def permuted_labels(
     for rows in map(np.array, families.values()):  # (families, members)
         labels[rows] = rng.permuted(sex[rng.permutation(rows)], axis=1)
     return labels
-
-
-def permutation_test(
-    statistic: Callable[[np.ndarray], float],
-    sex: np.ndarray,
-    *,
-    groups: np.ndarray | None = None,
-    permutations: int = 100,
-    seed: int = 0,
-) -> tuple[float, np.ndarray, float]:
-    """Test whether a procedure's score, of labels (N,), is higher than on `permuted_labels`.
-
-    Returns
-    -------
-    observed, null (permutations,), and p = (1 + #{null >= observed}) / (1 + permutations):
-    Phipson and Smyth 2010, Stat. Appl. Genet. Mol. Biol. 9:39. NaN counts as >= observed.
-    """
-    rng = np.random.default_rng(seed)
-    observed = statistic(np.asarray(sex))
-    labels = (permuted_labels(sex, rng, groups) for _ in range(permutations))
-    progress = tqdm(labels, "permutations", total=permutations, unit="permutation")
-    null = np.array([statistic(permutation) for permutation in progress])
-    return observed, null, float((1 + (~(null < observed)).sum()) / (1 + permutations))

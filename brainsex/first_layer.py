@@ -10,7 +10,6 @@ All voxels count, as in the study, also those outside the brain: both numbers kn
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -19,27 +18,18 @@ from nibabel.affines import from_matvec
 from scipy import stats
 from torch import Tensor
 
-from brainsex import LABELS, evaluation, networks, speed
+from brainsex import LABELS, networks, speed
 
 BINS = 256
-ALPHA = 0.05
 PLANES = 4  # of the convolution's output at once: an even number, pooling pairs them
 
 
-@dataclass(frozen=True)
-class FeatureSummary:
-    """Mean over voxels and entropy in nats, (N subjects, C feature maps)."""
+def summarise(network: networks.MriNet3d, volumes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Compute mean and entropy in nats, (N, C), of the C feature maps of volumes (N, X, Y, Z).
 
-    mean: np.ndarray
-    entropy: np.ndarray
-
-
-def summarise(network: networks.MriNet3d, volumes: np.ndarray) -> FeatureSummary:
-    """Compute mean and entropy of every feature map of volumes (N, X, Y, Z), in two passes.
-
-    No map is kept. The layer runs in float64: in float32, rounding moves voxels from one bin into
-    the next, which was seen to change an entropy by 2e-4 nats. A constant map has entropy 0. Raises
-    ValueError for another network or shape, and for volumes that are not finite.
+    The layer runs in float64: in float32, rounding moves voxels from one bin into the next, which
+    was seen to change an entropy by 2e-4 nats. A constant map has entropy 0. Raises ValueError for
+    another network or shape, and for volumes that are not finite.
     """
 
     def extremes(maps: Tensor, _: np.ndarray) -> Tensor:
@@ -62,40 +52,39 @@ def summarise(network: networks.MriNet3d, volumes: np.ndarray) -> FeatureSummary
         counts = torch.bincount(bins.flatten(), minlength=BINS * count * channels)
         return torch.special.entr(counts.view(count, channels, BINS).double() / voxels).sum(2)
 
-    return FeatureSummary(mean, np.concatenate(_measure_maps(network, volumes, entropies)))
+    return mean, np.concatenate(_measure_maps(network, volumes, entropies))
 
 
 def mean_feature_maps(
-    network: networks.MriNet3d, volumes: np.ndarray, sex: np.ndarray, maps: Sequence[int]
-) -> np.ndarray:
-    """Average chosen maps over women and men: (2, maps, X', Y', Z') on the grid of `map_affine`."""
+    network: networks.MriNet3d,
+    volumes: np.ndarray,
+    affine: np.ndarray,
+    sex: np.ndarray,
+    maps: Sequence[int],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Average chosen maps over women and men: (2, maps, X', Y', Z') and their affine (4, 4) to mm.
+
+    Voxel i of a pooled map is the maximum of the convolutions centred on voxels 2 i + 1 and 2 i + 2
+    of the volumes (N, X, Y, Z), whose affine is given.
+    """
 
     def sums(values: Tensor, rows: np.ndarray) -> Tensor:
         chosen = values[:, list(maps)]
         return torch.stack([chosen[sex[rows] == label].sum(0) for label in (0, 1)])
 
-    return sum(_measure_maps(network, volumes, sums)) / np.bincount(sex).reshape(2, 1, 1, 1, 1)
-
-
-def map_affine(affine: np.ndarray) -> np.ndarray:
-    """Return the (4, 4) affine, to mm, of the pooled feature maps of volumes with `affine`.
-
-    Voxel i of a map is the maximum of the convolutions centred on voxels 2 i + 1 and 2 i + 2.
-    """
-    if affine is None:
-        raise ValueError("expected an affine (4, 4), found none; use cohort.load(folder, affine=…)")
-    return affine @ from_matvec(2 * np.eye(3), [1.5] * 3)
+    total = sum(_measure_maps(network, volumes, sums))
+    pooling = from_matvec(2 * np.eye(3), [1.5] * 3)
+    return total / np.bincount(sex).reshape(2, 1, 1, 1, 1), affine @ pooling
 
 
 def _measure_maps(
     network: networks.MriNet3d, volumes: np.ndarray, measure: Callable
 ) -> list[np.ndarray]:
     """Return `measure` of each batch's maps (n, C, X', Y', Z') and rows (n,), batch after batch."""
-    if not isinstance(network, networks.MriNet3d):
-        raise ValueError(f"expected a MriNet3d, found a {type(network).__name__}")
-    if len(volumes) == 0 or tuple(volumes.shape[1:]) != network.shape:
-        expected = ", ".join(map(str, network.shape))
-        raise ValueError(f"expected volumes (N, {expected}), found {tuple(volumes.shape)}")
+    fits = isinstance(network, networks.MriNet3d) and tuple(volumes.shape[1:]) == network.shape
+    if not fits or len(volumes) == 0:
+        problem = f"found a {type(network).__name__} and volumes {tuple(volumes.shape)}"
+        raise ValueError(f"expected a MriNet3d and volumes (N, X, Y, Z) of its shape, {problem}")
     device = networks.device()
     layer = speed.inference_copy(copy.deepcopy(network).double(), device).hidden1
 
@@ -111,77 +100,34 @@ def _measure_maps(
 def compare_sexes(values: np.ndarray, sex: np.ndarray) -> pd.DataFrame:
     """Test every feature map between women and men on values (N, C), one row a map.
 
-    Columns: women, men (means) with women_half, men_half (half their 95 % t intervals); d, d_low,
-    d_high (Cohen's d, positive where men are higher, with the 95 % interval of Hedges and Olkin
-    1985); t, p (Welch); u, p_u (Mann-Whitney); holm, fdr, holm_u, fdr_u (p corrected over maps,
-    after Holm 1979 and after Benjamini and Hochberg 1995). A map that varies within neither sex has
-    ``tested`` False and no test (NaN). Raises ValueError for values that are not finite, and for
-    fewer than two women or men.
+    Columns: women, men (means); d, d_low, d_high (Cohen's d, positive where men are higher, with
+    the 95 % interval of Hedges and Olkin 1985); t, p (Welch); holm, fdr (p corrected over maps,
+    after Holm 1979 and after Benjamini and Hochberg 1995); u, p_u (Mann-Whitney). A map that varies
+    within neither sex has ``tested`` False and no test (NaN). Raises ValueError for values that are
+    not finite, and for fewer than two women or men.
     """
-    values, sex = _check_values(values, sex)
-    women, men = groups = [values[sex == label] for label in (LABELS["F"], LABELS["M"])]
-    counts = np.array([len(women), len(men)])
-    means = [group.mean(0) for group in groups]
+    values, sex = np.asarray(values, float), np.asarray(sex)
+    counts = np.array([(sex == LABELS[letter]).sum() for letter in "FM"])
+    if values.ndim != 2 or not len(values) == len(sex) == counts.sum() or counts.min() < 2:
+        sizes = f"{values.shape} of {len(sex)} subjects, {counts[0]} women and {counts[1]} men"
+        raise ValueError(f"expected values (N, maps) of two women and two men or more, not {sizes}")
+    if not np.isfinite(values).all():
+        raise ValueError(f"expected finite values, but {(~np.isfinite(values)).sum()} are not")
+    women, men = groups = [values[sex == LABELS[letter]] for letter in "FM"]
     spread = np.array([group.std(0, ddof=1) for group in groups])
-    halves = [stats.t.ppf(1 - ALPHA / 2, n - 1) * sd / np.sqrt(n) for n, sd in zip(counts, spread)]
-    names = ("women", "men", "women_half", "men_half")
-    table = pd.DataFrame(dict(zip(names, (*means, *halves)))).rename_axis("map")
+    table = pd.DataFrame({"women": women.mean(0), "men": men.mean(0)}).rename_axis("map")
     pooled = np.sqrt((counts - 1) @ spread**2 / (counts.sum() - 2))
-    tested = pooled > 1e-9 * np.abs(values).max(0)  # rounding is no variation
-    table["tested"] = tested
-    d = (means[1] - means[0])[tested] / pooled[tested]
+    table["tested"] = tested = pooled > 1e-9 * np.abs(values).max(0)  # rounding is no variation
+    d = (table["men"] - table["women"]).to_numpy()[tested] / pooled[tested]
     variance = counts.sum() / counts.prod() + d**2 / (2 * counts.sum())
-    half = stats.norm.ppf(1 - ALPHA / 2) * np.sqrt(variance)
-    columns = {"d": d, "d_low": d - half, "d_high": d + half}
-    welch = stats.ttest_ind(men[:, tested], women[:, tested], equal_var=False)
-    mann_whitney = stats.mannwhitneyu(men[:, tested], women[:, tested])
-    for name, suffix, test in (("t", "", welch), ("u", "_u", mann_whitney)):
-        p = test.pvalue
-        columns |= {name: test.statistic, f"p{suffix}": p, f"holm{suffix}": _holm(p)}
-        columns[f"fdr{suffix}"] = stats.false_discovery_control(p) if len(p) else p
-    for name, column in columns.items():
+    half = stats.norm.ppf(0.975) * np.sqrt(variance)
+    t, p = stats.ttest_ind(men[:, tested], women[:, tested], equal_var=False)
+    u, p_u = stats.mannwhitneyu(men[:, tested], women[:, tested])
+    fdr = stats.false_discovery_control(p) if len(p) else p
+    columns = {"d": d, "d_low": d - half, "d_high": d + half, "t": t, "p": p, "holm": _holm(p)}
+    for name, column in (columns | {"fdr": fdr, "u": u, "p_u": p_u}).items():
         table.loc[tested, name] = column
     return table
-
-
-def count_differences(table: pd.DataFrame) -> dict[str, int]:
-    """Count the maps of `compare_sexes` that differ at p < .05, as published and corrected."""
-    differ = table["p"] < ALPHA
-    rows = {
-        "not defined": ~table["tested"],
-        "p < .05": differ,
-        "men higher": differ & (table["t"] > 0),
-        "women higher": differ & (table["t"] < 0),
-        "Mann-Whitney p < .05": table["p_u"] < ALPHA,
-        "Holm": table["holm"] < ALPHA,
-        "FDR": table["fdr"] < ALPHA,
-    }
-    return {"maps": len(table)} | {name: int(chosen.sum()) for name, chosen in rows.items()}
-
-
-def permuted_shares(
-    values: np.ndarray,
-    sex: np.ndarray,
-    *,
-    groups: np.ndarray | None = None,
-    permutations: int = 1000,
-    seed: int = 0,
-) -> np.ndarray:
-    """Return the share of maps with p < .05 (Welch, uncorrected) in each permutation of the labels.
-
-    The subjects must be new to the network, which otherwise knows their sex. Families (`groups`)
-    are exchanged as a whole. Maps are correlated, so the share scatters by more than a binomial law
-    allows. Constant maps are left out; a ValueError where none varies, or as in `compare_sexes`.
-    """
-    values, sex = _check_values(values, sex)
-    values = values[:, compare_sexes(values, sex)["tested"]]
-    if values.shape[1] == 0:
-        raise ValueError("expected a map that varies, found none")
-    rng, men = np.random.default_rng(seed), int(sex.sum())
-    labels = [evaluation.permuted_labels(sex, rng, groups) for _ in range(permutations)]
-    orders = np.argsort(-np.array(labels), axis=1, kind="stable")  # men first
-    groups = values[orders[:, :men]], values[orders[:, men:]]  # (permutations, n, C)
-    return (stats.ttest_ind(*groups, axis=1, equal_var=False).pvalue < ALPHA).mean(1)
 
 
 def _holm(p: np.ndarray) -> np.ndarray:
@@ -189,18 +135,3 @@ def _holm(p: np.ndarray) -> np.ndarray:
     order = np.argsort(p)
     steps = np.maximum.accumulate(np.arange(len(p), 0, -1) * p[order])
     return np.minimum(steps, 1)[np.argsort(order)]
-
-
-def _check_values(values: np.ndarray, sex: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return finite values (N, C) and labels (N,) of two women and two men at least."""
-    values, sex = np.asarray(values, float), np.asarray(sex)
-    women, men = ((sex == LABELS[letter]).sum() for letter in "FM")
-    if min(women, men) < 2 or women + men != len(sex):
-        raise ValueError(
-            "expected labels 0 (women) and 1 (men), at least two of each, found "
-            f"{women} women and {men} men among {len(sex)}"
-        )
-    if values.ndim != 2 or len(values) != len(sex) or not np.isfinite(values).all():
-        bad = f"{values.shape}, {(~np.isfinite(values)).sum()} of them not finite"
-        raise ValueError(f"expected finite values ({len(sex)}, maps), found {bad}")
-    return values, sex.astype(np.int64)

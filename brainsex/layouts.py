@@ -4,19 +4,14 @@ One table of patterns names what people have, of HCP or of another study. `choos
 volumes for `volumes.convert`; for packages and series a command makes volumes first.
 """
 
-import gzip
-import math
 import os
 import re
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-import nibabel as nib
-import numpy as np
 import pandas as pd
-from tqdm.auto import tqdm
 
-from brainsex import archives, storage, tables, volumes
+from brainsex import storage, tables
 
 NII, LABEL = r"\.nii(\.gz)?", "[0-9A-Za-z]+"
 SESSION = f"(ses-(?P<session>{LABEL})/)?"
@@ -40,7 +35,6 @@ PATTERNS = {  # kind: modality, path below the folder, the command that makes vo
     "tbss-origdata": ("fa", rf"(.*/)?origdata/[^/]+{NII}", ""),
     "tbss-fa": ("fa", rf"(.*/)?FA/[^/]+_FA{NII}", ""),
     "tbss-target": ("fa", rf"(.*/)?FA/(?P<subject>[^/]+?)(_FA)+_to_target{NII}", ""),
-    "tbss-4d": ("fa", rf"(.*/)?all_FA{NII}", ""),
     "dtifit": ("fa", rf"{DTIFIT}dti_FA{NII}", ""),
     "t1": ("t1", rf"t1/[^/]+{NII}", ""),
     "hcp-t1": ("t1", rf"{HCP}T1w_acpc_dc_restore_brain{NII}", ""),
@@ -51,36 +45,28 @@ PATTERNS = {  # kind: modality, path below the folder, the command that makes vo
     "archive": ("fa", rf"{PACKAGE}([_-]([^/]*[_-])?(?i:FA|DTI)([_-][^/]*)?)?\.zip", EXTRACT_FA),
 }
 VOLUME_KINDS = [kind for kind, (*_, command) in PATTERNS.items() if not command]
-NO_ID_LIST = "no list of IDs: DATA_ACCESS.md, section 7"
-MAX_ID_LIST_BYTES = 1 << 24
 
 
 def find_volumes(folder: str | Path) -> pd.DataFrame:
     """Find what `folder` holds of each subject, at any depth. No volume is read.
 
-    Each volume, series or package is a row: Subject (empty for a 4D file without a list of IDs),
-    session (empty if there is none), kind and modality of `PATTERNS`, path, and number of the
-    volume in a 4D file, else -1. Raises FileNotFoundError if nothing is recognised.
+    Each volume, series or package is a row: Subject, session (empty if there is none), kind and
+    modality of `PATTERNS`, and path. Raises FileNotFoundError if nothing is recognised.
     """
-    folder, rows, places = Path(folder), [], set()
-    for path in sorted(archives.files_below(folder, ".nii", ".nii.gz", ".zip")):
+    folder, rows = Path(folder), {}
+    for path in sorted(storage.files_below(folder, ".nii", ".nii.gz", ".zip")):
         below = path.relative_to(folder).as_posix()
         kind, subject, session = _match_pattern(below)
-        place = (kind, subject, session, os.path.realpath(path))
-        if not kind or place in places or re.search(r"(^|/)(\.|__MACOSX/)", below):
-            continue
-        places.add(place)  # two links to one file count once
-        numbered = [(-1, subject)]
-        if kind == "tbss-4d":
-            numbered = list(enumerate(_read_id_list(path))) or [(-1, "")]
-        rows += [(name, session, kind, PATTERNS[kind][0], path, n) for n, name in numbered]
+        if kind and not re.search(r"(^|/)(\.|__MACOSX/)", below):
+            place = (kind, subject, session, os.path.realpath(path))  # of two links, the first
+            rows.setdefault(place, (subject, session, kind, PATTERNS[kind][0], path))
     if not rows:
         raise FileNotFoundError(
             f"{folder}: expected fa/<ID>.nii.gz, <ID>/T1w/…, sub-<ID>/…/dwi/…_FA.nii.gz, "
             "FA/<ID>_FA.nii.gz or packages <ID>_….zip, found "
             f"{[path.name for path in folder.glob('*')][:9]}. DATA_ACCESS.md lists what fits."
         )
-    return pd.DataFrame(rows, columns=["Subject", "session", "kind", "modality", "path", "number"])
+    return pd.DataFrame(rows.values(), columns=["Subject", "session", "kind", "modality", "path"])
 
 
 def subject_of(path: str | Path) -> str:
@@ -96,11 +82,8 @@ def summarise_layout(files: pd.DataFrame, people: pd.DataFrame | None) -> pd.Dat
     of people); ``rows without`` (people who have none); next (the command that makes volumes).
     """
     rows = {}
-    for kind in PATTERNS:
-        part = files[files["kind"] == kind]
-        if part.empty:
-            continue
-        subjects = set(part["Subject"]) - {""}
+    for kind, part in files.groupby("kind"):
+        subjects = set(part["Subject"])
         rows[kind] = {
             "modality": PATTERNS[kind][0],
             "subjects": len(subjects),
@@ -110,13 +93,12 @@ def summarise_layout(files: pd.DataFrame, people: pd.DataFrame | None) -> pd.Dat
         if people is not None:
             rows[kind]["no row"] = len(subjects - set(people.index))
             rows[kind]["rows without"] = len(set(people.index) - subjects)
-        rows[kind]["next"] = PATTERNS[kind][-1] if part["Subject"].all() else NO_ID_LIST
-    return pd.DataFrame.from_dict(rows, orient="index")
+        rows[kind]["next"] = PATTERNS[kind][-1]
+    return pd.DataFrame.from_dict(rows, orient="index").loc[[k for k in PATTERNS if k in rows]]
 
 
 def choose_volumes(
     files: pd.DataFrame,
-    scratch: str | Path,
     *,
     kind: str | None = None,
     session: str | None = None,
@@ -125,8 +107,7 @@ def choose_volumes(
     """Choose the rows of `find_volumes` for `volumes.convert`: volumes of one kind.
 
     `kind` is the first of `VOLUME_KINDS` that is there by default; `session` keeps one session and
-    `match` the file names that fit a pattern. A 4D file's volumes are written to `scratch`, one
-    file each. Raises ValueError if no volume is left, or a 4D file does not fit its list of IDs.
+    `match` the file names that fit a pattern. Raises ValueError if no volume is left.
     """
     present = [name for name in VOLUME_KINDS if name in set(files["kind"])]
     kind = kind or next(iter(present), None)
@@ -144,7 +125,7 @@ def choose_volumes(
         )
     count = chosen["Subject"].nunique()
     print(f"{count} subjects of kind {kind} (there are: {', '.join(present)})")
-    return chosen if kind != "tbss-4d" else _split(chosen, Path(scratch))
+    return chosen
 
 
 def _match_pattern(path: str) -> tuple[str, str, str]:
@@ -155,46 +136,3 @@ def _match_pattern(path: str) -> tuple[str, str, str]:
             subject = groups.get("subject", tables.subject_id(path)).removeprefix("sub-")
             return kind, subject, groups.get("session") or ""
     return "", tables.subject_id(path), ""
-
-
-def _read_id_list(path: Path) -> list[str]:
-    """Read the IDs of a 4D file's volumes from ``all_FA.txt``, or from TBSS's ``FA/``.
-
-    TBSS merges the images of that folder in the order of their names.
-    """
-    listed = path.with_name("all_FA.txt")
-    if listed.is_file() and listed.stat().st_size <= MAX_ID_LIST_BYTES:
-        names = listed.read_text("utf-8-sig", "replace").split()
-    else:
-        names = sorted(image.name for image in (path.parent.parent / "FA").glob("*_FA.nii*"))
-    return [tables.subject_id(name) for name in names]
-
-
-def _split(chosen: pd.DataFrame, scratch: Path) -> pd.DataFrame:
-    """Write a 4D file's volumes as one file each, the last after the checksum has been verified."""
-    path, *extra = chosen["path"].unique()
-    ids = _read_id_list(path)
-    if extra or not ids:
-        expected = "expected one such file, with all_FA.txt beside it or the FA/ it is merged from"
-        raise ValueError(f"{path}: {expected}, found {len(extra)} more and {len(ids)} IDs")
-    expected = f"{len(ids)} volumes, of {ids[0]} to {ids[-1]}"
-    print(f"{path.name}: {expected}")
-    scratch = scratch / f"{path.stat().st_size}-{path.stat().st_mtime_ns}"
-    parts = [scratch / f"{number:05d}.nii.gz" for number in range(len(ids))]
-    missing = [number for number, part in enumerate(parts) if not part.is_file()]
-    opened = gzip.open if path.suffix == ".gz" else open
-    with storage.reading(path, expected), opened(path, "rb") as stream:
-        image = nib.Nifti1Image.from_stream(stream)
-        if image.shape[3:] != (len(ids),) or math.prod(image.shape[:3]) > volumes.MAX_VOXELS:
-            raise ValueError(f"found {image.shape}, at most {volumes.MAX_VOXELS} voxels are read")
-        header = image.header.copy()
-        header.set_data_shape(image.shape[:3])
-        header.set_data_dtype(np.float32)
-        for number in tqdm(missing, "split", unit="volume"):
-            volume = np.asarray(image.dataobj[..., number], np.float32)
-            while number == len(ids) - 1 and stream.read(archives.CHUNK):
-                pass  # at its end gzip compares the checksum
-            with storage.atomic_path(parts[number]) as partial:
-                content = nib.Nifti1Image(volume, None, header).to_bytes()
-                partial.write_bytes(gzip.compress(content, 1, mtime=0))
-    return chosen.assign(path=[parts[number] for number in chosen["number"]])

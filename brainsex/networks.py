@@ -164,13 +164,11 @@ def load_network(path: str | Path, shape: tuple[int, int, int] = SHAPE) -> MriNe
         state = read_checkpoint(path)
         state = state.get("state_dict", state.get("model_state_dict", state))
         consume_prefix_in_state_dict_if_present(state, "module.")  # of DataParallel
-        axis = state.pop("_extra_state", torch.tensor(1)).item()  # in files of older versions
         weights = [value for name, value in state.items() if not name.endswith("batches_tracked")]
         whole = sum(value.numel() for value in weights) <= path.stat().st_size
         # The sizes first: a file of a few bytes may hold a view of any size.
-        finite = whole and all(v.is_floating_point() and v.isfinite().all() for v in weights)
-        if axis != 1 or not finite:
-            raise ValueError("slabs across Y, or weights not finite or not in the file")
+        if not whole or not all(v.is_floating_point() and v.isfinite().all() for v in weights):
+            raise ValueError("weights that are not finite or not in the file")
         with torch.device("meta"):  # no memory, until the weights are known to fit
             if "convolution.weight" in state:
                 channels, depth = state["convolution.weight"].shape[:2]

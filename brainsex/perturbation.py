@@ -14,9 +14,8 @@ target stays above the floor. Saliency is 1 where the evidence was removed and 0
 was kept: Fong and Vedaldi's 1 - m. A mask's persistence, the mean of the masks on the way to it,
 ranks the voxels: what is removed first and stays removed is highest.
 
-A blurred brain is itself evidence for one sex. With the other sex's mean as reference, the mask
-says what would have to change for the network to see that sex; but that reference brings the
-groups' difference in with it, so compare with a network of random weights.
+With the other sex's mean as reference, a mask says what would have to change for the network to
+see that sex; but it brings the groups' difference in: compare with a network of random weights.
 """
 
 import copy
@@ -34,6 +33,7 @@ from tqdm.auto import tqdm
 
 from brainsex import networks, speed
 
+BLUR = 5.0  # voxels: the Gaussian of the reference, where none is passed
 WARM_UP = 10  # iterations before masks count for persistence
 RAMP = 20  # iterations until the penalty has its full weight
 DECAY = 40  # iterations until the learning rate is cut to a tenth
@@ -67,7 +67,6 @@ def optimise_masks(
     seed: int = 0,
     iterations: int = 60,
     area: float = 200.0,
-    sigma: float = 5.0,
     progress: bool = True,
 ) -> Masks:
     """Learn, for each volume, the smallest mask whose blurring-out removes the network's evidence.
@@ -81,40 +80,35 @@ def optimise_masks(
     target : class whose evidence is removed, for all or (N,); by default the class predicted.
     subjects : (N,) IDs that seed each volume's draws; by default its number, "0", "1", …
     reference : image that replaces the evidence, (X, Y, Z) or (N, X, Y, Z); by default each
-        volume's blur under a Gaussian of `sigma` voxels.
+        volume's blur.
     iterations, area : steps of Adam; weight of the mask's mean.
 
-    Raises ValueError for volumes of another shape than the network's or not finite, and for
-    targets, subjects or a reference that do not fit them.
+    Raises ValueError for volumes that are not finite or not of the network's shape, and for a
+    target, subjects or a reference that do not fit them.
     """
     device = networks.device()
     plain, dtype = speed.inference_copy(network, device), networks.fast_precision(device)
     fast = copy.deepcopy(plain).to(dtype)
     size = speed.CPU_BATCH if device.type == "cpu" and dtype == torch.float32 else None
-    subjects = [str(n) for n in range(len(volumes))] if subjects is None else subjects
-    shapes = f"{volumes.shape} and {len(subjects)}"
-    if volumes.ndim != 4 or len(subjects) != len(volumes):
-        raise ValueError(f"expected volumes (N, X, Y, Z) and N subjects, found {shapes}.")
-    target = resolve_target(target, volumes)
-    if reference is not None:
-        reference = broadcast_image(reference, volumes, "a reference")
+    subjects = range(len(volumes)) if subjects is None else subjects
+    if len(subjects) != len(volumes):
+        raise ValueError(f"expected {len(volumes)} subjects, found {len(subjects)}.")
+    target, reference = broadcast_inputs(volumes, target, reference)
     draws = [np.random.default_rng(subject_seed(seed, subject)) for subject in subjects]
     shifts = [draw.integers(-MAX_SHIFT, MAX_SHIFT + 1, (iterations, 3)) for draw in draws]
 
     def work(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, list]:
         count, rows = len(rows), np.resize(rows, size or len(rows))
         batch = volume_tensor(volumes, rows, device)
-        with torch.no_grad():
-            logits = speed.forward_in_chunks(plain, batch)
+        logits = speed.forward_in_chunks(plain, batch)
         classes = logits.argmax(1)
         if target is not None:
             classes = torch.as_tensor(target[rows], dtype=torch.long, device=device)
-        removed = reference_images(reference, rows, batch, sigma) - batch
+        removed = _reference_images(reference, rows, batch) - batch
         steps = np.stack([shifts[row] for row in rows], 1).tolist()
         evidence = _weighted_evidence(fast, batch, removed, classes, logits)
         masks, persistence = _descend(evidence, batch, steps, area)
-        with torch.no_grad():
-            after = speed.forward_in_chunks(plain, batch + masks * removed)
+        after = speed.forward_in_chunks(plain, batch + masks * removed)
         chances = (part.softmax(1).gather(1, classes[:, None])[:, 0] for part in (logits, after))
         columns = classes, *chances, masks.mean((1, 2, 3, 4))
         records = list(zip(*(column[:count].tolist() for column in columns)))
@@ -147,25 +141,16 @@ def optimise_group_mask(
     mask convinces would otherwise fill the mask of all. Men and women belong into one set, with
     targets of their own: what tells the sexes apart lies at the same places in both.
 
-    Parameters
-    ----------
-    volumes : (N, X, Y, Z) finite floats; may be memory-mapped.
-    seed : of the batches and the random shifts.
-    batch_size : subjects a step; all have their turn before any has another.
-    network, target, reference, iterations : as in `optimise_masks`, as is what is raised.
-
-    Returns
-    -------
-    (X, Y, Z) float32 in [0, 1], the mask's persistence.
+    Returns the mask's persistence, (X, Y, Z) float32 in [0, 1], after steps of `batch_size`
+    subjects each; all have their turn before any has another. `volumes` may be memory-mapped; all
+    else is as in `optimise_masks`.
     """
-    if len(volumes.shape) != 4 or len(volumes) == 0:
-        raise ValueError(f"expected volumes (N, X, Y, Z), found {volumes.shape}.")
-    if reference is not None:
-        reference = broadcast_image(reference, volumes, "a reference")
+    if len(volumes) == 0:
+        raise ValueError("expected volumes (N, X, Y, Z), found none.")
+    target, reference = broadcast_inputs(volumes, target, reference)
     device = networks.device()
     plain = speed.inference_copy(network, device)
     logits = speed.predict_logits(plain, volumes, torch.float32)
-    target = resolve_target(target, volumes)
     classes = logits.argmax(1) if target is None else torch.tensor(target, dtype=torch.long)
     fast = plain.to(networks.fast_precision(device))
     rng = np.random.default_rng(seed)
@@ -175,7 +160,7 @@ def optimise_group_mask(
 
     def evidence(coarse: Tensor, _: int, rows: np.ndarray) -> Tensor:
         batch = volume_tensor(volumes, rows, device)
-        removed = reference_images(reference, rows, batch) - batch
+        removed = _reference_images(reference, rows, batch) - batch
         shifts = rng.integers(-MAX_SHIFT, MAX_SHIFT + 1, (len(rows), 3)).tolist()
         seen = _perturb(batch, coarse, removed, shifts)
         rest = (part[rows].to(device) for part in (classes, logits))
@@ -204,7 +189,8 @@ def _perturb(volumes: Tensor, coarse: Tensor, removed: Tensor, shifts: Sequence)
 
 def _evidence(logits: Tensor, target: Tensor, original: Tensor) -> tuple[Tensor, Tensor]:
     """The objective's first part: log-odds (n,) above their floor, and those without a mask."""
-    log_odds, start = (target_log_odds(part.float(), target) for part in (logits, original))
+    sign = 2 * nn.functional.one_hot(target, 2) - 1
+    log_odds, start = ((part.float() * sign).sum(1) for part in (logits, original))
     floor = math.log(FLOOR / (1 - FLOOR)) * (start / CONFIDENT_LOG_ODDS).clamp(min=1)
     return (log_odds - floor).relu(), (start - floor).clamp(min=1)
 
@@ -259,22 +245,18 @@ def _descend(
     return tuple(_enlarge(masks.detach(), like.shape[2:]) for masks in (coarse, mean))
 
 
-def gaussian_blur(volumes: Tensor, sigma: float = 5.0) -> Tensor:
-    """Blur volumes (N, 1, X, Y, Z) by a Gaussian of `sigma` voxels, with edges replicated."""
+def gaussian_blur(volumes: Tensor) -> Tensor:
+    """Blur volumes (N, 1, X, Y, Z) by a Gaussian of `BLUR` voxels, with edges replicated."""
     for axis in (2, 3, 4):
-        weights = gaussian_filter1d(np.eye(volumes.shape[axis]), sigma, axis=0, mode="nearest")
+        weights = gaussian_filter1d(np.eye(volumes.shape[axis]), BLUR, axis=0, mode="nearest")
         weights = torch.from_numpy(weights).to(volumes)
         volumes = torch.tensordot(volumes, weights, ([axis], [1])).movedim(-1, axis)
     return volumes
 
 
-def reference_images(
-    images: np.ndarray | None, rows: np.ndarray, batch: Tensor, sigma: float = 5.0
-) -> Tensor:
-    """Return the references (n, 1, X, Y, Z) of a batch: rows of `images`, or its blur."""
-    if images is None:
-        return gaussian_blur(batch, sigma)
-    return volume_tensor(images, rows, batch.device)
+def _reference_images(images: np.ndarray | None, rows: np.ndarray, batch: Tensor) -> Tensor:
+    """The references (n, 1, X, Y, Z) of a batch: rows of `images`, or its blur."""
+    return gaussian_blur(batch) if images is None else volume_tensor(images, rows, batch.device)
 
 
 def volume_tensor(images: np.ndarray, rows: np.ndarray, device: torch.device) -> Tensor:
@@ -287,40 +269,27 @@ def volume_tensor(images: np.ndarray, rows: np.ndarray, device: torch.device) ->
     return torch.from_numpy(values)[:, None].to(device)
 
 
-def broadcast_image(image: np.ndarray, volumes: np.ndarray, name: str) -> np.ndarray:
-    """Return a view (N, X, Y, Z) of one image (X, Y, Z) for all volumes, or of one for each.
+def broadcast_inputs(
+    volumes: np.ndarray, target: int | np.ndarray | None, reference: np.ndarray | None
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Return targets (N,) and references (N, X, Y, Z), a view, of N volumes; None stays None.
 
-    Raises ValueError, with the image's `name`, if it has another shape or is not finite.
+    Raises ValueError for a class other than 0 or 1, or a reference not finite or of another shape.
     """
-    image = np.asarray(image)
-    if image.shape not in (volumes.shape, volumes.shape[1:]):
-        raise ValueError(
-            f"expected {name} {volumes.shape[1:]}, or one for each of {len(volumes)} volumes, "
-            f"found {image.shape}."
-        )
-    if not np.isfinite(image).all():
-        raise ValueError(f"expected {name} that is finite, found NaN or infinity.")
-    return np.broadcast_to(image, volumes.shape)
-
-
-def resolve_target(target: int | np.ndarray | None, volumes: np.ndarray) -> np.ndarray | None:
-    """Return the class (N,) of each volume; None where the network's own prediction counts.
-
-    Raises ValueError for a class that is not 0 or 1, or another number of classes than of volumes.
-    """
-    if target is None:
-        return None
-    if np.shape(target) not in ((), (len(volumes),)) or not np.isin(target, (0, 1)).all():
-        raise ValueError(
-            f"expected a target of 0 or 1, or one for each of {len(volumes)} volumes, "
-            f"found {target}."
-        )
-    return np.broadcast_to(target, len(volumes))
-
-
-def target_log_odds(logits: Tensor, target: Tensor) -> Tensor:
-    """Return the log-odds (n,) of each volume's target, from logits (n, 2)."""
-    return (logits * (2 * nn.functional.one_hot(target, 2) - 1)).sum(1)
+    if len(volumes.shape) != 4:
+        raise ValueError(f"expected volumes (N, X, Y, Z), found {volumes.shape}.")
+    if target is not None:
+        if np.shape(target) not in ((), (len(volumes),)) or not np.isin(target, (0, 1)).all():
+            expected = f"a target of 0 or 1, or one for each of {len(volumes)} volumes"
+            raise ValueError(f"expected {expected}, found {target}.")
+        target = np.broadcast_to(target, len(volumes))
+    if reference is not None:
+        shape = np.shape(reference)
+        if shape not in (volumes.shape, volumes.shape[1:]) or not np.isfinite(reference).all():
+            expected = f"{volumes.shape[1:]}, or one for each of {len(volumes)} volumes"
+            raise ValueError(f"expected a finite reference {expected}, found {shape}.")
+        reference = np.broadcast_to(reference, volumes.shape)
+    return target, reference
 
 
 def subject_seed(seed: int, subject: str) -> int:

@@ -6,7 +6,6 @@ target. Without one the sign only says which way a voxel pushes: there the magni
 """
 
 import copy
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -20,16 +19,8 @@ from torch import Tensor, nn
 from brainsex import networks, perturbation, speed
 from brainsex.speed import CPU_BATCH
 
-UNGUIDED_STEPS = re.compile(
-    r"torch::autograd::AccumulateGrad|_InputGradientBackward|(Convolution|NativeBatchNorm|Addmm|Mm|"
-    r"(Adaptive)?(Max|Avg)Pool\dD(WithIndices)?|Linear|Add|Mean|Cat|ConstantPadNd|Clone|ToCopy|"
-    r"View|UnsafeView|ReshapeAlias|T|Transpose|Permute|Squeeze|Unsqueeze|Unfold|Slice|Select)"
-    r"Backward\d"
-)
-"""Autograd's names of steps that need no guiding: linear in the volumes, or a pooling."""
 
-
-class LogOdds(nn.Module):
+class _LogOdds(nn.Module):
     """Log-odds (N, 2) of either class, of volumes (N, 1, X, Y, Z)."""
 
     def __init__(self, network: nn.Module) -> None:
@@ -37,29 +28,27 @@ class LogOdds(nn.Module):
         self.network = network
 
     def forward(self, volumes: Tensor) -> Tensor:
-        """Return the log-odds."""
         logits = networks.average_slab_logits(self.network(volumes))
         return logits - logits.flip(1)
 
 
 @dataclass(frozen=True)
-class Batch:
+class _Batch:
     """Volumes to explain, with what the methods need beside them."""
 
     volumes: Tensor  # (n, 1, X, Y, Z), which require a gradient
     target: Tensor  # (n,) the class explained
-    reference: Tensor | None  # (n, 1, X, Y, Z), by `Method.reference`
+    reference: Tensor | None  # (n, 1, X, Y, Z), as from `reference_for`
     seeds: list[int]  # (n,) of each subject's draws
 
 
 @dataclass(frozen=True)
-class Method:
+class _Method:
     """An entry of `METHODS`."""
 
     name: str  # as figures and tables show it
-    compute: Callable[..., Tensor] | None  # maps of a LogOdds and a Batch; None for masks
-    reference: str | None = None  # None, blur, other or difference: see `reference_for`
-    signed: bool = True  # False where only the magnitude counts
+    compute: Callable[..., Tensor] | None  # maps of a _LogOdds and a _Batch; None for masks
+    reference: str | None = None  # other or difference, of a cohort's means: see `reference_for`
 
     @property
     def options(self) -> dict[str, object]:
@@ -68,11 +57,6 @@ class Method:
             defaults = perturbation.optimise_masks.__kwdefaults__
             return {name: defaults[name] for name in ("iterations", "area")}
         return {"sigma": 1.0} | (self.compute.__kwdefaults__ or {})
-
-    @property
-    def needs_means(self) -> bool:
-        """Whether the reference comes from the means of a cohort's men and women."""
-        return self.reference in ("other", "difference")
 
 
 def attribute(
@@ -93,41 +77,30 @@ def attribute(
     Parameters
     ----------
     volumes : (N, X, Y, Z), finite.
-    method : a key of `METHODS`; `options` are its own, as `Method.options` lists them.
+    method : a key of `METHODS`; `options` are its own, as ``METHODS[method].options`` lists them.
     target : the class explained, 0 or 1, for all or (N,); by default the class predicted.
     reference : (X, Y, Z) or (N, X, Y, Z), where the method needs one, as from `reference_for`.
     subjects, seed : (N,) IDs and the seed of the draws; by default a subject's number is its ID.
     sigma : of the Gaussian under which all maps but masks are smoothed, voxels.
 
-    Returns
-    -------
-    (N, X, Y, Z) float32. Masks are given by their persistence.
-
-    Raises
-    ------
-    ValueError
-        No such method, a reference that is missing or not used, or volumes, target, reference or
-        options that do not fit.
+    Returns maps (N, X, Y, Z) float32, of masks their persistence. Raises ValueError for an unknown
+    method, a reference missing or not used, and inputs or options that do not fit.
     """
     if method not in METHODS:
         raise ValueError(f"expected a method among {', '.join(METHODS)}, found {method!r}.")
-    entry, needed = METHODS[method], METHODS[method].needs_means
+    entry, needed = METHODS[method], METHODS[method].reference is not None
     if needed != (reference is not None):
         expected, found = ("a", "none") if needed else ("no", "one")
         raise ValueError(f"{method}: expected {expected} reference, found {found}.")
-    if volumes.ndim != 4:
-        raise ValueError(f"expected volumes (N, X, Y, Z), found {volumes.shape}.")
     if entry.compute is None:
         options |= {"target": target, "reference": reference, "subjects": subjects, "seed": seed}
         options["progress"] = progress
         return perturbation.optimise_masks(network, volumes, **options).persistence
     device, name = networks.device(), entry.name if progress else None
     plain = speed.inference_copy(network, device, fuse=method != "grad_cam")
-    target = perturbation.resolve_target(target, volumes)
+    target, reference = perturbation.broadcast_inputs(volumes, target, reference)
     if target is None and len(volumes):
         target = predicted_classes(plain, volumes)
-    if needed:
-        reference = perturbation.broadcast_image(reference, volumes, "a reference")
     subjects = range(len(volumes)) if subjects is None else subjects
 
     def work(rows: np.ndarray) -> np.ndarray:
@@ -135,13 +108,13 @@ def attribute(
         classes = torch.as_tensor(target[rows], dtype=torch.long, device=device)
         images = perturbation.volume_tensor(reference, rows, device) if needed else None
         seeds = [perturbation.subject_seed(seed, subjects[row]) for row in rows]
-        batch = Batch(batch.requires_grad_(), classes, images, seeds)
-        score = LogOdds(copy.deepcopy(plain))  # Captum hangs its hooks on it
+        batch = _Batch(batch.requires_grad_(), classes, images, seeds)
+        score = _LogOdds(copy.deepcopy(plain))  # Captum hangs its hooks on it
         return entry.compute(score, batch, **options).detach()[:, 0].cpu().numpy()
 
     maps = speed.map_batches(work, len(volumes), device, name=name)
     maps = np.concatenate([np.empty((0, *volumes.shape[1:]), np.float32), *maps])
-    maps = smooth_maps(maps, sigma)
+    maps = gaussian_filter(maps, sigma, axes=(1, 2, 3), mode="nearest")
     return np.abs(maps) if method == "smooth_grad" else maps  # no input gives it a sign
 
 
@@ -163,22 +136,20 @@ def reference_for(
     if METHODS[method].reference == "other":
         return means[1 - target]
     if METHODS[method].reference == "difference":
-        return smooth_maps(means - means[::-1], sigma)[target]
+        difference = means - means[::-1]
+        return gaussian_filter(difference, sigma, axes=(1, 2, 3), mode="nearest")[target]
     return None
 
 
-def smooth_maps(maps: np.ndarray, sigma: float) -> np.ndarray:
-    """Return maps (N, X, Y, Z) under a Gaussian of `sigma` voxels."""
-    return gaussian_filter(maps, sigma, axes=(1, 2, 3), mode="nearest")
-
-
-def _gradient(score: LogOdds, batch: Batch) -> Tensor:
+def _gradient(score: _LogOdds, batch: _Batch) -> Tensor:
     """The gradient times the volume, or the reference (Shrikumar et al. 2017, arXiv 1605.01713)."""
     slopes = Saliency(score).attribute(batch.volumes, batch.target, abs=False)
     return slopes * (batch.volumes if batch.reference is None else batch.reference)
 
 
-def _smooth_grad(score: LogOdds, batch: Batch, *, samples: int = 10, noise: float = 0.02) -> Tensor:
+def _smooth_grad(
+    score: _LogOdds, batch: _Batch, *, samples: int = 10, noise: float = 0.02
+) -> Tensor:
     """The mean gradient of copies under noise, in FA (Smilkov et al. 2017, arXiv 1706.03825)."""
     total = torch.zeros_like(batch.volumes)
     for place, seed in enumerate(batch.seeds):  # NoiseTunnel has one generator for all subjects
@@ -190,97 +161,51 @@ def _smooth_grad(score: LogOdds, batch: Batch, *, samples: int = 10, noise: floa
     return total / samples
 
 
-def _integrated_gradients(score: LogOdds, batch: Batch, *, steps: int = 8) -> Tensor:
+def _integrated_gradients(score: _LogOdds, batch: _Batch, *, steps: int = 8) -> Tensor:
     """Gradients from the reference to the volume (Sundararajan et al. 2017, arXiv 1703.01365)."""
     options = {"n_steps": steps, "internal_batch_size": max(CPU_BATCH, len(batch.volumes))}
     integral = IntegratedGradients(score)
     return integral.attribute(batch.volumes, batch.reference, batch.target, **options)
 
 
-def _occlusion(score: LogOdds, batch: Batch, *, window: int = 16, stride: int = 14) -> Tensor:
+def _occlusion(score: _LogOdds, batch: _Batch, *, window: int = 16, stride: int = 14) -> Tensor:
     """What a blurred cube takes from the log-odds (Zeiler and Fergus 2014, arXiv 1311.2901)."""
-    volumes, least = batch.volumes.detach(), min(batch.volumes.shape[2:])
-    if not 1 <= stride <= window <= least:
-        raise ValueError(
-            f"expected 1 <= stride <= window <= {least}, the volumes' shortest side, found a "
-            f"stride of {stride} and a window of {window}."
-        )
+    volumes = batch.volumes.detach()
     cubes = (1, *[window] * 3), (1, *[stride] * 3), perturbation.gaussian_blur(volumes)
     options = {"target": batch.target, "perturbations_per_eval": CPU_BATCH}
     return Occlusion(score).attribute(volumes, *cubes, **options)
 
 
-def _grad_cam(score: LogOdds, batch: Batch, *, layer: str = "hidden3") -> Tensor:
-    """A layer's maps, weighted by their mean gradients (Selvaraju et al. 2017, arXiv 1610.02391).
+def _grad_cam(score: _LogOdds, batch: _Batch) -> Tensor:
+    """Maps of `hidden3`, weighted by mean gradients (Selvaraju et al. 2017, arXiv 1610.02391).
 
     Each cell is put at the centre of the voxels it sees. Stretching the map over the volume, as is
-    usual, is wrong without padding: `hidden3` sees from voxel 10.5 to 42.5 of 58.
+    usual, is wrong without padding: the cells lie from voxel 10.5 to 42.5 of 58.
     """
-    names = [name for name, _ in score.network.named_modules()][1:]
-    if layer not in names:
-        raise ValueError(f"expected a layer among {', '.join(names)}, found {layer!r}.")
-    camera = LayerGradCam(score, score.network.get_submodule(layer))
+    if not isinstance(score.network, networks.MriNet3d):
+        raise ValueError(f"grad_cam: expected a MriNet3d, found {type(score.network).__name__}.")
+    camera = LayerGradCam(score, score.network.hidden3)
     coarse = camera.attribute(batch.volumes, batch.target, relu_attributions=True)
-    if coarse.ndim != 5:
-        raise ValueError(f"expected feature maps (N, C, X, Y, Z) of a layer, {layer} has none.")
-    for axis in range(3):
-        step, start = _receptive_field(score.network, layer, axis)
-        cells, voxels = coarse.shape[2 + axis], np.arange(batch.volumes.shape[2 + axis])
-        centres = start + step * np.arange(cells)
-        weights = np.array([np.interp(voxels, centres, cell) for cell in np.eye(cells)])
+    for axis in (2, 3, 4):
+        cells, voxels = np.eye(coarse.shape[axis]), np.arange(batch.volumes.shape[axis])
+        centres = 10.5 + 8 * np.arange(len(cells))  # three poolings; a cell sees 22 voxels
+        weights = np.array([np.interp(voxels, centres, cell) for cell in cells])
         weights = torch.from_numpy(weights).to(coarse)
-        coarse = torch.tensordot(coarse, weights, ([2 + axis], [0])).movedim(-1, 2 + axis)
+        coarse = torch.tensordot(coarse, weights, ([axis], [0])).movedim(-1, axis)
     return coarse
 
 
-def _receptive_field(network: nn.Module, layer: str, axis: int) -> tuple[float, float]:
-    """Voxels from one cell of a layer to the next, and the voxel the first is centred on."""
-    step, start = 1, 0.0
-    leaves = [(n, m) for n, m in network.named_modules() if not list(m.children())]
-    last = max(i for i, (n, _) in enumerate(leaves) if f"{n}.".startswith(f"{layer}."))
-    for _, module in leaves[: last + 1]:
-        if hasattr(module, "kernel_size"):
-            names = ("kernel_size", "stride", "padding", "dilation")
-            sizes = (np.broadcast_to(getattr(module, name, 1), 3)[axis] for name in names)
-            size, stride, padding, dilation = map(int, sizes)
-            start += step * (dilation * (size - 1) / 2 - padding)
-            step *= stride
-    return step, start
-
-
-def _guided_backpropagation(score: LogOdds, batch: Batch) -> Tensor:
-    """The gradient, kept positive at every ReLU (Springenberg et al. 2015, arXiv 1412.6806)."""
-    if steps := _unguidable_steps(score.network, batch.volumes[:1].detach()):
-        raise ValueError(
-            "expected nn.ReLU modules between convolutions, batch norms, poolings and linear "
-            f"layers, found {', '.join(steps)}: nothing but an nn.ReLU can be guided. Make every "
-            "rectifier one, also those that are function calls."
-        )
+def _guided_backpropagation(score: _LogOdds, batch: _Batch) -> Tensor:
+    """The gradient, kept positive at every nn.ReLU (Springenberg et al. 2015, arXiv 1412.6806)."""
+    if not any(isinstance(module, nn.ReLU) for module in score.modules()):
+        raise ValueError("guided_backpropagation: expected a network with nn.ReLU, found none.")
     return GuidedBackprop(score).attribute(batch.volumes, batch.target)
 
 
-def _unguidable_steps(network: nn.Module, volume: Tensor) -> list[str]:
-    """Autograd's names of the steps from a volume to the logits that are nonlinear, no nn.ReLU."""
-    network, guided = copy.deepcopy(network), set()
-    for module in network.modules():
-        if isinstance(module, nn.ReLU):
-            module.register_forward_hook(lambda *call: guided.add(call[-1].grad_fn))
-    seen, ahead = set(), [network(volume.requires_grad_()).grad_fn]
-    while ahead:
-        node = ahead.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            ahead += [parent for parent, _ in node.next_functions]
-    names = sorted({node.name() for node in seen - guided})
-    names = [name for name in names if not UNGUIDED_STEPS.fullmatch(name)]
-    return names if seen & guided else [*names, "no nn.ReLU"]
-
-
-def _lrp(score: LogOdds, batch: Batch, *, gamma: float = 0.25) -> Tensor:
+def _lrp(score: _LogOdds, batch: _Batch, *, gamma: float = 0.25) -> Tensor:
     """Layer-wise relevance, by the γ-rule in convolutions, elsewhere by the ε-rule.
 
-    Montavon et al. 2019, doi 10.1007/978-3-030-28954-6_10. With γ = 0 it is the gradient times the
-    input.
+    Montavon et al. 2019, doi 10.1007/978-3-030-28954-6_10. With γ = 0: gradient times input.
     """
     layers = list(score.network.modules())
     for layer in layers:
@@ -292,19 +217,17 @@ def _lrp(score: LogOdds, batch: Batch, *, gamma: float = 0.25) -> Tensor:
 
 
 METHODS = {
-    "mask": Method("mask (blur)", None, "blur"),
-    "counterfactual": Method("mask (other sex's mean)", None, "other"),
-    "gradient_difference": Method("gradient × group difference", _gradient, "difference"),
-    "integrated_gradients": Method(
+    "mask": _Method("mask (blur)", None),
+    "counterfactual": _Method("mask (other sex's mean)", None, "other"),
+    "gradient_difference": _Method("gradient × group difference", _gradient, "difference"),
+    "integrated_gradients": _Method(
         "integrated gradients (other sex's mean)", _integrated_gradients, "other"
     ),
-    "occlusion": Method("occlusion (blur)", _occlusion, "blur"),
-    "grad_cam": Method("Grad-CAM", _grad_cam),
-    "guided_backpropagation": Method(
-        "guided backpropagation", _guided_backpropagation, signed=False
-    ),
-    "gradient_input": Method("gradient × input", _gradient, signed=False),
-    "smooth_grad": Method("SmoothGrad", _smooth_grad, signed=False),
-    "lrp": Method("LRP", _lrp),
+    "occlusion": _Method("occlusion (blur)", _occlusion),
+    "grad_cam": _Method("Grad-CAM", _grad_cam),
+    "guided_backpropagation": _Method("guided backpropagation", _guided_backpropagation),
+    "gradient_input": _Method("gradient × input", _gradient),
+    "smooth_grad": _Method("SmoothGrad", _smooth_grad),
+    "lrp": _Method("LRP", _lrp),
 }
 """The methods of `attribute`."""

@@ -164,7 +164,7 @@ def predict_logits(network: nn.Module, volumes: np.ndarray, dtype: torch.dtype) 
     fast = inference_copy(network, device)
 
     def logits(rows: np.ndarray) -> Tensor:
-        with autocast(device, dtype):
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             return forward_in_chunks(fast, read_batch(volumes, rows, device)).float().cpu()
 
     size = CPU_BATCH if device.type == "cpu" else GPU_BATCH
@@ -210,13 +210,3 @@ def read_batch(volumes: np.ndarray, rows: np.ndarray, device: torch.device) -> T
     batch = np.empty((len(rows), 1, *volumes.shape[1:]), np.float32)
     batch[order, 0] = volumes[rows[order]]
     return torch.from_numpy(batch).to(device, memory_format=torch.channels_last_3d)
-
-
-def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """Return the context in which networks compute in `dtype` what is safe in it."""
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
-
-
-def parallel_networks() -> int:
-    """Return how many networks to train at once: one a CPU core, in processes; one on a GPU."""
-    return 1 if networks.device().type == "cuda" else joblib.cpu_count()

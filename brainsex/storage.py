@@ -54,15 +54,12 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 @contextmanager
-def reading(
-    path: str | Path, expected: str, remedy: str = "download it again", *, label: str = ""
-) -> Iterator[None]:
+def reading(path: str | Path, expected: str, remedy: str = "download it again") -> Iterator[None]:
     """Turn whatever an unreadable file raises into one ValueError that names it, and the remedy.
 
     A ValueError that names the file already, and an OSError of the disk itself, pass unchanged.
-    `label` stands in the message for a file that lies within another.
     """
-    name = label or str(path)
+    name = str(path)
     try:
         yield
     except Exception as error:
@@ -77,14 +74,25 @@ def reading(
         ) from error
 
 
+def files_below(folder: str | Path, *endings: str) -> Iterator[Path]:
+    """Yield the files at any depth whose ``/name`` ends in one of `endings`, behind links too.
+
+    Hidden folders are left out (DataLad's ``.git/annex``). A broken link counts, a pipe does not.
+    """
+    real = cache(os.path.realpath)
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        if real(parent) in map(real, Path(parent).parents):  # a link to a folder above
+            folders.clear()
+            continue
+        folders[:] = (name for name in folders if not name.startswith("."))
+        paths = (Path(parent, name) for name in names if f"/{name}".lower().endswith(endings))
+        yield from (path for path in paths if path.is_file() or not path.exists())
+
+
 def read_json(path: str | Path) -> dict:
     """Read a JSON object that the project wrote, or raise FileNotFoundError or ValueError."""
-    path = Path(path)
     with reading(path, "a JSON object", "delete it"):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError(f"found {content!r:.100}")
-    return content
+        return dict(json.loads(Path(path).read_text(encoding="utf-8")))
 
 
 @contextmanager
@@ -93,17 +101,15 @@ def folder_lock(folder: str | Path) -> Iterator[None]:
 
     Raises BlockingIOError if another run holds it, OSError if the folder cannot be written.
     """
-    folder = Path(folder)
-    lock = FileLock(folder / ".lock", timeout=0)
+    lock = FileLock(Path(folder) / ".lock", timeout=0)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        Path(folder).mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
-        advice = "wait until it has ended, stop it, or name another folder"
-        raise BlockingIOError(f"{folder}: another run is writing here; {advice}") from None
+        problem = "another run is writing here; wait, stop it, or name another folder"
+        raise BlockingIOError(f"{folder}: {problem}") from None
     except OSError as error:
-        message = f"cannot write ({error.strerror}); name a folder that can be written"
-        raise OSError(error.errno, message, str(folder)) from error
+        raise OSError(error.errno, f"cannot write ({error.strerror})", str(folder)) from error
     try:
         yield
     finally:
@@ -132,20 +138,18 @@ def start_run(
     folder, path = Path(folder), Path(folder) / RUN_RECORD
     settings = json.loads(json.dumps(dict(settings), default=str))
     record = read_json(path) if path.is_file() else {}
-    before = record.get(command) if isinstance(record.get(command), dict) else {}
+    before = record.get(command, {})
     made_with = before.pop("made_with", [])
     names = [name for name in {**settings, **before} if settings.get(name) != before.get(name)]
     if before and names and not overwrite:
+        wanted, present = (values.get(names[0]) for values in (settings, before))
         raise ValueError(
-            f"{folder}: expected results of {command} with {names[0]} = "
-            f"{settings.get(names[0])!r:.80}, found those with {before.get(names[0])!r:.80} "
-            f"({RUN_RECORD}); name another folder, or start anew with --overwrite"
+            f"{folder}: expected results of {command} with {names[0]} = {wanted!r:.80}, found "
+            f"those with {present!r:.80}; name another folder, or start anew with --overwrite"
         )
     made_with = [] if names else made_with
-    if overwrite:
-        for pattern in results:
-            for stale in folder.glob(pattern):
-                stale.unlink()
+    for stale in (path for pattern in results if overwrite for path in folder.glob(pattern)):
+        stale.unlink()
     if environment() not in made_with:
         entry = settings | {"made_with": [*made_with, environment()]}
         write_text(path, json.dumps(record | {command: entry}, indent=1) + "\n")
@@ -163,8 +167,8 @@ def environment() -> dict:
         git = ["git", "--no-optional-locks", "-C", REPOSITORY]
         git += ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         with suppress(OSError, subprocess.CalledProcessError):  # no git, or a foreign owner
-            commit = subprocess.run(git, capture_output=True, encoding="utf-8", check=True)
-            versions["git"] = commit.stdout.strip()
+            commit = subprocess.check_output(git, text=True, stderr=subprocess.DEVNULL)
+            versions["git"] = commit.strip()
     return versions
 
 

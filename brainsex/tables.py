@@ -1,9 +1,9 @@
 """Tables of people and measures, read as text and joined by subject ID."""
 
 import csv
+import os
 import re
 import warnings
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,6 @@ from brainsex import LABELS, storage
 
 MAX_TABLE_BYTES, MAX_COLUMNS = 1 << 31, 50_000  # UK Biobank's tables have some 30,000 columns
 INVALID_ID_CHARACTERS, MAX_ID_LENGTH = r"[/\\\x00-\x1f\x7f]", 200  # IDs become file names
-NO_VOLUME = "a row, but no volume"  # why a subject that only the table has is left out
 COMPANION_TABLES = {  # file beside the table of people: its columns, and the names used here
     "unrestricted_hcp_freesurfer.csv": {
         "FS_InterCranial_Vol": "intracranial_volume_ml",  # in mm³ in the file
@@ -30,6 +29,13 @@ def subject_id(name: str | Path) -> str:
     """Return the subject ID in a path, a file name or an ID: ``sub-01_FA.nii.gz`` gives ``01``."""
     stem = Path(name).name.removesuffix(".gz").removesuffix(".nii")
     return re.sub("(_FA)+$", "", stem).removeprefix("sub-")
+
+
+def cohort_name(folder: str | Path) -> tuple[str, bool]:
+    """Return a cohort's name, with the word synthetic where it is; and whether it is."""
+    synthetic = (Path(folder) / "SYNTHETIC").is_file()
+    name = Path(os.path.abspath(folder)).name  # a link keeps its own name
+    return name if not synthetic or "synthetic" in name else f"{name} (synthetic)", synthetic
 
 
 def find_people(folder: str | Path) -> Path:
@@ -71,18 +77,15 @@ def read_people(table: str | Path) -> pd.DataFrame:
 
 
 def match_subjects(
-    files: dict[str, list[Path]], people: pd.DataFrame, leave_out_qc: bool = False
+    files: dict[str, list[Path]], people: pd.DataFrame, leave_out_qc: bool
 ) -> tuple[dict[str, Path], dict[str, str]]:
-    """Match volumes by subject to `read_people`: paths to use, and reasons of who is rejected.
-
-    `leave_out_qc` also rejects subjects with a QC_Issue; ValueError if there is no such column.
-    """
+    """Match volumes by subject to `read_people`: paths to use, and reasons of who is rejected."""
     if leave_out_qc and "qc_issue" not in people:
-        raise ValueError(f"expected a column QC_Issue in the table, found {', '.join(people)}.")
+        raise ValueError(f"expected a column QC_Issue in the table, found {', '.join(people)}")
     accepted, rejected = {}, {}
     for subject in sorted({*files, *people.index}):
         if subject not in files:
-            rejected[subject] = NO_VOLUME
+            rejected[subject] = "a row, but no volume"
         elif subject not in people.index:
             rejected[subject] = "a volume, but no row in the table"
         elif len(paths := files[subject]) > 1:
@@ -140,24 +143,17 @@ def read_text_table(table: str | Path) -> pd.DataFrame:
 
 
 def read_output_table(path: str | Path, *columns: str) -> pd.DataFrame:
-    """Read a table that a command wrote, with numbers as numbers; ValueError without `columns`."""
-    rows = read_text_table(path)
-    if missing := [name for name in columns if name not in rows]:
-        raise ValueError(f"{path}: expected a column {' and '.join(missing)}, found none.")
-    for name in rows.columns.difference(["Subject", "group"]):
-        with suppress(ValueError):
-            rows[name] = pd.to_numeric(rows[name])
+    """Read a table that a command wrote: IDs as text, numbers as numbers.
+
+    Raises FileNotFoundError, or ValueError if `columns` are missing or an ID names no file.
+    """
+    with storage.reading(path, f"a table with {' and '.join(columns)}", "have it written again"):
+        rows = pd.read_csv(path, dtype={"Subject": str, "group": str})
+        if missing := set(columns) - set(rows):
+            raise ValueError(f"no column {', '.join(missing)}")
     if "Subject" in columns:
         check_subject_ids(path, rows["Subject"])
     return rows
-
-
-def read_folds(path: str | Path) -> pd.Series:
-    """Read each subject's fold (0, 1, …), indexed by Subject, from a ``folds.csv``."""
-    folds = read_output_table(path, "Subject", "fold").set_index("Subject")["fold"]
-    if folds.dtype.kind not in "iu" or (folds < 0).any():
-        raise ValueError(f"{path}: expected folds 0, 1, …, found {folds.iloc[:5].tolist()!r:.100}.")
-    return folds
 
 
 def check_subject_ids(path: str | Path, column: pd.Series) -> np.ndarray:

@@ -12,17 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import joblib
-import nibabel as nib
 import numpy as np
 import pandas as pd
 import torch
-from nibabel.orientations import axcodes2ornt, ornt_transform
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from brainsex import SHAPE, evaluation, layouts, networks, speed, storage
-from brainsex import volumes as volume_files
-from brainsex.cohort import Cohort, VolumeRows, check_grid, digest
+from brainsex import evaluation, networks, speed, storage
+from brainsex.cohort import Cohort, VolumeRows, digest
 from brainsex.confounds import RegressedVolumes
 
 
@@ -108,7 +105,7 @@ def _fit_epoch(
     loss_sum = correct_sum = 0
     for rows in torch.randperm(len(labels)).tensor_split(-(-len(labels) // batch_size)):
         batch = speed.read_batch(volumes, rows.numpy(), labels.device)
-        with speed.autocast(labels.device, dtype):
+        with torch.autocast(labels.device.type, dtype, enabled=dtype != torch.float32):
             logits = speed.training_forward(network, batch).float()
         loss, correct = _score_logits(logits, labels[rows])
         optimiser.zero_grad()
@@ -146,12 +143,6 @@ def predict(network: nn.Module, volumes: np.ndarray) -> np.ndarray:
     if bad := np.flatnonzero(~np.isfinite(probabilities).all(1)).tolist():
         raise ValueError(f"volumes {bad[:10]}: no finite probability. Clean the volumes first.")
     return probabilities
-
-
-def slab_log_odds(network: networks.MriNet2d, volumes: np.ndarray) -> np.ndarray:
-    """Compute the log-odds of man of each slab, (N, S) float32, of volumes (N, X, Y, Z)."""
-    logits = speed.predict_logits(network, volumes, torch.float32).numpy()
-    return logits[..., 1] - logits[..., 0]
 
 
 def cross_validate(
@@ -226,19 +217,16 @@ def _start(run: _Run, overwrite: bool) -> None:
     with torch.random.fork_rng():
         network = str(run.make_network())
     cohort, confounds = run.cohort, () if run.confounds is None else np.ravel(run.confounds)
-    grid = {"modality": cohort.modality, "normalised": cohort.normalised}
-    grid |= {"shape": cohort.volumes.shape[1:], "affine": None}
-    if cohort.affine is not None:
-        grid["affine"] = cohort.affine.tolist()
+    affine = None if cohort.affine is None else cohort.affine.tolist()
+    grid = {"modality": cohort.modality, "normalised": cohort.normalised, "affine": affine}
+    grid["shape"] = cohort.volumes.shape[1:]
     assignment = hashlib.sha256(repr((*run.assignment, *confounds)).encode()).hexdigest()
     facts = {"network": network, "grid": grid, "cohort": digest(cohort), "assignment": assignment}
-    results = ("fold-*.pt", "fold-*.json", ".fold-*")
-    storage.start_run(run.out, "train", run.settings | facts, overwrite=overwrite, results=results)
+    stale = ("fold-*.pt", "fold-*.json", ".fold-*")
+    storage.start_run(run.out, "train", run.settings | facts, overwrite=overwrite, results=stale)
     path, table = run.out / "folds.csv", pd.DataFrame({"Subject": cohort.subjects})
     text = table.assign(fold=run.assignment).to_csv(index=False)
-    if (
-        not path.is_file() or path.read_text("utf-8", "replace") != text
-    ):  # not by each of torchrun's
+    if not path.is_file() or path.read_text("utf-8", "replace") != text:  # torchrun: by one alone
         storage.write_text(path, text)
 
 
@@ -266,38 +254,3 @@ def _fit_fold(run: _Run, fold: int, threads: int, parent_pid: int) -> dict:
     storage.write_text(path, json.dumps(record))
     checkpoint.unlink(missing_ok=True)
     return record
-
-
-def predict_files(
-    checkpoint: str | Path, paths: Sequence[Path], *, orientation: str = "RAS"
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Predict the sex of NIfTI volumes at native resolution, prepared as the training cohort was.
-
-    ``run.json`` beside the checkpoint (``fold-K.pt``) names the cohort's grid and modality; without
-    it they are FA of any field of view. `orientation` is that of the arrays which the network was
-    fitted to, else a ValueError: ours are RAS, HCP's files read without their affine are LAS.
-
-    Returns Subject and probability_of_man; and Subject and reason of the volumes left out.
-    """
-    if sorted(orientation.translate(str.maketrans("LPI", "RAS"))) != ["A", "R", "S"]:
-        raise ValueError(f"expected an orientation such as RAS or LAS, found {orientation}.")
-    turn = ornt_transform(axcodes2ornt("RAS"), axcodes2ornt(orientation))
-    record, grid = Path(checkpoint).with_name(storage.RUN_RECORD), {"shape": SHAPE}
-    if record.is_file():
-        grid = storage.read_json(record).get("train", {}).get("grid", grid)
-    grid = check_grid(grid, record)
-    network, rows, rejected = networks.load(checkpoint, grid["shape"]), [], []
-    for path in tqdm(paths, "predict", unit="volume"):
-        subject = layouts.subject_of(path)
-        try:
-            volume, affine, _ = volume_files.prepare(path, grid["modality"], grid["normalised"])
-            image = nib.Nifti1Image(volume, affine).as_reoriented(turn)
-            small, affine = volume_files.resample(image.dataobj, image.affine, network.shape)
-            if grid["affine"] is not None and not np.allclose(affine, grid["affine"], atol=1e-3):
-                problem = f"found another, of affine {affine.round(3).tolist()}"
-                raise ValueError(f"{path}: expected the training cohort's field of view, {problem}")
-            rows.append((subject, predict(network, np.asarray(small)[None])[0, 1]))
-        except (ValueError, OSError) as error:
-            rejected.append((subject, str(error)))
-    reasons = pd.DataFrame(rejected, columns=["Subject", "reason"])
-    return pd.DataFrame(rows, columns=["Subject", "probability_of_man"]), reasons

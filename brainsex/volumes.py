@@ -28,40 +28,34 @@ BRAIN_THRESHOLD = 0.02  # FA, or scaled T1 intensity, above which a voxel counts
 MAX_OUT_OF_RANGE = 0.01  # share of the voxels beyond [0, 1] that an FA map may have
 FILLED_SHARE = 0.75  # of each axis of the grid, that `normalise_size` makes a brain fill
 MAX_BRAIN_ML = 2500  # a T1-weighted volume with more of it is a head with its skull
-MEASURES = ("brain_volume_ml", "non_finite", "negative", "above_one")
+MEASURES = ["brain_volume_ml", "non_finite", "negative", "above_one"]
 RESULTS = ("subjects.csv", "labels.npy", "rejected.csv", "grid.json", "tensors.npy")
 
 
 def load_volume(path: str | Path, *, contiguous: bool = True) -> tuple[np.ndarray, np.ndarray]:
     """Read a NIfTI volume (.nii, .nii.gz) whole, with its checksum verified, in RAS orientation.
 
-    Returns a volume (X, Y, Z) float32, its axes closest to right, anterior, superior, scaled as the
-    file says, and its affine (4, 4) to mm; unless `contiguous`, a view in the file's memory order,
-    whose axes may run backwards. Raises FileNotFoundError; ValueError for anything but a whole
-    NIfTI-1 file of one real 3D volume with an affine.
+    Returns a volume (X, Y, Z) float32, its axes closest to right, anterior, superior, and its
+    affine (4, 4) to mm; unless `contiguous`, a view in the file's memory order, whose axes may run
+    backwards. Raises FileNotFoundError; ValueError for anything but one real 3D NIfTI-1 volume.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such volume; DATA_ACCESS.md says how to get the data")
-    with storage.reading(path, "a whole NIfTI-1 volume"):
+    with storage.reading(path, f"a whole NIfTI-1 file of 3D real voxels, at most {MAX_VOXELS}"):
         with igzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             header = nib.Nifti1Header(file.read(nib.Nifti1Header.sizeof_hdr))
             shape, dtype = header.get_data_shape(), header.get_data_dtype()
-            if len(shape) != 3 or not 0 < math.prod(shape) <= MAX_VOXELS or dtype.kind not in "iuf":
-                expected = f"expected a real 3D volume of at most {MAX_VOXELS} voxels"
-                raise ValueError(f"{path}: {expected}, found {shape} of {dtype}; choose another")
-            if not header.sizeof_hdr <= (offset := header.get_data_offset()) <= MAX_EXTRA_BYTES:
-                raise ValueError(f"its voxels begin at byte {offset}")
-            size = offset + dtype.itemsize * math.prod(shape)
+            offset, bounded = header.get_data_offset(), 0 < math.prod(shape) <= MAX_VOXELS
+            bounded &= header.sizeof_hdr <= offset <= MAX_EXTRA_BYTES
+            if len(shape) != 3 or not bounded or dtype.kind not in "iuf":
+                raise ValueError(f"found {shape} of {dtype} from byte {offset}")
             file.seek(0)
-            if len(content := file.read(size)) < size:
-                raise ValueError(f"truncated: {size} bytes are declared, {len(content)} there")
+            content = file.read(offset + dtype.itemsize * math.prod(shape))
             file.read(MAX_EXTRA_BYTES)  # to its end, where gzip compares the checksum
-        affine = header.get_best_affine()
-        if header["sform_code"] == 0 and header["qform_code"] == 0:
-            raise ValueError("no affine (its codes are 0): left and right are unknown")
-        if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-6:
-            raise ValueError(f"its affine is singular: {affine.tolist()}")
+        affine, codes = header.get_best_affine(), (header["sform_code"], header["qform_code"])
+        if not any(codes) or not abs(np.linalg.det(affine[:3, :3])) > 1e-6:
+            raise ValueError(f"no affine that tells left from right: {affine.tolist()}")
         voxels = np.ndarray(shape, dtype, content, offset, order="F")  # a view, not a copy
         voxels = nib.volumeutils.apply_read_scaling(voxels, *header.get_slope_inter())
         voxels = voxels.astype(np.float32, copy=False)
@@ -118,16 +112,15 @@ def resample(
 def clean(volume: np.ndarray, modality: str = "fa") -> tuple[np.ndarray, dict[str, int]]:
     """Bring a volume (X, Y, Z) into [0, 1]: non-finite and negative voxels to 0, those above to 1.
 
-    A T1-weighted volume (``t1``, of the brain alone) has arbitrary units. It is divided first by
-    twice the median of the brain, that being what is above a tenth of the 99th percentile: white
-    matter then lies near 0.6, grey matter near 0.45, CSF below 0.3.
+    A T1-weighted volume (``t1``, of the brain alone) is divided first by twice the median of the
+    brain, that being what is above a tenth of the 99th percentile: white matter is then near 0.6.
 
     Returns the volume, float32, and how many voxels were ``non_finite``, ``negative``,
     ``above_one``. Raises ValueError if nothing is left, or more than 1 % of FA was out of range.
     """
     counts = dict.fromkeys(MEASURES[1:], 0)
     if not np.isfinite(_range(volume)).all():
-        counts["non_finite"] = int(np.count_nonzero(~np.isfinite(volume)))
+        counts["non_finite"] = np.count_nonzero(~np.isfinite(volume))
         volume = np.nan_to_num(volume, posinf=0, neginf=0)
     values = volume.astype(np.float32, copy=False)
     if modality == "t1" and (floor := np.percentile(values, 99) / 10) > 0:
@@ -136,10 +129,10 @@ def clean(volume: np.ndarray, modality: str = "fa") -> tuple[np.ndarray, dict[st
     if high <= 0:
         raise ValueError("no voxel above 0: an empty volume")
     if low < 0 or high > 1:
-        counts["negative"] = int(np.count_nonzero(values < 0))
-        counts["above_one"] = int(np.count_nonzero(values > 1))
-        values, outside = values.clip(0, 1), counts["negative"] + counts["above_one"]
-        if modality == "fa" and outside > MAX_OUT_OF_RANGE * np.count_nonzero(values):
+        negative, above = np.count_nonzero(values < 0), np.count_nonzero(values > 1)
+        counts |= {"negative": negative, "above_one": above}
+        values = values.clip(0, 1)
+        if modality == "fa" and negative + above > MAX_OUT_OF_RANGE * np.count_nonzero(values):
             problem = f"values from {low:.4g} to {high:.4g}: another kind of image, or scaled"
             raise ValueError(f"expected fractional anisotropy in [0, 1], found {problem}")
     return values, counts
@@ -148,13 +141,10 @@ def clean(volume: np.ndarray, modality: str = "fa") -> tuple[np.ndarray, dict[st
 def normalise_size(volume: np.ndarray) -> np.ndarray:
     """Stretch and shift a brain along X, Y and Z to fill the middle three quarters of its grid.
 
-    A brain's ends along an axis are where the half per cent of its voxels begins, so that a stray
-    voxel does not count. Takes (X, Y, Z) in [0, 1]; returns float32 on the same grid, interpolated
-    linearly. Raises ValueError if no voxel is brain.
+    A brain's ends along an axis are where the half per cent of its voxels begins: a stray one does
+    not count. Takes (X, Y, Z) in [0, 1] with some brain; returns float32 on the same grid.
     """
     brain, step, middle = volume > BRAIN_THRESHOLD, np.ones(3), np.zeros(3)
-    if not brain.any():
-        raise ValueError("no voxel that counts as brain")
     for axis, size in enumerate(volume.shape):
         share = np.cumsum(brain.sum(axis=tuple({0, 1, 2} - {axis})))
         edges = np.arange(size + 1) - 0.5  # of the voxels, between which the share grows evenly
@@ -182,8 +172,8 @@ def prepare(
     volume, affine = load_volume(path, contiguous=False)
     volume, counts = clean(volume, modality)
     size = round(brain_volume(volume, affine), 3)
-    if modality == "t1" and size > MAX_BRAIN_ML:
-        raise ValueError(f"expected a brain without its skull, found {size:.0f} ml; take it off")
+    if not size or (modality == "t1" and size > MAX_BRAIN_ML):
+        raise ValueError(f"expected a brain without its skull, found {size:.0f} ml of it")
     volume = normalise_size(volume) if normalised else volume
     return volume, affine, {"brain_volume_ml": size, **counts}
 
@@ -217,10 +207,8 @@ def convert(
     """
     table, out_dir = Path(table), Path(out_dir)
     if not isinstance(source, pd.DataFrame):
-        paths = sorted([*Path(source).glob("*.nii.gz"), *Path(source).glob("*.nii")])
-        if not paths:
-            remedy = "run `python -m brainsex extract` first"
-            raise FileNotFoundError(f"{source}: expected <ID>.nii.gz volumes, found none; {remedy}")
+        if not (paths := sorted(Path(source).glob("[!.]*.nii*"))):
+            raise FileNotFoundError(f"{source}: expected <ID>.nii.gz, found none; extract some")
         subjects = map(tables.subject_id, paths)
         source = pd.DataFrame({"Subject": subjects, "path": paths, "modality": "fa"})
     people = tables.read_people(tables.find_people(table) if table.is_dir() else table)
@@ -236,15 +224,14 @@ def convert(
     inputs = hashlib.sha256(inputs.encode()).hexdigest()
     whole = all((out_dir / name).is_file() for name in RESULTS)
     if not whole or storage.read_json(out_dir / "grid.json").get("inputs") != inputs:
+        settings["inputs"] = inputs
         records = _convert_subjects(accepted, out_dir / ".parts", workers, settings)
         rejected |= {s: record["reason"] for s, record in records.items() if "reason" in record}
-        grid["inputs"] = "" if any("retry" in record for record in records.values()) else inputs
+        grid["inputs"] = "" if any(record.get("retry") for record in records.values()) else inputs
         _write_cohort(out_dir, grid, people, records, rejected)
     shutil.rmtree(out_dir / ".parts", ignore_errors=True)
-    reasons = tables.read_output_table(out_dir / "rejected.csv", "reason")["reason"]
-    absent, subjects = sum(reasons == tables.NO_VOLUME), np.load(out_dir / "labels.npy").size
-    rejected = f"{len(reasons) - absent} volumes rejected, {absent} rows without a volume"
-    print(f"{out_dir.name}: {subjects} subjects; {rejected} (rejected.csv)")
+    count, left_out = np.load(out_dir / "labels.npy").size, pd.read_csv(out_dir / "rejected.csv")
+    print(f"{out_dir.name}: {count} subjects, {len(left_out)} left out (rejected.csv says why)")
     return out_dir / "tensors.npy"
 
 
@@ -256,7 +243,7 @@ def _convert_subjects(
     for path in accepted.values():
         with suppress(ValueError, OSError):  # `_convert_subject` says why
             volume, affine, _ = prepare(path, settings["modality"])
-            grid = [list(volume.shape), affine.tolist()]
+            grid = volume.shape, affine
             break
     work = joblib.delayed(_convert_subject)
     jobs = (work(parts / f"{s}.npz", path, grid, settings) for s, path in accepted.items())
@@ -264,40 +251,37 @@ def _convert_subjects(
     return dict(zip(accepted, tqdm(run(jobs), "convert", total=len(accepted), unit="subject")))
 
 
-def _convert_subject(part: Path, path: Path, grid: list | None, settings: dict) -> dict:
+def _convert_subject(part: Path, path: Path, grid: tuple | None, settings: dict) -> dict:
     """Write a volume of the cohort's native `grid` (shape, affine) to `part`; return its record."""
+    with suppress(Exception), np.load(part, allow_pickle=False) as saved:  # of a killed run
+        if (record := json.loads(str(saved["record"])))["inputs"] == settings["inputs"]:
+            return record
     try:
-        stat = path.stat()
-        made_from = [stat.st_size, stat.st_mtime_ns, grid]
-        with suppress(Exception), np.load(part, allow_pickle=False) as saved:  # if it is there
-            if (record := json.loads(str(saved["record"])))["made_from"] == made_from:
-                return record
         volume, affine, record = prepare(path, settings["modality"])
-        if list(volume.shape) != grid[0] or not np.allclose(affine, grid[1], atol=1e-3):
-            own = f"its grid {volume.shape}, {np.round(affine, 3).tolist()}"
-            other = f"the cohort's {tuple(grid[0])}, {np.round(grid[1], 3).tolist()}"
+        if volume.shape != grid[0] or not np.allclose(affine, grid[1], atol=1e-3):
             if not settings["regrid"]:
-                raise ValueError(f"{own} is not {other}; regrid=True resamples it")
-            volume, affine = _regrid(volume, affine, *grid), np.array(grid[1])
+                own = f"{volume.shape} {affine.tolist()}"
+                message = f"its grid is {own}, not the cohort's {grid[0]} {grid[1].tolist()}"
+                raise ValueError(f"{message}; see --regrid")
+            volume, affine = _regrid(volume, affine, grid), grid[1]
         volume = normalise_size(volume) if settings["normalised"] else volume
         volume, affine = resample(volume, affine, tuple(settings["shape"]))
-    except ValueError as error:
-        return {"reason": str(error)}
-    except OSError as error:  # a disk's fault, not the file's: the next run tries again
-        return {"reason": f"cannot be read now: {error}", "retry": True}
-    record |= {"made_from": made_from, "affine": affine.tolist()}
+    except (ValueError, OSError) as error:  # OSError is the disk's fault: the next run tries again
+        return {"reason": str(error), "retry": isinstance(error, OSError)}
+    record |= {"affine": affine.tolist(), "inputs": settings["inputs"]}
     with storage.atomic_path(part) as partial, partial.open("wb") as file:
         np.savez(file, volume=volume, record=json.dumps(record))
     return record
 
 
-def _regrid(volume: np.ndarray, affine: np.ndarray, shape: list, to_mm: list) -> np.ndarray:
+def _regrid(volume: np.ndarray, affine: np.ndarray, grid: tuple) -> np.ndarray:
     """Interpolate a volume linearly on another grid, without aliasing; 0 outside its own."""
+    shape, to_mm = grid
     to_own = np.linalg.inv(affine) @ to_mm
     step = np.linalg.norm(to_own[:3, :3], axis=1)  # along each own axis, in own voxels
     smooth = gaussian_filter(volume, np.maximum(step - 1, 0) / 2, mode="mirror")
-    moved = affine_transform(smooth, to_own[:3, :3], to_own[:3, 3], tuple(shape), order=1)
-    if brain_volume(moved, np.array(to_mm)) < 0.5 * brain_volume(volume, affine):
+    moved = affine_transform(smooth, to_own[:3, :3], to_own[:3, 3], shape, order=1)
+    if brain_volume(moved, to_mm) < 0.5 * brain_volume(volume, affine):
         raise ValueError("more than half of its brain lies outside the cohort's grid")
     return moved
 
@@ -311,12 +295,10 @@ def _write_cohort(
     storage.write_text(path := out_dir / "rejected.csv", reasons.to_csv(index=False))
     records = {s: record for s, record in records.items() if s not in rejected}
     if not records:
-        first = next(reason for reason in reasons["reason"] if reason != tables.NO_VOLUME)
-        raise ValueError(f"{path}: expected a usable volume, found none, the first as: {first}")
-    subjects = people.loc[list(records)].reset_index()
+        raise ValueError(f"{path}: expected a usable volume, found none; it says why")
+    measures = pd.DataFrame.from_dict(records, "index")[MEASURES]
+    subjects = people.loc[list(records)].join(measures).reset_index()
     subjects.insert(2, "label", subjects["Gender"].map(LABELS))
-    for column in MEASURES:
-        subjects[column] = [record[column] for record in records.values()]
     storage.write_text(out_dir / "subjects.csv", subjects.to_csv(index=False))
     with storage.atomic_path(out_dir / "labels.npy") as partial, partial.open("wb") as file:
         np.save(file, subjects["label"].to_numpy(np.int64))

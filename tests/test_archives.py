@@ -8,14 +8,13 @@ import re
 import shutil
 import struct
 import subprocess
-import tempfile
 import zipfile
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from brainsex import archives
+from brainsex import archives, storage
 from brainsex.archives import extract
 from tests.conftest import NO_RESULT
 
@@ -81,9 +80,11 @@ def cohort(source):
 @pytest.mark.parametrize("outer", [STORED, DEFLATED])
 def test_nested_archive_gives_the_bytes_that_were_put_in(source, target, inner, outer):
     save(source, _900001_3T_Diffusion_preproc=b"a stub" + nested(volume(1), inner, outer))
+    empty = zipped([("x.txt", b"")])
+    save(source, _900003=zipped([("1.zip", empty), ("2.zip", empty), ("3.zip", direct)], outer))
     table = extract(source, target)
-    assert table.values.tolist() == [["900001", "extracted", ""]]
-    assert contents(target) == {"900001.nii.gz": volume(1)}
+    assert table.values.tolist() == [["900001", "extracted", ""], ["900003", "extracted", ""]]
+    assert contents(target) == dict.fromkeys(["900001.nii.gz", "900003.nii.gz"], volume(1))
     assert (target / "rejected.csv").read_text().split() == ["Subject,reason"]
 
 
@@ -124,37 +125,16 @@ def test_what_is_no_volume_never_matches(source, target):
     assert table["status"].tolist() == ["extracted", "rejected"]
 
 
-def test_an_inner_archive_is_read_in_place_or_inflated(source, target, monkeypatch):
-    files, original = [], tempfile.TemporaryFile
-
-    def temporary(**options):
-        assert options == {"dir": target}
-        files.append(original(**options))
-        return files[-1]
-
-    monkeypatch.setattr(tempfile, "TemporaryFile", temporary)
-    save(source, _900001=nested(volume(1), STORED, STORED), _900002=nested(volume(2)))
-    extract(source, target)
-    assert not files
-    empty = zipped([("x.txt", b"")])
-    save(source, _900003=zipped([("1.zip", empty), ("2.zip", empty), ("3.zip", direct)]))
-    extract(source, target)
-    assert len(files) == 3
-    assert contents(target)["900003.nii.gz"] == contents(target)["900001.nii.gz"] == volume(1)
-
-
 def test_present_volumes_are_not_looked_at_again(cohort, target):
     extract(cohort, target, workers=1)
     (target / "900003.nii.gz").rename(target / "900003_FA.nii.gz")  # as a user may name it
     before = contents(target)
     for path in cohort.iterdir():
         path.write_bytes(b"garbage")
-    table = extract(cohort, target)
-    assert table["status"].value_counts().to_dict() == {"present": 11, "rejected": 1}
-    assert contents(target) == before
     save(cohort, _900004_x=nested(volume(4)))  # repaired
     table = extract(cohort, target)
     assert table["status"].tolist() == 4 * ["present"] + ["extracted"] + 7 * ["present"]
+    assert contents(target) == before | {"900004.nii.gz": volume(4)}
     assert len(pd.read_csv(target / "rejected.csv")) == 0
 
 
@@ -168,7 +148,6 @@ def test_overwrite_replaces_all_volumes_of_the_subjects_and_no_other_file(source
     assert table["status"].tolist() == ["extracted", "rejected"]
     unchanged = {"900003.nii.gz": b"a user's", "900001.txt": b"a user's"}
     assert contents(target) == unchanged | {"900001.nii": volume(3)}
-    assert extract(source, target, "FA.nii")["status"].tolist() == ["present", "rejected"]
 
 
 def with_header(content, offset, form, value):
@@ -194,11 +173,9 @@ BAD = {
         zipped([("a/x_FA.nii.gz", b""), ("in.zip", zipped([("FA.nii", b"")]))]),
         "expected one file.*found 900001_x.zip/a/x_FA.nii.gz, 900001_x.zip/in.zip/FA.nii$",
     ),
-    "flipped byte": (flipped, "900001_FA.nii.gz: .*Bad CRC-32"),
     "flipped, in place": (zipped([("in.zip", flipped)], STORED), "in.zip/900001.*Bad CRC-32"),
     "no zip": (zipped([("in.zip", b"text")]), "900001_x.zip/in.zip: .*not a zip file"),
     "encrypted": (with_header(direct, 6, "<H", 1), "encrypted"),
-    "declares less": (with_header(direct, 22, "<I", 3000), "Bad CRC-32"),
     "declares too much": (with_header(direct, 22, "<I", 1 << 31 | 1), "found 2147483649 declared"),
     "inflates a thousandfold": (bomb, r"at most \d+ bytes \(\d+ are stored\), found 3000000"),
     "says it is stored large": (bytes(lie), "are stored.*found 3000000"),
@@ -224,23 +201,19 @@ def test_a_bad_archive_is_rejected_with_its_reason_and_the_rest_goes_on(source, 
 
 
 def test_a_vanished_archive_and_any_fault_reject_one_subject(source, target, monkeypatch):
-    group, find = archives.group_by_subject, archives.find_members
+    find = archives.find_members
 
-    def lose(paths):
-        groups = group(paths)
-        groups["900001"][0].unlink()
-        return groups
-
-    def exhaust(file, label, *rest):
-        if label == "900002.zip":
+    def fail_to_find(file, label, *rest):
+        if label == "900001.zip":
+            file.unlink()
+        elif label == "900002.zip":
             raise MemoryError("no 9 GB")
         return find(file, label, *rest)
 
     with pytest.raises(FileNotFoundError, match=r"<ID>.*found none.*DATA_ACCESS.md"):
         extract(source, target)
     save(source, _900001=direct, _900002=direct, _900003=nested(volume(3)))
-    monkeypatch.setattr(archives, "group_by_subject", lose)
-    monkeypatch.setattr(archives, "find_members", exhaust)
+    monkeypatch.setattr(archives, "find_members", fail_to_find)
     table = extract(source, target)
     assert table["status"].tolist() == ["rejected", "rejected", "extracted"]
     assert re.match("900001: FileNotFoundError: .*900001.zip", table["reason"][0])
@@ -264,13 +237,13 @@ def fail(code):
 
 
 def test_a_full_disk_raises_and_the_next_run_goes_on(cohort, target, monkeypatch):
-    def chunks(member, limit, original=archives.member_chunks):
-        for number, chunk in enumerate(original(member, limit)):
+    def chunks(member, original=archives._read_chunks):
+        for number, chunk in enumerate(original(member)):
             yield fail(code) if number == 3 and "900007_FA" in member[2] else chunk
 
     with monkeypatch.context() as patch:
         patch.setattr(archives, "CHUNK", 1000)
-        patch.setattr(archives, "member_chunks", chunks)
+        patch.setattr(archives, "_read_chunks", chunks)
         for workers, code in ((4, errno.ENOSPC), (1, errno.EIO)):
             with pytest.raises(OSError, match=r"900007") as caught:
                 extract(cohort, target / str(workers), workers=workers)
@@ -279,15 +252,6 @@ def test_a_full_disk_raises_and_the_next_run_goes_on(cohort, target, monkeypatch
     assert contents(target / "1") == expected  # nobody is tried in vain after it
     status = extract(cohort, target / "1")["status"].tolist()
     assert status == 4 * ["present"] + ["rejected"] + 2 * ["present"] + 5 * ["extracted"]
-
-
-def test_a_full_disk_under_a_temporary_file_is_no_rejection(source, target, monkeypatch):
-    file = type("Full", (io.BytesIO,), {"flush": lambda self: fail(errno.ENOSPC)})()
-    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **options: file)
-    save(source, _900001=nested(volume(1), STORED, DEFLATED))
-    with pytest.raises(OSError, match="No space left"):
-        extract(source, target)
-    assert contents(target) == {}
 
 
 @pytest.mark.skipif(os.name == "nt", reason="links need a privilege on Windows")
@@ -302,7 +266,7 @@ def test_files_behind_links_are_found_once(tmp_path):
     source.mkdir()
     for name in ("sub-01", "sub-02"):
         (source / name).symlink_to(disk)
-    paths = {path.relative_to(source) for path in archives.files_below(source, ".nii.gz")}
+    paths = {path.relative_to(source) for path in storage.files_below(source, ".nii.gz")}
     assert {path.as_posix() for path in paths} == {"sub-01/data.nii.gz", "sub-02/data.nii.gz"}
     assert extract(source, tmp_path / "fa").values.tolist() == [["03", "extracted", ""]]
     assert (tmp_path / "fa/03.nii.gz").read_bytes() == b"volume"

@@ -1,7 +1,6 @@
 """The one loader: what belongs together loads, nothing else does, and nothing in it is executed."""
 
 import json
-import mmap
 from dataclasses import replace
 from pathlib import Path
 
@@ -61,7 +60,7 @@ def test_load_takes_two_arrays_from_elsewhere(tmp_path):
     data = cohort.load(tmp_path / "c", affine=AFFINE.tolist())
     np.testing.assert_array_equal(data.affine, AFFINE)
     for affine in (AFFINE[:3, :3], np.zeros((4, 4)), AFFINE * np.nan):
-        with pytest.raises(ValueError, match=r"affine \[\[.*, not \(4, 4\) with an inverse"):
+        with pytest.raises(ValueError, match=r"expected shape, modality and affine"):
             cohort.load(tmp_path / "c", affine=affine)
     grid = {"shape": SHAPE, "modality": "t1", "normalised": True}
     (tmp_path / "c" / "grid.json").write_text(json.dumps(grid))
@@ -108,13 +107,13 @@ ROWS = "Subject,label\n" + "".join(f"{n},{n % 2}\n" for n in range(6))
         ("tensors.npy", b"", r"tensors\.npy: expected a whole NumPy array"),
         ("tensors.npy", b"Subject,Gender\n" * 20, r"tensors\.npy: expected a whole NumPy array"),
         ("subjects.csv", ROWS[:-4], r"subjects\.csv and labels\.npy disagree"),
-        ("subjects.csv", "Subject\n1\n", r"subjects\.csv: expected a column label, found none"),
+        ("subjects.csv", "Subject\n1\n", r"subjects\.csv: expected a table with .*column label"),
         ("subjects.csv", ROWS.replace("4,", "../4,"), r"subjects\.csv: line 6: expected Subject"),
         ("grid.json", "{", r"grid\.json: expected a JSON object"),
-        ("grid.json", {}, r"grid\.json: expected shape and affine"),
-        ("grid.json", GRID | {"shape": 5}, r"grid\.json: expected shape and affine"),
-        ("grid.json", GRID | {"modality": "t2"}, r"grid\.json: .*'t2', not one of fa, t1"),
-        ("grid.json", GRID | {"affine": [[1]]}, r"grid\.json: .*affine \[\[1\.0\]\], not \(4, 4\)"),
+        ("grid.json", {}, r"grid\.json: expected shape, modality"),
+        ("grid.json", GRID | {"shape": 5}, r"grid\.json: expected shape, modality"),
+        ("grid.json", GRID | {"modality": "t2"}, r"grid\.json: .*found modality 't2'"),
+        ("grid.json", GRID | {"affine": [[1]]}, r"grid\.json: .*cannot reshape"),
     ],
 )
 def test_load_refuses_what_does_not_belong_together(tmp_path, capsys, name, content, message):
@@ -130,25 +129,22 @@ def test_load_refuses_what_does_not_belong_together(tmp_path, capsys, name, cont
     assert "executed" not in capsys.readouterr().out
 
 
-def test_a_subset_is_read_when_it_is_indexed(tmp_path):
-    data = cohort.load(write_folder(tmp_path / "c", 5, group=["f", "g", None, "f", "g"]))
-    part = cohort.subset_cohort(data, np.array([4, 0, 2]))
-    assert len(part) == len(part.volumes) == 3
-    assert part.subjects.tolist() == ["000004", "000000", "000002"]
-    assert part.sex.tolist() == [0, 0, 0]
-    assert part.groups.tolist() == ["g", "f", "subject 000002"]
-    assert part.table["Subject"].tolist() == ["000004", "000000", "000002"]
+def test_rows_are_read_when_they_are_indexed(tmp_path):
+    rows = cohort.VolumeRows(
+        cohort.load(write_folder(tmp_path / "c", 5)).volumes, np.array([4, 0, 2])
+    )
+    assert (len(rows), rows.shape) == (3, (3, *SHAPE))
     expected = np.float32([0.4, 0, 0.2])
-    np.testing.assert_array_equal(part.volumes[np.arange(3)][:, 1, 2, 3], expected)
-    np.testing.assert_array_equal(np.stack(list(part.volumes))[:, 4, 6, 5], expected)
-    assert data.subjects[0] == "000000"
+    np.testing.assert_array_equal(rows[np.arange(3)][:, 1, 2, 3], expected)
+    np.testing.assert_array_equal(np.stack(list(rows))[:, 4, 6, 5], expected)
 
 
 def test_the_digest_tells_cohorts_apart(tmp_path):
     data = cohort.load(write_folder(tmp_path / "c"))
     whole = cohort.digest(data)
     assert cohort.digest(cohort.load(tmp_path / "c")) == whole
-    assert cohort.digest(cohort.subset_cohort(data, np.arange(6))) == whole
+    rows = cohort.VolumeRows(data.volumes, np.arange(6))
+    assert cohort.digest(replace(data, volumes=rows)) == whole
     brighter, broken = np.array(data.volumes), np.array(data.volumes)
     brighter[4, 0, 0, 0] += 1e-3
     others = [
@@ -161,30 +157,3 @@ def test_the_digest_tells_cohorts_apart(tmp_path):
     broken[3] = np.nan
     with pytest.raises(ValueError, match=r"tensors\.npy is not finite for 000003"):
         cohort.digest(replace(data, volumes=broken))
-
-
-class AdvisedFile(mmap.mmap):
-    """A mapped file that notes what the kernel is told to read."""
-
-    def madvise(self, option: int, start: int, length: int) -> None:
-        assert option == mmap.MADV_WILLNEED
-        self.advice.append((start, start + length))
-
-
-@pytest.mark.skipif(not hasattr(mmap, "MADV_WILLNEED"), reason="the system takes no advice")
-def test_the_kernel_is_told_to_read_these_rows_and_no_more(tmp_path):
-    values = np.arange(8 * 3000, dtype=np.float32).reshape(8, 10, 15, 20)
-    np.save(tmp_path / "v.npy", values)
-    with (tmp_path / "v.npy").open("rb") as file:
-        mapped = AdvisedFile(file.fileno(), 0, access=mmap.ACCESS_READ)
-    mapped.advice = []
-    volumes = np.ndarray(values.shape, np.float32, mapped, 128)  # after the header
-    rows = cohort.VolumeRows(volumes, np.array([7, 1, 4]))
-    np.testing.assert_array_equal(rows[np.array([2, 0])], values[[4, 7]])
-    np.testing.assert_array_equal(rows[1], values[1])
-    assert len(mapped.advice) == 3
-    for row, (start, stop) in zip((4, 7, 1), mapped.advice):
-        first_byte, end = 128 + 12000 * row, 128 + 12000 * (row + 1)
-        assert start <= first_byte < start + mmap.PAGESIZE
-        assert end <= stop < end + mmap.PAGESIZE
-        assert start % mmap.PAGESIZE == 0

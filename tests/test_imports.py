@@ -29,7 +29,7 @@ ALLOWED = {
     "explain": "cohort networks perturbation saliency storage tables training volumes",
     "metrics": "cohort evaluation explain networks perturbation saliency speed storage training",
     "pages": "figures storage",
-    "synthetic": "storage tables volumes",
+    "synthetic": "storage volumes",
 }
 """What each module may import of the package; notebooks and ``__main__`` may import all."""
 

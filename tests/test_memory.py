@@ -20,8 +20,7 @@ VOLUME = np.random.default_rng(0).uniform(0.2, 0.6, SHAPE).astype(np.float32)
 make_network = partial(networks.MriNet3d, 2, SHAPE)
 
 
-def convert(folder, data):
-    """Convert one file under many names."""
+def convert(folder, data):  # one file under many names
     (folder / "fa").mkdir()
     nib.save(nib.Nifti1Image(VOLUME, np.diag([8, 8, 8, 1])), folder / "volume.nii.gz")
     for name in data.subjects:
@@ -52,8 +51,8 @@ STEPS = {step.__name__: step for step in (convert, train, summarise, explain_all
 
 def print_peak(step, folder, count):
     """Run a step on one volume over and over; print the kB that it takes, looked at every 2 ms."""
-    path, kilobytes, ended = folder / "tensors.npy", [], threading.Event()
-    np.lib.format.open_memmap(path, "w+", np.float32, (count, *SHAPE))[:] = VOLUME
+    kilobytes, ended = [], threading.Event()
+    np.save(folder / "tensors.npy", np.broadcast_to(VOLUME, (count, *SHAPE)))
     np.save(folder / "labels.npy", np.arange(count) % 2)
 
     def look():

@@ -93,21 +93,6 @@ def test_the_mask_covers_the_evidence_and_leaves_the_rest(bright, precision):
     assert mask[DECOY].max() == 0
 
 
-def test_without_evidence_nothing_is_removed(bright):
-    masks = optimise_masks(BoxMean(gain=0.0), bright, progress=False)
-    assert masks.masks.max() == 0
-    assert masks.history[["before", "after", "volume"]].values.tolist() == [[0.5, 0.5, 0]]
-
-
-def test_removal_stops_where_the_evidence_is_gone(bright, monkeypatch):
-    """Full removal would leave far less than the floor; the mask takes no more than it must."""
-    low = optimise_masks(BoxMean(), bright, progress=False).history
-    monkeypatch.setattr(perturbation, "FLOOR", 0.6)
-    high = optimise_masks(BoxMean(), bright, progress=False).history
-    assert low["after"][0] < 0.1 < high["after"][0]
-    assert high["volume"][0] < low["volume"][0]
-
-
 def test_the_evidence_goes_however_dear_the_area(bright, monkeypatch):
     dear = {"area": 1000.0, "progress": False}
     assert optimise_masks(BoxMean(), bright, **dear).history["after"][0] < 0.1
@@ -115,27 +100,24 @@ def test_the_evidence_goes_however_dear_the_area(bright, monkeypatch):
     assert optimise_masks(BoxMean(), bright, **dear).history["after"][0] > 0.9
 
 
-def test_target(bright):
-    """Without a target the predicted class; a class without evidence needs no removal."""
+def test_a_class_without_evidence_needs_no_removal(bright):
     both = np.concatenate([bright, np.full_like(bright, 0.15)])
     settings = {"iterations": 25, "progress": False}
     predicted = optimise_masks(BoxMean(), both, **settings)
     assert predicted.history["target"].tolist() == [1, 0]
-    assert predicted.history["before"].min() > 0.99
     women = optimise_masks(BoxMean(), both, target=0, **settings)
-    assert women.history["target"].tolist() == [0, 0]
     assert women.history["before"][0] < 0.01
     assert women.masks[0].max() == 0
     np.testing.assert_array_equal(women.masks[1], predicted.masks[1])
 
 
 def test_the_returned_mask_is_the_one_that_was_scored_in_float32(network, volumes, precision):
-    masks = quick_masks(network, volumes, sigma=3.0)
+    masks = quick_masks(network, volumes)
     assert masks.masks.dtype == np.float32
     assert 0 <= masks.masks.min() < 0.1 < masks.masks.max() <= 1
     assert masks.history.columns.tolist() == ["target", "before", "after", "volume"]
     for volume, mask, row in zip(volumes, masks.masks, masks.history.itertuples()):
-        smooth = gaussian_filter(volume, 3.0, mode="nearest", truncate=4)
+        smooth = gaussian_filter(volume, 5.0, mode="nearest", truncate=4)
         shown = torch.from_numpy(np.stack([volume, volume * (1 - mask) + smooth * mask]))
         with torch.no_grad():
             before, after = network(shown[:, None]).softmax(1)[:, row.target].tolist()
@@ -156,9 +138,9 @@ def state(network):
 
 
 @pytest.mark.parametrize("learn", [quick_masks, quick_group])
-@pytest.mark.parametrize(("training", "raising"), [(True, False), (False, True)])
-def test_the_network_is_left_as_it_was(network, volumes, learn, training, raising, monkeypatch):
-    changed = copy.deepcopy(network).train(training)
+@pytest.mark.parametrize("raising", [False, True])
+def test_the_network_is_left_as_it_was(network, volumes, learn, raising, monkeypatch):
+    changed = copy.deepcopy(network).train()
     changed.hidden1[0].bias.requires_grad_(False)
     changed.linear.register_forward_hook(lambda *_: None)
     before = state(changed)
@@ -192,7 +174,7 @@ def test_seed_and_subject_choose_the_draws_and_no_option_is_ignored(network, vol
     masks = quick_masks(network, same, subjects=["a", "b", "a"]).masks
     np.testing.assert_array_equal(masks[0], masks[2])
     assert np.abs(masks[0] - masks[1]).max() > 1e-3
-    for name, value in {"seed": 1, "iterations": 7, "area": 3.0, "sigma": 1.0}.items():
+    for name, value in {"seed": 1, "iterations": 7, "area": 3.0}.items():
         changed = quick_masks(network, same[:1], subjects=["a"], **{name: value}).masks
         assert np.abs(changed[0] - masks[0]).max() > 1e-3, name
     assert len(np.unique(quick_masks(network, same).masks[:, 3:9].sum((1, 2, 3)))) == 3
@@ -207,18 +189,15 @@ def with_value(volumes, value):
 @pytest.mark.parametrize(
     ("learn", "change", "options", "message"),
     [
-        (quick_masks, lambda v: v[0], {}, r"and N subjects, found \(22, 24, 26\)"),
+        (quick_masks, lambda v: v[0], {}, r"\(N, X, Y, Z\), found \(22, 24, 26\)"),
         (quick_masks, lambda v: v[..., :25], {}, r"expected volumes \(N, 1, 22, 24, 26\)"),
         (quick_masks, lambda v: with_value(v, np.nan), {}, "volume 2 .* finite"),
         (quick_masks, lambda v: v, {"target": 2}, "target of 0 or 1.* found 2"),
         (quick_masks, lambda v: v, {"target": [0, 1]}, r"each of 4 volumes, found \[0, 1\]"),
-        (quick_masks, lambda v: v, {"subjects": ["a"]}, "N subjects, found .* and 1"),
+        (quick_masks, lambda v: v, {"subjects": ["a"]}, "expected 4 subjects, found 1"),
         (quick_masks, lambda v: v, {"reference": np.zeros((2, *SMALL))}, r"each of 4 .* \(2, 22,"),
-        (quick_group, lambda v: v[:0], {}, r"found \(0, 22, 24, 26\)"),
         (quick_group, lambda v: with_value(v, np.inf), {}, "volume 2 .* finite"),
-        (quick_group, lambda v: v[..., :25], {}, r"expected volumes \(N, 1, 22, 24, 26\)"),
-        (quick_group, lambda v: v, {"target": 2}, "target of 0 or 1.* found 2"),
-        (quick_group, lambda v: v, {"reference": np.full(SMALL, np.nan)}, "finite, found NaN"),
+        (quick_group, lambda v: v, {"reference": np.full(SMALL, np.nan)}, "finite reference"),
     ],
 )
 def test_bad_input(network, volumes, learn, change, options, message):
@@ -226,11 +205,10 @@ def test_bad_input(network, volumes, learn, change, options, message):
         learn(network, change(volumes), **options)
 
 
-@pytest.mark.parametrize("sigma", [5.0, 1.3])
-def test_the_blur_is_scipys_gaussian(volumes, sigma):
-    blurred = gaussian_blur(torch.from_numpy(volumes.copy())[:, None], sigma)
+def test_the_blur_is_scipys_gaussian_of_5_voxels(volumes):
+    blurred = gaussian_blur(torch.from_numpy(volumes.copy())[:, None])
     for volume, image in zip(volumes, blurred[:, 0]):
-        expected = gaussian_filter(volume.astype(float), sigma, mode="nearest", truncate=4)
+        expected = gaussian_filter(volume.astype(float), 5.0, mode="nearest", truncate=4)
         np.testing.assert_allclose(image, expected, atol=1e-6)
 
 
@@ -312,33 +290,13 @@ def test_shifts_reach_one_voxel_either_way(bright, precision, monkeypatch):
 
 
 def test_another_reference_takes_the_blurs_place(bright):
-    """The box is as bright in the reference: to put it there removes nothing; the decoy is gone."""
-    reference = np.where(DECOY, 0.1, bright[0]).astype(np.float32)
-    masks = optimise_masks(BoxMean(), bright, reference=reference, progress=False)
-    assert masks.masks.max() == 0
-    assert masks.history["after"][0] == pytest.approx(masks.history["before"][0])
+    """The box is dark in the reference, and nothing else differs."""
     dark = np.where(BOX, 0.1, bright[0]).astype(np.float32)
     masks = optimise_masks(BoxMean(), bright, reference=dark, progress=False)
     seen = bright[0] + masks.masks[0] * (dark - bright[0])
     expected = 1 / (1 + np.exp(-30 * (seen[BOX].mean() - 0.45)))
     assert masks.history["after"][0] == pytest.approx(expected, abs=1e-3)
     assert expected < 0.1
-
-
-def test_a_reference_for_each_volume(network, volumes):
-    blur = gaussian_blur(torch.from_numpy(volumes.copy())[:, None])[:, 0].numpy()
-    masks = quick_masks(network, volumes, reference=blur)
-    np.testing.assert_array_equal(masks.masks, quick_masks(network, volumes).masks)
-
-
-def test_masks_are_enlarged_trilinearly():
-    coarse = torch.rand(2, 1, 4, 7, 5, requires_grad=True)
-    sizes, weights = (8, 13, 10), torch.rand(2, 1, 8, 13, 10)
-    expected = torch.nn.functional.interpolate(coarse, size=sizes, mode="trilinear")
-    enlarged = perturbation._enlarge(coarse, sizes)
-    torch.testing.assert_close(enlarged, expected)
-    slopes = [torch.autograd.grad((m * weights).sum(), coarse)[0] for m in (enlarged, expected)]
-    torch.testing.assert_close(*slopes)
 
 
 def test_a_groups_mask_covers_what_its_members_share(bright, precision):
@@ -355,16 +313,6 @@ def test_a_groups_mask_covers_what_its_members_share(bright, precision):
     before, after = (v[:, BOX].mean(1) - 0.45 for v in (group, seen))
     assert (before > 0.1).all()
     assert after.max() < 0.05, "log-odds of 1.5, after 6 and more"
-
-
-def test_men_and_women_are_one_group(bright):
-    """A woman's box is dark, in a bright surrounding: the man's box is what changes her mind."""
-    woman = np.where(BOX, 0.1, bright[0]).astype(np.float32)
-    both = np.stack([bright[0], woman])
-    settings = {"target": [1, 0], "reference": both[::-1].copy(), "batch_size": 2}
-    mask = optimise_group_mask(BoxMean(), both, progress=False, **settings)
-    assert mask[BOX].mean() > 0.4
-    assert mask[FAR].max() < 0.05
 
 
 def test_the_groups_objective_is_the_mean_of_its_members(network, volumes, monkeypatch):
@@ -395,8 +343,8 @@ def test_the_groups_objective_is_the_mean_of_its_members(network, volumes, monke
 def test_a_groups_mask_has_the_same_bits_and_ignores_no_option(network, volumes):
     mask = quick_group(network, volumes)
     np.testing.assert_array_equal(quick_group(network, volumes), mask)
-    blur = gaussian_blur(torch.from_numpy(volumes.copy())[:, None], 1.0)[:, 0].numpy()
-    options = {"iterations": 7, "seed": 1, "batch_size": 3, "reference": blur, "target": 0}
+    other = np.full(SMALL, 0.1)
+    options = {"iterations": 7, "seed": 1, "batch_size": 3, "reference": other, "target": 0}
     for name, value in options.items():
         changed = quick_group(network, volumes, **{name: value})
         assert np.abs(changed - mask).max() > 1e-4, name

@@ -11,7 +11,8 @@ from skimage.transform import resize
 from torch import nn
 
 from brainsex import cohort, layouts, networks, volumes
-from brainsex.training import cross_validate, predict_files
+from brainsex.__main__ import predict_files
+from brainsex.training import cross_validate
 
 STUDY, SMALL = (58, 70, 58), (22, 26, 24)
 LAS = np.array([[-2.5, 0, 0, 29], [0, 2.25, 0, -31], [0, 0, 2.0, -24], [0, 0, 0, 1]])
@@ -47,7 +48,7 @@ def fit_cohort(folder: Path, paths: list[Path], **options: object) -> tuple[coho
     subjects = [layouts.subject_of(path) for path in paths]
     table = pd.DataFrame({"Subject": subjects, "Gender": list("FMFMFM")})
     table.to_csv(folder / "unrestricted_people.csv", index=False)
-    files = layouts.choose_volumes(layouts.find_volumes(folder), folder)
+    files = layouts.choose_volumes(layouts.find_volumes(folder))
     volumes.convert(files, folder, folder / "out", shape=SMALL, **options)
     data, settings = cohort.load(folder / "out"), {"folds": 2, "epochs": 1, "batch_size": 3}
     make = lambda: networks.MriNet3d(1, SMALL)  # noqa: E731
@@ -70,10 +71,10 @@ def test_a_published_network_in_the_orientation_it_was_fitted_in(tmp_path, publi
     expected = {"LAS": by_hand(values), "RAS": by_hand(mirrored), "IRA": by_hand(turned)}
     assert abs(expected["LAS"] - expected["RAS"]) > 0.01
     for orientation, probability in expected.items():
-        table, rejected = predict_files(checkpoint, [path], orientation=orientation)
-        assert rejected.empty
-        assert table["Subject"].tolist() == ["900001"]
+        table = predict_files(checkpoint, [path], orientation=orientation)
+        assert table[["path", "Subject"]].values.tolist() == [[path, "900001"]]
         assert table["probability_of_man"][0] == pytest.approx(probability, abs=1e-5)
+        assert table["reason"].isna().all()
     for code in ("XYZ", "LA", "RLS"):
         with pytest.raises(ValueError, match="such as RAS or LAS, found"):
             predict_files(checkpoint, [path], orientation=code)
@@ -82,10 +83,10 @@ def test_a_published_network_in_the_orientation_it_was_fitted_in(tmp_path, publi
 def test_one_bad_file_does_not_lose_the_rest(tmp_path, published) -> None:
     paths = [save(tmp_path / "4d.nii.gz", np.zeros((4, 5, 6, 7), np.float32))]
     paths += [tmp_path / "nowhere.nii.gz", save(tmp_path / "sub-07_FA.nii.gz", make_map(1))]
-    table, rejected = predict_files(published[1], paths)
-    assert table["Subject"].tolist() == ["07"]
-    assert rejected["Subject"].tolist() == ["4d", "nowhere"]
-    assert "3D volume" in rejected["reason"][0]
+    table = predict_files(published[1], paths)
+    assert table["Subject"].tolist() == ["4d", "nowhere", "07"]
+    assert table["probability_of_man"].isna().tolist() == [True, True, False]
+    assert "3D real voxels" in table["reason"][0]
 
 
 def test_the_field_of_view_must_be_the_training_cohorts(tmp_path) -> None:
@@ -94,15 +95,14 @@ def test_the_field_of_view_must_be_the_training_cohorts(tmp_path) -> None:
     shifted = LAS.copy()
     shifted[0, 3] += 4
     other = save(tmp_path / "shifted.nii.gz", make_map(0), shifted)
-    table, rejected = predict_files(checkpoint, [other, paths[1]])
-    assert table["Subject"].tolist() == ["000001"]
+    table = predict_files(checkpoint, [other, paths[1]])
     network = networks.load(checkpoint, SMALL)
     with torch.no_grad():
         expected = network(torch.tensor(data.volumes[1])[None, None]).softmax(1)[0, 1]
-    assert table["probability_of_man"][0] == pytest.approx(expected.item(), abs=1e-5)
-    assert "expected the training cohort's field of view" in rejected["reason"][0]
-    _, rejected = predict_files(checkpoint, paths[:1], orientation="LAS")
-    assert len(rejected) == 1  # ours are fitted in RAS
+    assert table["probability_of_man"][1] == pytest.approx(expected.item(), abs=1e-5)
+    assert "expected the training cohort's field of view" in table["reason"][0]
+    table = predict_files(checkpoint, paths[:1], orientation="LAS")
+    assert table["probability_of_man"].isna().all()  # ours are fitted in RAS
 
 
 def test_t1_of_any_units_is_prepared_as_the_training_cohort_was(tmp_path) -> None:
@@ -113,8 +113,7 @@ def test_t1_of_any_units_is_prepared_as_the_training_cohort_was(tmp_path) -> Non
         paths.append(save(path, (make_map(n) + 0.4 * (make_map(n) > 0)).astype(np.float32) * 10**n))
     data, checkpoint = fit_cohort(tmp_path, paths, normalised=True)
     assert (data.modality, data.normalised) == ("t1", True)
-    table, rejected = predict_files(checkpoint, paths)
-    assert rejected.empty
+    table = predict_files(checkpoint, paths)
     assert table["Subject"].tolist() == data.subjects.tolist()
     with torch.no_grad():
         logits = networks.load(checkpoint, SMALL)(torch.tensor(data.volumes[:])[:, None])

@@ -14,32 +14,26 @@ from pathlib import Path
 import pytest
 import torch
 
-from brainsex import archives, cohort, synthetic, volumes
+from brainsex import synthetic
 from brainsex.__main__ import main
 from tests.reliability import kills
 from tests.reliability.hostile import write_study
-from tests.test_archives import nested, save, volume
-from tests.test_volumes import make as make_people
 
 ROOT = Path(__file__).parents[1]
-LINUX = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and process groups")
-MOUNTS = pytest.mark.skipif(
-    sys.platform != "linux" or os.geteuid() != 0, reason="needs root to mount a small disk"
-)
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="needs fork, process groups and /proc")
 FEW = {"extract": 3, "convert": 1, "train": 1, "masks": 0, "fa": 0}  # kills in the suite
 
 
 def run(inputs, command, out):
-    """Run a command; return its files."""
     main(kills.arguments(inputs, command, out))
     return kills.read_tree(out)
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    """A study of six, which each command can read."""
+    """A study of four, which each command can read."""
     folder, threads = tmp_path_factory.mktemp("inputs"), torch.get_num_threads()
-    write_study(folder, 6)
+    write_study(folder, 4)
     torch.set_num_threads(1)
     yield folder
     torch.set_num_threads(threads)
@@ -62,26 +56,24 @@ def finished(tmp_path_factory, inputs):
 def test_no_kill_locale_time_zone_or_folder_changes_a_byte(tmp_path, inputs, finished, soak):
     variables = {"LC_ALL": "C", "TZ": "Asia/Kathmandu", "PYTHONUTF8": "0"}
     variables |= {"PYTHONWARNDEFAULTENCODING": "1", "PYTHONPATH": str(ROOT)}
-    options = {"cwd": tmp_path, "env": os.environ | variables, "encoding": "utf-8"}
     command = [sys.executable, "-m", "tests.reliability.kills"]
     command += [tmp_path / "soak"] if soak else [inputs, json.dumps(FEW)]
+    options = {"cwd": tmp_path, "env": os.environ | variables, "encoding": "utf-8"}
     done = subprocess.run(command, capture_output=True, check=False, **options)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    print(done.stdout)
     for name in FEW if not soak else ():
         assert kills.read_tree(inputs / name) == kills.read_tree(finished / name), name
     assert not re.search(rf"{ROOT}/brainsex.*EncodingWarning", done.stderr)
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
-@pytest.mark.parametrize("every", [199, pytest.param(1, marks=pytest.mark.soak)])
+@LINUX
+@pytest.mark.parametrize("every", [211, pytest.param(1, marks=pytest.mark.soak)])
 def test_no_hostile_file_stops_a_command_or_takes_more_than_it_may(every):
     command = [sys.executable, "-m", "tests.reliability.hostile", str(every)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    print(done.stdout)
+    options = {"cwd": ROOT, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "text": True}
+    done = subprocess.run(command, capture_output=True, check=False, **options)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert int(re.search(r"(\d+) hostile files, 0 failed", done.stdout)[1]) > 1000 / every
+    assert int(re.search(r"(\d+) hostile files, 0 failed", done.stdout)[1]) > 700 / every
 
 
 @LINUX
@@ -103,7 +95,7 @@ def test_ctrl_c_ends_every_command_within_two_seconds(tmp_path):
             while not any(out.glob(first_file)):
                 assert process.poll() is None, process.stderr.read()[-2000:]
                 time.sleep(0.01)
-            time.sleep(random.Random(name).uniform(0, 0.3))
+            time.sleep(random.Random(name).uniform(0, 3 if name == "run.py" else 0.3))
             began = time.monotonic()
             os.killpg(process.pid, signal.SIGINT)
             printed = process.communicate(timeout=60)[1]
@@ -117,11 +109,12 @@ def test_ctrl_c_ends_every_command_within_two_seconds(tmp_path):
             assert again.returncode == 0, again.stderr[-2000:]
             after = kills.finished_files(out, name)  # convert deletes its parts
             assert all(after.get(path, stamp) == stamp for path, stamp in before.items()), name
-    print(seconds)
     assert max(seconds.values()) < 2, seconds
 
 
-@MOUNTS
+@pytest.mark.skipif(
+    sys.platform != "linux" or os.geteuid() != 0, reason="needs root to mount a small disk"
+)
 @pytest.mark.parametrize("name", FEW)
 def test_a_full_or_read_only_disk_is_named_and_then_a_command_goes_on(
     tmp_path, inputs, finished, name
@@ -143,40 +136,22 @@ def test_a_full_or_read_only_disk_is_named_and_then_a_command_goes_on(
         subprocess.run(["umount", tmp_path], check=True)
 
 
-def test_an_input_that_vanishes_is_one_subject_rejected(tmp_path, monkeypatch):
-    def delete_before(module, name, path):
-        function = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *a: path.unlink(missing_ok=True) or function(*a))
-
-    folder, out = make_people(tmp_path / "people", 4), tmp_path / "out"
-    save(tmp_path / "packages", _900001=nested(volume(1)), _900002=nested(volume(2)))
-    delete_before(archives, "find_members", tmp_path / "packages" / "900001.zip")
-    delete_before(volumes, "prepare", folder / "fa" / "000002.nii.gz")
-    table = archives.extract(tmp_path / "packages", tmp_path / "fa")
-    assert table["status"].tolist() == ["rejected", "extracted"]
-    assert "900001.zip" in table["reason"][0]
-    volumes.convert(folder / "fa", folder, out, shape=(22, 22, 22), workers=1)
-    assert cohort.load_cohort(out).subjects.tolist() == ["000001", "000003", "000004"]
-    assert "000002,cannot be read now" in (out / "rejected.csv").read_text()
-
-
 @pytest.mark.parametrize("how", ["cut", "noise"])
 @pytest.mark.parametrize(
-    ("command", "name", "made_anew", "absent"),
+    ("name", "made_anew", "absent"),
     [
-        ("convert", "grid.json", False, ""),
-        ("convert", ".parts/*.npz", True, "tensors.npy"),
-        ("train", "run.json", False, ""),
-        ("train", "fold-0.json", False, ""),
-        ("train", ".fold-0.checkpoint", False, "fold-0.json"),
-        ("train", "folds.csv", True, ""),
-        ("masks", "mask/*.json", False, ""),
-        ("masks", "masks.csv", True, ""),
+        ("convert/grid.json", False, ""),
+        ("convert/.parts/*.npz", True, "tensors.npy"),
+        ("train/fold-0.json", False, ""),
+        ("train/.fold-0.checkpoint", False, "fold-0.json"),
+        ("train/folds.csv", True, ""),
+        ("masks/mask/*.json", False, ""),
     ],
 )
 def test_a_damaged_file_of_the_projects_own_is_named_or_made_anew(
-    tmp_path, inputs, finished, command, name, made_anew, absent, how
+    tmp_path, inputs, finished, name, made_anew, absent, how
 ):
+    command, _, name = name.partition("/")
     out = tmp_path / "copy"
     shutil.copytree(finished / command, out)
     path, whole = next(out.glob(name)), kills.read_tree(out)

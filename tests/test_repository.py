@@ -1,13 +1,11 @@
 """What the repository holds: no secret, nobody's data, no call that runs what is in a file."""
 
 import ast
-import json
 import re
 import subprocess
 import tomllib
 from pathlib import Path
 
-import pytest
 from packaging.requirements import Requirement
 
 from tests.reliability import versions
@@ -29,16 +27,12 @@ def test_no_call_runs_what_is_in_a_file():
                     assert options.get(option, "False") == "False", path
 
 
-def read_committed() -> dict[str, bytes]:
-    """Read each committed file without images and meshes; nothing outside a checkout."""
-    command = ["git", "ls-files", "-z"]
-    listing = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    names = [name for name in listing.stdout.split("\0") if (ROOT / name).is_file()]
-    contents = {name: (ROOT / name).read_bytes() for name in names if not name.endswith(".png")}
-    return {name: re.sub(rb"[\w+/=]{400,}", b"", content) for name, content in contents.items()}
-
-
-FILES = read_committed()
+LISTING = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+FILES = {  # each committed file without images and meshes; none outside a checkout
+    name: re.sub(rb"[\w+/=]{400,}", b"", (ROOT / name).read_bytes())
+    for name in LISTING.stdout.split("\0")
+    if (ROOT / name).is_file() and not name.endswith(".png")
+}
 SECRETS = {  # an example -> its pattern
     b"AKIA" + b"A" * 16: rb"\b(AKIA|ghp_|gho_|sk-|github_pat_|hf_|AIza|xox[abp]-)[\w-]{10,}",
     b"-----BEGIN RSA PRIVATE KEY": rb"-----BEGIN [A-Z ]*PRIVATE KEY",
@@ -79,15 +73,6 @@ def test_no_volume_and_no_table_of_people_is_committed():
         if name.endswith(".csv"):
             header = FILES[name].split(b"\n")[0].decode().lower()
             assert not {"subject", "participant_id", "gender", "sex"} & set(header.split(",")), name
-
-
-@pytest.mark.skipif(not FILES, reason="no checkout: git does not list the files")
-def test_notebooks_show_the_synthetic_cohort():
-    notebooks = [name for name in FILES if name.endswith(".ipynb")]
-    assert len(notebooks) == 9
-    for name in notebooks:
-        outputs = [cell.get("outputs") for cell in json.loads(FILES[name])["cells"]]
-        assert "synthetic" in json.dumps(outputs), name
 
 
 def test_what_the_notebooks_ran_with_is_what_the_package_takes():

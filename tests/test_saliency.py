@@ -9,7 +9,6 @@ import torch
 from scipy.interpolate import RegularGridInterpolator
 from scipy.ndimage import gaussian_filter
 from torch import nn
-from torch.nn import functional
 
 from brainsex import saliency, speed
 from brainsex.networks import MriNet2d, MriNet3d
@@ -72,55 +71,31 @@ def plain_gradient(network, volume, target):
 def explain(method, network, volumes, **options):
     """Attribute without smoothing, quickly, with a reference where the method needs one."""
     settings = {"sigma": 0, "progress": False} | QUICK.get(method, {})
-    if METHODS[method].needs_means:
+    if METHODS[method].reference:
         settings["reference"] = np.full(volumes.shape[1:], 0.1, np.float32)
     return saliency.attribute(network, volumes, method, **settings | options)
 
 
-def test_names_and_options_of_the_methods():
-    names = {key: method.name for key, method in METHODS.items() if not method.signed}
-    assert names == {
-        "guided_backpropagation": "guided backpropagation",
-        "gradient_input": "gradient × input",
-        "smooth_grad": "SmoothGrad",
-    }
-    assert METHODS["mask"].options == {"iterations": 60, "area": 200.0}
-    assert METHODS["occlusion"].options == {"sigma": 1.0, "window": 16, "stride": 14}
-
-
-@pytest.mark.parametrize(
-    ("layer", "part", "start", "step"),
-    # a cell of the first layer is the largest of 2 convolved voxels, so sees 4: 0 to 3
-    [("hidden1", 1, 1.5, 2), ("hidden2", 2, 4.5, 4), ("hidden3", 3, 10.5, 8)],
-)
-def test_grad_cam_is_its_definition(layer, part, start, step):
-    rng, shape = np.random.default_rng(2), (30, 38, 46)  # 2, 3 and 4 cells in hidden3
+def test_grad_cam_is_its_definition():
+    """A cell of hidden3 sees 22 voxels, from 0 to 21 the first, and 8 further on the next."""
+    rng, shape = np.random.default_rng(2), (30, 38, 46)  # 2, 3 and 4 cells
     volumes = rng.uniform(0, 1, (2, *shape)).astype(np.float32)
     torch.manual_seed(1)
     network = MriNet3d(4, shape).eval()
-    hidden = network.hidden1, network.hidden2, network.hidden3
-    maps = explain("grad_cam", network, volumes, layer=layer, target=np.array([1, 0]))
+    maps = explain("grad_cam", network, volumes, target=np.array([1, 0]))
     assert maps.any()
     for volume, target, image in zip(volumes, (1, 0), maps):
-        features = nn.Sequential(*hidden[:part])(torch.from_numpy(volume)[None, None])
-        features = features.detach().requires_grad_()
-        logits = network.linear(nn.Sequential(*hidden[part:])(features).flatten(1))[0]
+        hidden = nn.Sequential(network.hidden1, network.hidden2, network.hidden3)
+        features = hidden(torch.from_numpy(volume)[None, None]).detach().requires_grad_()
+        logits = network.linear(features.flatten(1))[0]
         slope = torch.autograd.grad(logits[target] - logits[1 - target], features)[0]
         weights = slope.mean((2, 3, 4), keepdim=True)
         coarse = (weights * features).sum(1).clamp(min=0)[0].detach().double().numpy()
-        centres = [start + step * np.arange(cells) for cells in coarse.shape]
+        centres = [10.5 + 8 * np.arange(cells) for cells in coarse.shape]
         voxels = [np.clip(np.arange(n), c[0], c[-1]) for n, c in zip(shape, centres)]
         grid = np.stack(np.meshgrid(*voxels, indexing="ij"), -1)
         expected = RegularGridInterpolator(centres, coarse)(grid)
         np.testing.assert_allclose(image, expected, atol=1e-5 * max(1, coarse.max()))
-
-
-def test_receptive_field_with_padding_and_dilation():
-    """Padding by the kernel's reach moves nothing, a dilation of 2 two voxels, pooling doubles."""
-    layers = nn.Conv3d(1, 2, 3, padding=1), nn.Conv3d(2, 2, 3, dilation=2), nn.MaxPool3d(2)
-    network = nn.Sequential(*layers, nn.Conv3d(2, 2, (3, 1, 1), padding=(1, 0, 0)))
-    assert [saliency._receptive_field(network, "3", axis) for axis in range(3)] == [(2, 2.5)] * 3
-    assert saliency._receptive_field(network, "0", 0) == (1, 0)
 
 
 class Guided(torch.autograd.Function):
@@ -135,69 +110,27 @@ class Guided(torch.autograd.Function):
         return slope.clamp(min=0) * (values > 0)
 
 
-class Apply(nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, values):
-        return self.function(values)
-
-
-def replaced(network, function, names=("hidden1", "hidden2", "hidden3")):
-    """A copy of a network with a function in place of the ReLUs of some layers."""
+def replaced(network, function):
+    """A copy of a network with a function in place of its ReLUs."""
     network = copy.deepcopy(network)
-    for layer in (network.get_submodule(name) for name in names):
+    for layer in (network.hidden1, network.hidden2, network.hidden3):
         place = [isinstance(module, nn.ReLU) for module in layer].index(True)
-        layer[place] = Apply(function)
+        layer[place] = nn.Module()
+        layer[place].forward = function
     return network
 
 
-@pytest.mark.parametrize("kind", ["3d", "slabs", "residual"])
-def test_guided_backpropagation_is_its_definition_and_not_the_gradient(network, volumes, kind):
+@pytest.mark.parametrize("slabs", [False, True])
+def test_guided_backpropagation_is_its_definition_and_not_the_gradient(network, volumes, slabs):
     torch.manual_seed(0)
-    if kind != "3d":
-        network = MriNet2d(3, channels=8, shape=SHAPE, residual=kind == "residual").eval()
+    network = MriNet2d(channels=8, shape=SHAPE, residual=True).eval() if slabs else network
     image = explain("guided_backpropagation", network, volumes[:1], target=1)[0]
     expected = plain_gradient(replaced(network, Guided.apply), volumes[0].copy(), 1)
     np.testing.assert_allclose(image, expected, atol=1e-5 * np.abs(expected).max())
     gradient = plain_gradient(network, volumes[0].copy(), 1)
     assert np.abs(image - gradient).max() > 0.1 * np.abs(gradient).max()
-
-
-@pytest.mark.parametrize(
-    ("function", "steps"),
-    [
-        (functional.relu, "ReluBackward0"),
-        (nn.LeakyReLU(), "LeakyReluBackward0"),
-        (lambda values: values.clamp(min=0), "ClampBackward1"),
-        (lambda values: (values + values.abs()) / 2, "AbsBackward0, DivBackward0"),
-        (Guided.apply, "GuidedBackward"),
-    ],
-)
-def test_guided_backpropagation_refuses_what_it_cannot_guide(network, volumes, function, steps):
-    changed = replaced(network, function, ["hidden2"])
-    with pytest.raises(ValueError, match=rf"layers, found .*{steps}: nothing but an nn\.ReLU"):
-        explain("guided_backpropagation", changed, volumes)
-
-
-def test_guided_backpropagation_needs_a_relu(network, volumes):
-    with pytest.raises(ValueError, match=r"layers, found no nn\.ReLU"):
-        explain("guided_backpropagation", replaced(network, nn.Identity()), volumes)
-
-
-@pytest.mark.parametrize("slabs", [False, True])
-def test_gradient_times_input_and_times_another_image(network, volumes, weight, slabs):
-    torch.manual_seed(0)
-    network = MriNet2d(3, channels=2, shape=SHAPE).eval() if slabs else network
-    targets = np.array([0, 1, 0])
-    by_input = explain("gradient_input", network, volumes, target=targets)
-    by_weight = explain("gradient_difference", network, volumes, target=targets, reference=weight)
-    for n, target in enumerate(targets):
-        slope = plain_gradient(network, volumes[n].copy(), target)
-        atol = 1e-5 * np.abs(slope).max()
-        np.testing.assert_allclose(by_input[n], slope * volumes[n], atol=atol)
-        np.testing.assert_allclose(by_weight[n], slope * weight, atol=4 * atol)
+    with pytest.raises(ValueError, match=r"expected a network with nn\.ReLU, found none"):
+        explain("guided_backpropagation", replaced(network, nn.functional.relu), volumes)
 
 
 def test_integrated_gradients_add_up_to_the_difference(volumes, weight):
@@ -219,13 +152,12 @@ def test_smooth_grad_is_the_magnitude_of_the_mean_gradient_of_noisy_copies(volum
     np.testing.assert_allclose(quiet, 2 * np.abs(weight) * volumes, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", ["mask", "smooth_grad"])
-def test_draws_come_from_seed_and_subject(network, volumes, method):
+def test_draws_come_from_seed_and_subject(network, volumes):
     names, state = np.array(["a", "b", "c"]), torch.get_rng_state()
-    maps = explain(method, network, volumes, target=1, subjects=names)
-    again = explain(method, network, volumes[[2, 0]], target=1, subjects=names[[2, 0]])
+    maps = explain("smooth_grad", network, volumes, target=1, subjects=names)
+    again = explain("smooth_grad", network, volumes[[2, 0]], target=1, subjects=names[[2, 0]])
     np.testing.assert_array_equal(again, maps[[2, 0]])
-    reseeded = explain(method, network, volumes, target=1, subjects=names, seed=1)
+    reseeded = explain("smooth_grad", network, volumes, target=1, subjects=names, seed=1)
     assert np.abs(reseeded - maps).max() > 1e-6
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -244,12 +176,12 @@ def test_occlusion_by_hand(volumes):
         np.testing.assert_allclose(image, total / count, atol=1e-2)
 
 
-def test_lrp_by_hand(network, volumes):
+def test_lrp_by_hand():
     """Inputs 1, 2, 3; a convolution of taps 2, -1 and bias 0.5; log-odds of 2 a + b + 1.
 
     Features are 0.5 and 1.5, so the linear layer passes on 2 · 0.5 and 1.5, and its bias keeps 1.
     Gamma makes the taps 2.5, -1: of 1 = 2.5 · 1 - 2 + 0.5 and of 2.5 = 2.5 · 2 - 3 + 0.5 the
-    inputs get their parts, the bias the rest. Without gamma it is the gradient times the input.
+    inputs get their parts, the bias the rest.
     """
 
     class Tiny(nn.Module):
@@ -269,10 +201,6 @@ def test_lrp_by_hand(network, volumes):
     for target, sign in ((1, 1), (0, -1)):
         image = explain("lrp", Tiny(), volume, target=target)[0, 0, 0]
         np.testing.assert_allclose(image, sign * np.array(expected), rtol=1e-5)
-    assert sum(expected) == pytest.approx(3.5 - 1 - 0.5 / 1 * 1 - 0.5 / 2.5 * 1.5)
-    product = explain("gradient_input", network, volumes, target=1)
-    without = explain("lrp", network, volumes, target=1, gamma=0.0)
-    np.testing.assert_allclose(without, product, atol=1e-4 * np.abs(product).max())
 
 
 def test_reference_for_and_smoothing(network, volumes, weight):
@@ -283,10 +211,9 @@ def test_reference_for_and_smoothing(network, volumes, weight):
     difference = saliency.reference_for("gradient_difference", means, target, 1.5)
     expected = gaussian_filter(means[1] - means[0], 1.5, mode="nearest")
     np.testing.assert_allclose(difference, [expected, -expected, expected], atol=1e-5)
-    for method in ("mask", "lrp"):
-        plain, smoothed = (explain(method, network, volumes[:1], sigma=s)[0] for s in (0, 1.5))
-        expected = gaussian_filter(plain, 1.5, mode="nearest") if method == "lrp" else plain
-        np.testing.assert_allclose(smoothed, expected, atol=1e-6 * np.abs(plain).max())
+    plain, smoothed = (explain("lrp", network, volumes[:1], sigma=s)[0] for s in (0, 1.5))
+    expected = gaussian_filter(plain, 1.5, mode="nearest")
+    np.testing.assert_allclose(smoothed, expected, atol=1e-6 * np.abs(plain).max())
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -301,11 +228,9 @@ def test_every_method_alike(method, network, volumes):
         return modules, [(p.requires_grad, p.grad) for p in network.parameters()]
 
     parts = list(network.modules())
-
     before, weights = state(), copy.deepcopy(network.state_dict())
     maps = explain(method, network, volumes)
     assert (maps.shape, maps.dtype) == (volumes.shape, np.float32)
-    assert np.isfinite(maps).all()
     assert maps.any()
     with torch.no_grad():
         logits = copy.deepcopy(network).eval()(torch.from_numpy(volumes.copy())[:, None])
@@ -327,12 +252,6 @@ def test_a_batch_as_a_gpu_has_it_is_one_after_the_other(method, network, volumes
     np.testing.assert_allclose(together, single, atol=1e-4 * np.abs(single).max())
 
 
-@pytest.mark.parametrize("method", ["gradient_input", "integrated_gradients", "occlusion", "lrp"])
-def test_the_other_target_turns_the_sign(method, network, volumes):
-    men, women = (explain(method, network, volumes, target=target) for target in (1, 0))
-    np.testing.assert_allclose(men, -women, atol=1e-5 * np.abs(men).max())
-
-
 @pytest.mark.parametrize(
     ("method", "change", "options", "message"),
     [
@@ -340,13 +259,7 @@ def test_the_other_target_turns_the_sign(method, network, volumes):
         ("lrp", lambda v: v[0], {}, r"\(N, X, Y, Z\), found \(22, 24, 27\)"),
         ("gradient_input", lambda v: np.where(v > 0.89, np.nan, v), {}, "NaN or infinity"),
         ("smooth_grad", lambda v: v, {"target": 2}, "target of 0 or 1"),
-        ("occlusion", lambda v: v, {"target": [0, 1]}, "each of 3 volumes"),
-        ("occlusion", lambda v: v, {"window": 23}, "stride <= window <= 22, .* a window of 23"),
-        ("occlusion", lambda v: v, {"stride": 13}, "found a stride of 13 and a window of 12"),
-        ("grad_cam", lambda v: v, {"layer": "hidden4"}, "layer among hidden1, .*'hidden4'"),
-        ("grad_cam", lambda v: v, {"layer": "linear"}, r"feature maps .* linear has none"),
         ("counterfactual", lambda v: v, {"reference": None}, "expected a reference, found none"),
-        ("grad_cam", lambda v: v, {"reference": np.zeros(SHAPE)}, "no reference, found one"),
         ("gradient_difference", lambda v: v, {"reference": np.zeros((5, 6))}, r"found \(5, 6\)"),
     ],
 )

@@ -64,7 +64,6 @@ def test_semicolons_go_with_decimal_commas(tmp_path):
         (b"a" + b"," * 60_000, "over 50000 columns"),
         (b'a,b\n1,F\n2,"M\n', "EOF inside string"),
         (b"a,b\n\xff\xfe,F\n", "can't decode"),
-        (b"a,b\n1,F,3\n", "does not match length"),
         (b"a,b\n1,F\n2,M,3\n", "Expected 2 fields in line 3, saw 3"),
         (b"a,a,a (2)\n1,2,3\n", "Duplicate names"),
     ],
@@ -91,27 +90,17 @@ def test_an_output_table_has_numbers_but_ids_as_text(tmp_path):
     assert rows["fold"].tolist() == [1, 2]
     assert rows["auc"].tolist()[0] == 0.5
     assert rows["sex"].tolist() == ["F", "M"]
-    with pytest.raises(ValueError, match=r"t\.csv: expected a column label and key, found none"):
-        tables.read_output_table(path, "label", "fold", "key")
-
-
-def test_folds_are_whole_numbers(tmp_path):
-    folds = tables.read_folds(write(tmp_path, "Subject,fold\n02,1\n01,0\n"))
-    assert folds.to_dict() == {"02": 1, "01": 0}
-    for cells in ("-1", "0.5", "a"):
-        with pytest.raises(ValueError, match=r"t\.csv: expected folds 0, 1, …, found"):
-            tables.read_folds(write(tmp_path, f"Subject,fold\n01,{cells}\n"))
+    with pytest.raises(ValueError, match=r"t\.csv: expected a table with fold and key.*column key"):
+        tables.read_output_table(path, "fold", "key")
 
 
 @pytest.mark.parametrize(
     ("names", "message"),
     [
         (["1", None, "3"], r"t\.csv: line 3: expected Subject of 1 to 200 .*found ''$"),
-        (["1", "2", " "], "line 4: .*found ''$"),
         (["1", "2", "1 "], "line 4: .*in no more than one row, found '1'"),
         (["1", "../../x"], r"line 3: .*found '\.\./\.\./x'"),
         (["..\\x", "2"], "line 2: expected"),
-        (["a\nb", "2"], "line 2: expected"),
         (["1", "x" * 201], "line 3: expected"),
     ],
 )
@@ -183,7 +172,6 @@ def test_people_are_joined_with_the_tables_beside(tmp_path, spelling, restricted
     ("files", "message"),
     [
         ({"t.csv": "Subject,Hand\n1,F\n"}, r"t\.csv: expected one column Gender, found Subject, H"),
-        ({"t.csv": "ID|Gender\n1|F\n"}, r"one column Subject, found ID\|Gender"),
         ({"t.csv": "x" * 5000}, r"one column Subject, found x{100};"),
         ({"t.csv": "Subject,Gender\n1,F\n2,M\n1 ,M\n"}, r"t\.csv: line 4: .*one row, found '1'"),
         ({"unrestricted_hcp_freesurfer.csv": "Subject,FS_IntraCranial_Vol\n1,large\n"}, "'large'"),
@@ -196,27 +184,6 @@ def test_bad_tables_of_people_are_refused(tmp_path, files, message):
         write(tmp_path, content, name)
     with pytest.raises(ValueError, match=message):
         tables.read_people(tmp_path / "t.csv")
-
-
-def test_volumes_and_people_are_matched(tmp_path):
-    path = write(tmp_path, "", "1.nii")
-    people = pd.DataFrame({"Gender": ["F", "M", "X", "F", "M", "F"]}, list("123456"))
-    people["qc_issue"] = [None, "A", None, None, None, None]
-    files = {subject: [path] for subject in "1237"} | {"4": [path, path], "5": [tmp_path / "x"]}
-    accepted, rejected = tables.match_subjects(files, people)
-    assert accepted == {"1": path, "2": path}
-    assert list(rejected) == ["3", "4", "5", "6", "7"]
-    assert rejected["3"] == "Gender is 'X', expected M or F"
-    assert rejected["4"].startswith("2 volumes: ")
-    assert rejected["4"].endswith("1.nii: keep one (--session, --match)")
-    assert "broken link" in rejected["5"]
-    assert rejected["6"] == tables.NO_VOLUME
-    assert rejected["7"] == "a volume, but no row in the table"
-    accepted, rejected = tables.match_subjects(files, people, leave_out_qc=True)
-    assert list(accepted) == ["1"]
-    assert rejected["2"] == "QC_Issue A"
-    with pytest.raises(ValueError, match="expected a column QC_Issue in the table, found Gender"):
-        tables.match_subjects(files, people[["Gender"]], leave_out_qc=True)
 
 
 def test_a_subject_without_a_family_is_one_of_its_own():
@@ -235,5 +202,3 @@ def test_families_are_in_the_subjects_order(tmp_path):
     assert groups[1:3].tolist() == ["a", "b"]
     assert len(set(groups)) == 4
     assert tables.read_families(tmp_path, np.array(["9"])) is None
-    write(tmp_path, "Subject,Age_in_Yrs\n1,22\n", "restricted.csv")
-    assert tables.read_families(tmp_path, np.array(["1"])) is None

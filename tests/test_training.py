@@ -4,6 +4,7 @@ import copy
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -51,21 +52,7 @@ def same_bits(state: dict, other: dict) -> bool:
     return all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
 
 
-@pytest.mark.parametrize("make", [make_3d, make_2d, lambda: make_2d(residual=True)])
-def test_the_loss_falls(make: Callable) -> None:
-    (volumes, sex), validation, network = toy(24), toy(10, seed=1), make()
-    history = fit(network, volumes, sex, validation=validation, **FAST | {"epochs": 8})
-    columns = "epoch train_loss train_accuracy validation_loss validation_accuracy"
-    assert history.columns.tolist() == columns.split()
-    assert history["epoch"].tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
-    assert 0.4 < history["train_loss"][0] < 1.2  # about log 2, before anything is learnt
-    assert history["train_loss"][7] < 0.5 * history["train_loss"][0]
-    assert history["validation_accuracy"][7] == 1
-    assert not network.training
-    assert (predict(network, volumes).argmax(1) == sex).all()
-
-
-@pytest.mark.parametrize("make", [make_3d, make_2d])
+@pytest.mark.parametrize("make", [make_3d, make_2d, partial(make_2d, residual=True)])
 def test_fit_is_adam_on_cross_entropy(make: Callable) -> None:
     """The losses of a loop written out, where a batch is everybody and nothing is drawn.
 
@@ -137,17 +124,14 @@ def test_the_rate_falls_after_each_milestone(monkeypatch) -> None:
     np.testing.assert_allclose(rates, [0.5, 0.5, 0.05, 0.05, 0.005])
 
 
-def test_a_run_killed_in_the_middle_of_an_epoch_goes_on_to_the_same_bits(
-    tmp_path, monkeypatch
-) -> None:
-    epoch = 3
+def test_a_run_killed_within_an_epoch_goes_on_to_the_same_bits(tmp_path, monkeypatch) -> None:
     options = FAST | {"epochs": 4, "milestones": (2,), "validation": toy(4, seed=1)}
     whole, killed, resumed = make_3d(), make_3d(), make_3d()
     expected = fit(whole, *toy(), **options)
     step, steps = torch.optim.Adam.step, []
 
     def dying(self: torch.optim.Adam, *arguments: object, **others: object) -> object:
-        if len(steps) == 3 * epoch + 1:  # three batches an epoch
+        if len(steps) == 10:  # in the last of four epochs of three batches
             raise KeyboardInterrupt
         steps.append(1)
         return step(self, *arguments, **others)
@@ -160,7 +144,7 @@ def test_a_run_killed_in_the_middle_of_an_epoch_goes_on_to_the_same_bits(
     passes = []
     resumed.linear.register_forward_hook(lambda *_: passes.append(1))
     history = fit(resumed, *toy(), checkpoint=path, **options)
-    assert len(passes) == (4 - epoch) * (3 + 2)  # of two volumes each in the validation
+    assert len(passes) == 3 + 2  # of two volumes each in the validation
     again = make_3d(seed=5)
     complete = fit(again, *toy(), checkpoint=path, **options)  # nothing is left to do
     for network, curves in ((resumed, history), (again, complete)):
@@ -183,9 +167,7 @@ def test_fit_takes_the_machines_precision(precision: torch.dtype) -> None:
     ("change", "message"),
     [
         ({"sex": [0, 1]}, "as many labels 0 or 1: found 12 and 2"),
-        ({"volumes": np.zeros((0, *SHAPE)), "sex": []}, "found 0 and 0"),
         ({"sex": np.arange(12) % 3}, r"found 12 and 12, which are \[0 1 2\]"),
-        ({"sex": np.full(12, np.nan)}, r"which are \[nan\]"),
         ({"validation": (np.zeros((1, *SHAPE)), [2])}, r"found 1 and 1, which are \[2\]"),
         ({"volumes": np.zeros((12, 26, 22, 24))}, "expected volumes"),
     ],
@@ -196,7 +178,7 @@ def test_fit_refuses(change: dict, message: str) -> None:
         fit(**{"network": make_3d(), "volumes": volumes, "sex": sex} | FAST | change)
 
 
-def test_probabilities_and_slab_log_odds() -> None:
+def test_probabilities_are_those_of_the_mean_log_odds() -> None:
     """Against the plain networks in float64."""
     volumes, sex = toy()
     for network in (make_3d(), make_2d()):
@@ -211,8 +193,6 @@ def test_probabilities_and_slab_log_odds() -> None:
         odds = np.exp(log_odds.reshape(12, -1).mean(1))
         assert np.std(odds) > 1e-4
         np.testing.assert_allclose(probabilities[:, 1], odds / (1 + odds), atol=1e-6)
-    assert log_odds.shape == (12, 5)
-    np.testing.assert_allclose(training.slab_log_odds(network, volumes), log_odds, atol=1e-5)
 
 
 def test_the_same_bits_whatever_the_company_and_the_threads() -> None:
@@ -240,12 +220,8 @@ def test_what_is_not_finite_is_refused() -> None:
 CV = {"folds": 3, "epochs": 1, "batch_size": 8, "lr": 3e-3, "precision": torch.float32}
 
 
-def network_3d() -> MriNet3d:
-    return MriNet3d(2, SHAPE)
-
-
-def network_2d() -> MriNet2d:
-    return MriNet2d(5, channels=2, shape=SHAPE)
+network_3d = partial(MriNet3d, 2, SHAPE)
+network_2d = partial(MriNet2d, 5, channels=2, shape=SHAPE)
 
 
 def make_cohort(folder: Path, groups: np.ndarray | None = None) -> cohort.Cohort:
@@ -309,26 +285,6 @@ def test_each_subject_is_tested_once_by_a_network_that_did_not_see_it(tmp_path, 
     settings = json.loads((out / "run.json").read_text())["train"]
     assert (settings["epochs"], settings["seed"], settings["milestones"]) == (2, 4, [5, 15])
     assert not torch.equal(fits[0]["start"], fits[1]["start"])
-    assert fits[0]["milestones"] == (5, 15)  # the study's
-
-
-def test_finished_folds_are_kept_and_lost_ones_made_again(tmp_path, fits) -> None:
-    data, out = make_cohort(tmp_path / "c"), tmp_path / "out"
-    first = cross_validate(data, network_3d, out=out, **CV)
-    files = {path.name: path.read_bytes() for path in out.iterdir()}
-    fits.clear()
-    again = cross_validate(data, network_3d, out=out, **CV)
-    assert not fits
-    pd.testing.assert_frame_equal(again, first, check_exact=True)
-    assert again.attrs["history"] == first.attrs["history"]
-    for name in ("fold-1.pt", "fold-2.json", "folds.csv"):
-        (out / name).unlink()
-    again = cross_validate(data, network_3d, out=out, **CV)
-    assert len(fits) == 2
-    pd.testing.assert_frame_equal(again, first, check_exact=True)
-    assert {path.name for path in out.iterdir()} == set(files)
-    for name, content in files.items():
-        assert name.endswith(".pt") or (out / name).read_bytes() == content
 
 
 @pytest.mark.parametrize("change", ["lr", "network", "volume", "confounds"])
@@ -356,37 +312,29 @@ def test_other_settings_or_data_are_refused_or_start_anew(tmp_path, fits, change
     assert len(fits) == 3
 
 
-def test_folds_of_ones_own_share_the_cores(tmp_path, in_process, fits, monkeypatch) -> None:
-    monkeypatch.setattr(training.joblib, "cpu_count", lambda: 4)
-    options = CV | {"assignment": np.repeat([1, 0], 6)}
-    table = cross_validate(make_cohort(tmp_path / "c"), network_3d, **options)
-    assert table["fold"].tolist() == [1] * 6 + [0] * 6
-    assert [call["threads"] for call in fits] == [2, 2]
-
-
-def test_a_share_of_the_folds_now_and_the_rest_later(tmp_path, fits) -> None:
+def test_finished_folds_are_kept_and_others_made_now_or_later(tmp_path, fits) -> None:
     data, out = make_cohort(tmp_path / "c"), tmp_path / "out"
     whole = cross_validate(data, network_2d, **CV)
-    fits.clear()
     none = cross_validate(data, network_2d, out=out, only=[], **CV)
-    assert none.columns.tolist() == whole.columns.tolist()
-    assert (len(none), none.attrs["history"]) == (0, [])
+    assert (list(none), len(none), none.attrs["history"]) == (list(whole), 0, [])
     share = cross_validate(data, network_2d, out=out, only=[2], **CV)
-    assert len(fits) == 1
     expected = whole[whole["fold"] == 2].reset_index(drop=True)
     pd.testing.assert_frame_equal(share, expected, check_exact=True)
     assert share.attrs["history"] == [h for h in whole.attrs["history"] if h["fold"] == 2]
     assert {path.name for path in out.glob("fold-*")} == {"fold-2.pt", "fold-2.json"}
-    again = cross_validate(data, network_2d, out=out, **CV)
-    assert len(fits) == 3
-    pd.testing.assert_frame_equal(again, whole, check_exact=True)
+    for lost, made in (([], 2), ([], 0), (["fold-1.pt", "fold-2.json", "folds.csv"], 2)):
+        for name in lost:
+            (out / name).unlink()
+        fits.clear()
+        again = cross_validate(data, network_2d, out=out, **CV)
+        assert len(fits) == made
+        pd.testing.assert_frame_equal(again, whole, check_exact=True)
+        assert again.attrs["history"] == whole.attrs["history"]
     with pytest.raises(ValueError, match=r"expected some of folds 0 to 2, found \[-1, 3\]"):
         cross_validate(data, network_2d, only=[3, -1], **CV)
 
 
-def test_confounds_are_regressed_out_inside_the_training_folds(
-    tmp_path, one_core, monkeypatch
-) -> None:
+def test_confounds_are_regressed_out_in_the_training_folds(tmp_path, one_core, monkeypatch):
     data, rows, seen = make_cohort(tmp_path / "cohort"), np.arange(12), []
     size = np.random.default_rng(0).normal(1500, 100, (12, 1))
 

@@ -1,10 +1,13 @@
-"""The anatomy that every synthetic subject starts from: an FA template with planted regions.
+"""The FA template that every synthetic subject starts from, and what is planted in it.
 
-The MNI152 tissue templates inside nilearn, tracts drawn into the white matter, values mapped onto
-the distribution of a real group FA template; or a real template itself.
+FA is made from the MNI152 tissue templates inside nilearn: tracts are drawn into the white matter,
+and values are mapped onto the distribution of a real group template.
+
+Head size and deformation move a brain voxel by 2.5 mm (median; 2.7 mm with the default head size):
+a subject's own regions overlap the template's with a Dice coefficient of 0.76 (SD 0.05). Averaged
+over subjects, and after noise, the sexes differ in a region by 0.7 of what is planted there.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import nibabel as nib
@@ -15,65 +18,48 @@ from nilearn import datasets
 from scipy.ndimage import affine_transform, gaussian_filter
 from scipy.spatial import KDTree
 
-from brainsex import storage, volumes
-from brainsex.synthetic.planting import REGIONS, plant_regions
+from brainsex import SHAPE, volumes
 
-FA_PERCENTILES = (  # 0, 5, …, 100 over the brain (FA > 0.02) of a real group template
-    *(0.020, 0.080, 0.099, 0.113, 0.125, 0.136, 0.147, 0.157, 0.169, 0.182, 0.198),
-    *(0.213, 0.232, 0.259, 0.300, 0.353, 0.412, 0.469, 0.528, 0.603, 0.913),
-)
+PERCENTILES = pd.read_csv(Path(__file__).with_name("fa_percentiles.csv"))
+"""FA over the brain (FA > 0.02) of a real group template."""
 TRACTS = pd.read_csv(Path(__file__).with_name("tracts.csv"))
 """Courses of the great tracts: points in MNI mm (right hemisphere, mirrored), radius, strength."""
+REGIONS = pd.read_csv(Path(__file__).with_name("regions.csv"))
+"""Centre in MNI mm, radius in mm, FA of men minus women at the peak; fixed before any mask."""
 
 
-@dataclass(frozen=True)
-class Anatomy:
-    """A template and what is planted in it: images (X, Y, Z) in RAS on one grid."""
+def make_anatomy(spacing: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Make the FA template on voxels of `spacing` mm, and plant `REGIONS` in its white matter.
 
-    fa: np.ndarray
-    mask: np.ndarray  # 1 in the brain
-    effect: np.ndarray  # FA of men minus FA of women
-    labels: np.ndarray  # 1, 2, … in the order of `REGIONS`; 0 elsewhere
-    affine: np.ndarray  # (4, 4), voxel indices to MNI mm
+    Returns images (3, X, Y, Z) float32 in RAS: FA, brain mask, and FA of men minus FA of women;
+    labels (X, Y, Z) int16 of `REGIONS`, 0 elsewhere; affine (4, 4), voxel indices to MNI mm.
+    """
+    shape, affine = _hcp_grid(spacing)
+    positions = apply_affine(affine, np.moveaxis(np.indices(shape), 0, -1))
+    white = _on_grid(datasets.load_mni152_wm_template(resolution=1), shape, affine)
+    grey = _on_grid(datasets.load_mni152_gm_template(resolution=1), shape, affine)
+    mask = _on_grid(datasets.load_mni152_brain_mask(resolution=1), shape, affine) > 0.5
+    contrast = 0.10 * grey + white * (0.35 + _tract_strength(positions))
+    texture = gaussian_filter(np.random.default_rng(0).standard_normal(shape), 5 / spacing)
+    contrast = contrast + 0.05 * (0.2 + white) * texture / texture.std()
+    rank = np.argsort(np.argsort(contrast[mask])) / mask.sum() * 100
+    images, labels = np.zeros((3, *shape), np.float32), np.zeros(shape, np.int16)
+    images[0, mask] = np.interp(rank, PERCENTILES["percentile"], PERCENTILES["fa"])
+    images[1] = mask
+    for region in REGIONS.itertuples():
+        centre = region.x_mm, region.y_mm, region.z_mm
+        distance = np.linalg.norm(positions - centre, axis=-1) / region.radius_mm
+        bump = np.clip(2 - 2 * distance**2, 0, 1) * np.clip(1.5 * white, 0, 1) * mask
+        images[2] += region.fa_men_minus_women * bump
+        labels[bump > 0.5] = region.label
+    return images, labels, affine
 
 
-def hcp_grid(spacing: float) -> tuple[tuple[int, int, int], np.ndarray]:
+def _hcp_grid(spacing: float) -> tuple[tuple[int, int, int], np.ndarray]:
     """Return shape and RAS affine of HCP's field of view at `spacing` mm (1.25: HCP's own grid)."""
     shape = tuple(int(n * 1.25 / spacing + 0.5) for n in (145, 174, 145))
     corner = 90 - spacing * (shape[0] - 1), -126, -72  # LAS's first voxel is at x = 90
     return shape, from_matvec(spacing * np.eye(3), corner)
-
-
-def make_anatomy(spacing: float = 2.5, template: str | Path | None = None) -> Anatomy:
-    """Make the FA template on voxels of `spacing` mm, and plant the regions in it.
-
-    `template` is a real FA map in MNI space to start from (FSL's FMRIB58_FA, whose scale of 0 to
-    10,000 is recognised, or any in [0, 1]); by default FA is made from the MNI152 tissue templates.
-    Raises ValueError if it is no FA map or a planted region has no voxel.
-    """
-    shape, affine = hcp_grid(spacing)
-    positions = apply_affine(affine, np.moveaxis(np.indices(shape), 0, -1))
-    white = _on_grid(datasets.load_mni152_wm_template(resolution=1), shape, affine)
-    if template is None:
-        mask = _on_grid(datasets.load_mni152_brain_mask(resolution=1), shape, affine) > 0.5
-        grey = _on_grid(datasets.load_mni152_gm_template(resolution=1), shape, affine)
-        fa = 0.10 * grey + white * (0.35 + _tract_strength(positions))
-        texture = gaussian_filter(np.random.default_rng(0).standard_normal(shape), 5 / spacing)
-        fa = fa + 0.05 * (0.2 + white) * texture / texture.std()
-        rank = np.argsort(np.argsort(fa[mask])) / mask.sum() * 100
-        fa = np.zeros(shape, np.float32)
-        fa[mask] = np.interp(rank, np.linspace(0, 100, len(FA_PERCENTILES)), FA_PERCENTILES)
-    else:
-        real, real_affine = volumes.load_volume(template)
-        with storage.reading(template, "an FA map", "choose another"):
-            real, _ = volumes.clean(real / (10_000 if np.nanmax(real) > 100 else 1))
-        fa = _on_grid(nib.Nifti1Image(real, real_affine), shape, affine)
-        mask = fa > volumes.BRAIN_THRESHOLD
-    effect, labels = plant_regions(white, mask, positions)
-    if len(np.unique(labels)) <= len(REGIONS):
-        name = template or f"{spacing} mm"
-        raise ValueError(f"{name}: expected a brain in MNI space, not too coarse; choose another")
-    return Anatomy(fa * mask, mask.astype(np.float32), effect, labels, affine)
 
 
 def _on_grid(image: nib.Nifti1Image, shape: tuple[int, int, int], affine: np.ndarray) -> np.ndarray:
@@ -96,3 +82,19 @@ def _tract_strength(positions: np.ndarray) -> np.ndarray:
         distance = KDTree(course).query(positions, distance_upper_bound=3 * radius)[0]
         strength = np.maximum(strength, peak * np.exp(-0.5 * (distance / radius) ** 2))
     return strength
+
+
+def load_truth(
+    folder: str | Path, shape: tuple[int, int, int] = SHAPE
+) -> tuple[np.ndarray, pd.DataFrame]:
+    """Load the planted regions of a cohort on the networks' grid, in the template's space.
+
+    Returns labels (X, Y, Z) int64, RAS, a voxel belonging to the region that fills more than half
+    of it; and a row a region: label, name, ``fa_men_minus_women`` at the peak, the centre ``x_mm``,
+    ``y_mm``, ``z_mm`` in MNI space, ``volume_ml``. Raises FileNotFoundError for a real cohort.
+    """
+    folder = Path(folder) / "truth"
+    regions = pd.read_csv(folder / "regions.csv")
+    labels, affine = volumes.load_volume(folder / "regions.nii.gz")
+    shares = [volumes.resample(labels == label, affine, shape)[0] for label in regions["label"]]
+    return np.stack([np.full(shape, 0.5, np.float32), *shares]).argmax(0), regions

@@ -5,12 +5,9 @@ rim of real maps. Relatives share a part of all but noise and rim, and of FreeSu
 """
 
 import gzip
-import hashlib
 import io
 import json
-import math
 import zipfile
-from functools import partial
 from pathlib import Path
 
 import joblib
@@ -21,62 +18,15 @@ from numpy.random import Generator
 from scipy.ndimage import binary_erosion, map_coordinates, zoom
 from tqdm.auto import tqdm
 
+import brainsex.synthetic.people as population
 from brainsex import LABELS, storage
-from brainsex.synthetic import people as population
-from brainsex.synthetic.freesurfer import freesurfer_measures
-from brainsex.synthetic.planting import region_table
-from brainsex.synthetic.template import Anatomy, make_anatomy
+from brainsex.synthetic.people import HEAD_SIZE, freesurfer_table
+from brainsex.synthetic.template import REGIONS, make_anatomy
 
-HEAD_SIZE = 0.12  # men's mean head volume less women's, over the mean of both, as in life
-HEAD_SPREAD = 0.075  # coefficient of variation of head volume within a sex
 DEFORMATION = 1.5  # standard deviation of a subject's displacement along each axis, mm
 NOISE = 0.05  # standard deviation of either noise component of FA
-FIELD = (7, 8, 7)  # control points of a smooth random field along X, Y, Z
-DRAWS = 2 + 4 * math.prod(FIELD)  # a subject's: head, level of FA, 3 displacements, a field of FA
-
-
-def head_volume(sex: np.ndarray, head_size: float, draw: np.ndarray) -> np.ndarray:
-    """Return head volume relative to the template, by sex and the first anatomical draw."""
-    return 1 + head_size * (sex - 0.5) + HEAD_SPREAD * np.clip(draw, -2.5, 2.5)
-
-
-def subject_volume(
-    base: Anatomy, sex: int, draws: np.ndarray, head_size: float, effect: float, rng: Generator
-) -> np.ndarray:
-    """Make one subject's FA (X, Y, Z) in [0, 1], from `DRAWS` anatomical numbers and noise."""
-    *displacement, variation = draws[2:].reshape(4, *FIELD)
-    position = _template_positions(base, head_volume(sex, head_size, draws[0]), displacement)
-    fa = map_coordinates(base.fa, position, order=1)
-    difference = map_coordinates(base.effect, position, order=1)
-    mask = map_coordinates(base.mask, position, order=1) > 0.5
-    fa *= 1 + 0.03 * draws[1] + 0.05 * _smooth_field(fa.shape, variation)
-    fa += effect * (sex - 0.5) * difference
-    noise = NOISE * rng.standard_normal((2, *fa.shape), np.float32)
-    fa = np.hypot(0.9 * fa + noise[0], noise[1])
-    rim = mask & ~binary_erosion(mask)
-    bright = rim & (rng.random(fa.shape, np.float32) < 0.15)
-    fa[bright] = rng.uniform(0.4, 1.0, bright.sum())
-    return (np.clip(fa, 0, 1) * mask).astype(np.float32)
-
-
-def _template_positions(base: Anatomy, head: float, displacement: list) -> list[np.ndarray]:
-    """Say where in the template each voxel of a subject lies: three (X, Y, Z) of voxel indices."""
-    shape, spacing = base.fa.shape, base.affine[0, 0]
-    centre = np.linalg.solve(base.affine[:3, :3], np.array([0, -18, 8]) - base.affine[:3, 3])
-    axes = np.ogrid[tuple(map(slice, shape))]
-    return [
-        (axis - c) / head ** (1 / 3) + c + DEFORMATION / spacing * _smooth_field(shape, field)
-        for axis, c, field in zip(axes, centre, displacement)
-    ]
-
-
-def _smooth_field(shape: tuple[int, ...], field: np.ndarray) -> np.ndarray:
-    """Make a field of unit standard deviation and about 30 mm correlation from `FIELD` draws."""
-    field = field.astype(np.float32)
-    for axis, size in enumerate(shape):
-        spline = zoom(np.eye(field.shape[axis], dtype=np.float32), (size / field.shape[axis], 1))
-        field = np.moveaxis(np.tensordot(spline, field, (1, axis)), 0, axis)
-    return field / field.std()
+FIELDS = (4, 7, 8, 7)  # control points along X, Y, Z of a subject's displacements (3) and of FA
+DRAWS = 2 + np.prod(FIELDS)  # of a subject: head size, level of FA, `FIELDS`
 
 
 def write_cohort(
@@ -86,7 +36,6 @@ def write_cohort(
     spacing: float = 2.5,
     head_size: float = HEAD_SIZE,
     effect: float = 1.0,
-    template: str | Path | None = None,
     seed: int = 0,
     workers: int | None = None,
     overwrite: bool = False,
@@ -98,54 +47,100 @@ def write_cohort(
     Parameters
     ----------
     subjects : how many of 1113 rows, or more, have a volume.
-    spacing : voxel size in mm; 1.25 gives HCP's own grid.
+    spacing : voxel size in mm, 0.5 to 10; 1.25 gives HCP's own grid.
     head_size : men's mean head volume less women's, over the mean of both; 0 removes the confound.
     effect : multiplies every difference planted beside it, in volumes and in FreeSurfer's table.
-    template : a real FA map in MNI space to start from.
     seed : a subject's volume depends on it and on the subject's row alone.
     workers : threads; all cores by default.
     overwrite : start anew in the folder of a synthetic cohort of other options. A ValueError
         otherwise, and always if the folder holds anything else.
     """
     folder, marker = Path(folder), Path(folder) / "SYNTHETIC"
-    if subjects < 1 or not abs(head_size) < 1 or not 0.5 <= spacing <= 10:
-        raise ValueError(
-            "expected at least one subject, |head_size| < 1 and a spacing of 0.5 to 10 mm, found "
-            f"subjects={subjects}, head_size={head_size}, spacing={spacing}"
-        )
-    if not marker.is_file() and folder.is_dir() and any(folder.glob("[!.]*")):
-        raise ValueError(f"{folder}: expected an empty folder or a synthetic cohort; name another")
-    base = make_anatomy(spacing, template)
-    checksum = template and hashlib.sha256(Path(template).read_bytes()).hexdigest()
     options = {"subjects": subjects, "spacing": float(spacing), "head_size": float(head_size)}
-    options |= {"effect": float(effect), "template": checksum, "seed": seed}
-    if not marker.is_file():  # before anything else, so that nothing passes for real
-        storage.write_text(marker, json.dumps(options))
+    options |= {"effect": float(effect), "seed": seed}
+    if subjects < 1 or not abs(head_size) < 1 or not 0.5 <= spacing <= 10:
+        expected = "at least one subject, a spacing of 0.5 to 10 mm and |head_size| < 1"
+        raise ValueError(f"expected {expected}, found {options}")
+    beside = (path for path in folder.glob("[!.]*") if path.name != storage.RUN_RECORD)
+    if not marker.is_file() and any(beside):
+        raise ValueError(f"{folder}: expected an empty folder or a synthetic cohort; name another")
     stale = ("archives/*.zip", "*.csv")
     storage.start_run(folder, "synthesize", options, overwrite=overwrite, results=stale)
-    storage.write_text(marker, json.dumps(options))
+    storage.write_text(marker, json.dumps(options))  # first, so that nothing passes for real
     people = population.draw_people(subjects, seed)
+    images, labels, affine = make_anatomy(spacing)
     with storage.atomic_path(folder / "truth" / "regions.nii.gz") as path:
-        path.write_bytes(_nifti(base.labels, base.affine))
-    regions = region_table(base.labels, base.affine).to_csv(index=False, float_format="%.3f")
-    storage.write_text(folder / "truth" / "regions.csv", regions)
-    sexes = people["Gender"].map(LABELS)
+        path.write_bytes(_nifti(labels, affine))
+    volume_ml = np.bincount(labels.flat)[1:] * spacing**3 / 1000
+    regions = REGIONS.drop(columns="radius_mm").assign(volume_ml=volume_ml)
+    text = regions.to_csv(index=False, float_format="%.3f")
+    storage.write_text(folder / "truth" / "regions.csv", text)
 
-    def write_subject(row: int) -> None:
-        subject = people.at[row, "Subject"]
-        path = folder / "archives" / f"{subject}_3T_Diffusion_FA.zip"
+    def write_subject(row: int, person: pd.Series) -> None:
+        path = folder / "archives" / f"{person['Subject']}_3T_Diffusion_FA.zip"
         if not path.is_file():
-            rng = np.random.default_rng([seed, row])
-            draws = population.anatomical_draws(people.loc[row], seed, DRAWS)
-            volume = subject_volume(base, sexes[row], draws, head_size, effect, rng)
-            _write_archive(path, subject, volume, base.affine)
+            rng, sex = np.random.default_rng([seed, row]), LABELS[person["Gender"]]
+            draws = population.anatomical_draws(person, seed, DRAWS)
+            head = population.head_volume(sex, head_size, draws[0])
+            positions = _template_positions(images.shape[1:], affine, head, draws)
+            volume = _subject_volume(images, positions, draws, effect * (sex - 0.5), rng)
+            _write_archive(path, person["Subject"], volume, affine)
 
-    rows = sexes.index[people["3T_dMRI_Compl"] == "true"]
-    run = joblib.Parallel(workers or joblib.cpu_count(), "threading", return_as="generator")
-    jobs = (joblib.delayed(write_subject)(row) for row in rows)
-    list(tqdm(run(jobs), "synthesize", total=len(rows), unit="subject"))
-    _write_tables(folder, people, head_size=head_size, effect=effect, seed=seed)
+    imaged = people[people["3T_dMRI_Compl"] == "true"]
+    rows = tqdm(imaged.iterrows(), "synthesize", total=len(imaged), unit="subject")
+    run = joblib.Parallel(workers or joblib.cpu_count(), "threading")
+    run(joblib.delayed(write_subject)(*row) for row in rows)
+    _write_tables(folder, people, options)
     return folder
+
+
+def head_size_alone(cohort: str | Path, folder: str | Path) -> Path:
+    """Write the tables of a synthetic cohort's people anew, as if only their heads differed.
+
+    Returns the folder. Raises FileNotFoundError for a real cohort, of which nobody knows these.
+    """
+    folder = Path(folder)
+    options = storage.read_json(Path(cohort) / "SYNTHETIC") | {"effect": 0.0}
+    storage.write_text(folder / "SYNTHETIC", json.dumps(options))
+    people = population.draw_people(options["subjects"], options["seed"])
+    _write_tables(folder, people, options)
+    return folder
+
+
+def _template_positions(
+    shape: tuple[int, ...], affine: np.ndarray, head: float, draws: np.ndarray
+) -> list[np.ndarray]:
+    """Return where in the template each voxel of a subject lies: three (X, Y, Z) of indices."""
+    centre = np.linalg.solve(affine[:3, :3], np.array([0, -18, 8]) - affine[:3, 3])
+    axes, fields = np.ogrid[tuple(map(slice, shape))], draws[2:].reshape(FIELDS)
+    return [
+        (axis - c) / head ** (1 / 3) + c + DEFORMATION / affine[0, 0] * _smooth_field(shape, field)
+        for axis, c, field in zip(axes, centre, fields)
+    ]
+
+
+def _subject_volume(
+    images: np.ndarray, positions: list, draws: np.ndarray, effect: float, rng: Generator
+) -> np.ndarray:
+    """Make a subject's FA (X, Y, Z) in [0, 1], `effect` multiplying what is planted, with noise."""
+    fa, mask, planted = (map_coordinates(image, positions, order=1) for image in images)
+    fa *= 1 + 0.03 * draws[1] + 0.05 * _smooth_field(fa.shape, draws[2:].reshape(FIELDS)[3])
+    fa += effect * planted
+    noise = NOISE * rng.standard_normal((2, *fa.shape), np.float32)
+    fa, mask = np.hypot(0.9 * fa + noise[0], noise[1]), mask > 0.5
+    rim = mask & ~binary_erosion(mask)
+    bright = rim & (rng.random(fa.shape, np.float32) < 0.15)
+    fa[bright] = rng.uniform(0.4, 1.0, bright.sum())
+    return (np.clip(fa, 0, 1) * mask).astype(np.float32)
+
+
+def _smooth_field(shape: tuple[int, ...], field: np.ndarray) -> np.ndarray:
+    """Make a field of unit standard deviation and about 30 mm correlation from control points."""
+    field = field.astype(np.float32)
+    for axis, size in enumerate(shape):
+        spline = zoom(np.eye(field.shape[axis], dtype=np.float32), (size / field.shape[axis], 1))
+        field = np.moveaxis(np.tensordot(spline, field, (1, axis)), 0, axis)
+    return field / field.std()
 
 
 def _nifti(volume: np.ndarray, affine: np.ndarray) -> bytes:
@@ -168,36 +163,12 @@ def _write_archive(path: Path, subject: str, volume: np.ndarray, affine: np.ndar
         archive.writestr(zipfile.ZipInfo(f"{subject}/{subject}_dtifit.zip"), inner.getvalue())
 
 
-def _write_tables(folder: Path, people: pd.DataFrame, **sizes: float) -> None:
+def _write_tables(folder: Path, people: pd.DataFrame, options: dict) -> None:
     """Write the three tables; the behavioural one last: where it is, all is written."""
+    sizes = {name: options[name] for name in ("head_size", "effect", "seed")}
     for name, table in {
         "unrestricted_hcp_freesurfer": freesurfer_table(people, **sizes),
         "restricted": people[population.RESTRICTED],
         "unrestricted_behavioral": people[population.BEHAVIOURAL],
     }.items():
         storage.write_text(folder / f"{name}.csv", table.to_csv(index=False))
-
-
-def freesurfer_table(
-    people: pd.DataFrame, *, head_size: float = HEAD_SIZE, effect: float = 1.0, seed: int = 0
-) -> pd.DataFrame:
-    """Make `freesurfer_measures` of `draw_people`, their heads as large as in their volumes."""
-    draws = [population.anatomical_draws(person, seed, 1)[0] for _, person in people.iterrows()]
-    head = head_volume(people["Gender"].map(LABELS).to_numpy(), head_size, np.array(draws))
-    draw = partial(population.correlated_draws, people, np.random.default_rng([seed, 1]))
-    return freesurfer_measures(people, head, draw, effect=effect)
-
-
-def head_size_alone(cohort: str | Path, folder: str | Path) -> Path:
-    """Write the tables of a synthetic cohort's people anew, as if only their heads differed.
-
-    Returns the folder. Raises FileNotFoundError for a real cohort, of which nobody knows these.
-    """
-    folder, marker = Path(folder), Path(cohort) / "SYNTHETIC"
-    if not marker.is_file():
-        raise FileNotFoundError(f"{cohort}: expected a synthetic cohort, found no SYNTHETIC file")
-    options = storage.read_json(marker) | {"effect": 0.0}
-    storage.write_text(folder / "SYNTHETIC", json.dumps(options))
-    sizes = {name: options[name] for name in ("head_size", "effect", "seed")}
-    _write_tables(folder, population.draw_people(options["subjects"], options["seed"]), **sizes)
-    return folder

@@ -54,11 +54,11 @@ def gzip_bomb(gigabytes: float, start: bytes) -> Callable[[], bytes]:
     return lambda: b"\x1f\x8b\x08\0\0\0\0\0\0\xff" + deflate_zeros(gigabytes, start) + bytes(8)
 
 
-def lying_zip(name: str, data: bytes, *, size=None, stored=None, method=8, flags=0, copies=1):
+def lying_zip(name: str, data: bytes, *, size=None, method=8, flags=0, copies=1):
     """Make an archive whose headers say what they are told; its members share their bytes."""
     filename = name.encode()
-    size, stored = (len(data) if number is None else number for number in (size, stored))
-    fields = (flags, method, 0, 33, 0, stored & 0xFFFFFFFF, size & 0xFFFFFFFF, len(filename), 0)
+    size = len(data) if size is None else size
+    fields = (flags, method, 0, 33, 0, len(data), size, len(filename), 0)
     local = b"PK\3\4" + struct.pack("<5H3I2H", 20, *fields)
     head = struct.pack("<6H3I5H2I", 20, 20, *fields, 0, 0, 0, 0, 0)
     central, body = copies * (b"PK\1\2" + head + filename), local + filename + data
@@ -71,29 +71,16 @@ def zips(whole: bytes) -> Cases:
     for path in OUTSIDE:
         yield f"member {path}", zipped([(f"{path}_FA.nii.gz", fa)])
         yield f"inner {path}", zipped([(f"{path}.zip", zipped([(f"{path}_FA.nii.gz", fa)]))])
-    link = zipfile.ZipInfo(name)
-    link.create_system, link.external_attr = 3, 0o120777 << 16
-    yield "link", zipped([(link, "/etc/passwd")])
-    for flags in (0x1, 0x20, 0x41):  # encrypted, a patch, strongly encrypted
-        yield f"flags {flags}", lying_zip(name, fa, flags=flags, method=0)
+    yield "encrypted", lying_zip(name, fa, flags=1, method=0)
     for method in (1, 9, 12, 14, 93, 99, 65535):
         yield f"method {method}", lying_zip(name, fa, method=method)
-    yield "long name with NUL", lying_zip("a" * 60000 + "\0_FA.nii.gz", fa, method=0)
     for gigabytes in (1, 1.9, 3.9):
         zeros, size = deflate_zeros(gigabytes), round(gigabytes * 64) << 24
         yield f"bomb of {gigabytes} GB", lying_zip(name, zeros, size=size)
         yield f"hidden bomb of {gigabytes} GB", lying_zip(name, zeros, size=4000)
-        yield f"inner bomb of {gigabytes} GB", lying_zip("in.zip", zeros, size=size)
-        bomb = lying_zip(name, zeros, size=size, stored=0xFFFFFFF0)
-        yield f"bomb of {gigabytes} GB that says it is stored large", bomb
     yield "copies of a bomb", lying_zip("in.zip", deflate_zeros(0.9), size=58 << 24, copies=500)
     yield "many members", lying_zip("x.txt", b"", method=0, copies=65535)
     yield "many archives", lying_zip("in.zip", zipped([(name, b"")]), method=0, copies=20000)
-    yield "member beyond the end", lying_zip(name, fa, stored=1 << 31, method=0)
-    yield "negative size", lying_zip(name, fa, size=0xFFFFFFFF, method=0)
-    for place in range(-18, -2, 2):  # the last 18 bytes say where the members are
-        content = zipped([(name, fa)])
-        yield f"end record, byte {place}", content[:place] + b"\xff\xff" + content[place + 2 :]
 
 
 NIFTI_FIELDS = (  # of a header: the byte, the type, and what is hostile there
@@ -101,14 +88,11 @@ NIFTI_FIELDS = (  # of a header: the byte, the type, and what is hostile there
     (40, "h", (-1, 0, 2, 5, 8, 32767)),
     (40, "4h", ((3, 0, 5, 4), (3, -22, 5, 4), (3, 512, 512, 512), (3, 32767, 32767, 32767))),
     (70, "h", (0, 32, 128, 1536, 2048, -1, 77)),
-    (72, "h", (-1, 1, 32767)),
     (80, "f", (0, np.nan, np.inf, 1e30)),
     (108, "f", (0, -352, np.nan, np.inf, 1e9, 1e30)),
     (112, "2f", ((np.nan, 0), (np.inf, 0), (1e38, 0), (1, np.inf), (1, -1e38))),
-    (252, "hh", ((0, 0), (99, 99))),
     (280, "12f", ([0.0] * 12, [1.0] * 12, [np.nan] * 12)),
     (344, "4s", (b"ni1\0", b"n+2\0", b"\0\0\0\0")),
-    (348, "ii", ((1, -1), (1, 7), (1, 2**31 - 1))),
 )
 
 
@@ -124,14 +108,9 @@ def niftis(whole: bytes) -> Cases:
     for place, form, choices in NIFTI_FIELDS:
         for values in choices:
             yield f"header, byte {place}: {values}", pack(put(whole, place, form, values))
-    for value in (np.nan, np.inf, -1e30):
-        yield f"all {value}", pack(whole[:352] + struct.pack("<f", value) * (len(whole) // 4 - 88))
     yield "header only", pack(whole[:352])
     yield "not gzipped", whole
-    yield "zeros after", pack(whole) + bytes(1000)
     yield "bomb of 2 GB behind a header", gzip_bomb(2, whole)
-    paired = put(put(whole, 344, "4s", b"ni1\0"), 108, "f", 352 - len(whole) - 1)
-    yield "bomb behind a negative offset", gzip_bomb(2, paired)
     for side, code, bits in ((500, 2, 8), (506, 16, 32), (320, 64, 64), (320, 1536, 128)):
         header = put(put(whole[:352], 40, "4h", (3, side, side, side)), 70, "2h", (code, bits))
         bomb = gzip_bomb(side**3 * bits / 8 / 2**30, header)
@@ -146,17 +125,12 @@ def tables(whole: bytes) -> Cases:
     def join(rows: list[list[str]]) -> bytes:
         return "\n".join(map(mark.join, rows)).encode()
 
-    for encoding in ("utf-16", "utf-8-sig", "cp037"):
-        yield encoding, text.encode(encoding)
-    yield "no header", join(rows[1:])
-    yield "header only", join(rows[:1])
+    yield from ((encoding, text.encode(encoding)) for encoding in ("utf-16", "utf-8-sig", "cp037"))
+    yield from (("no header", join(rows[1:])), ("header only", join(rows[:1])))
     yield "one endless line", lambda: b"a" * (90 << 20)
-    yield "million columns in the header", join([rows[0] + ["x"] * 1_000_000, *rows[1:]])
     yield "million columns", lambda: join([row + ["1"] * 1_000_000 for row in rows])
-    yield "million names", lambda: join([row + list(map(str, range(1_000_000))) for row in rows])
     yield "million rows", lambda: join([rows[0], *rows[1:2] * 300_000])
     yield "cell of 20 MB", lambda: text.replace(rows[1][0], "9" * (20 << 20)).encode()
-    yield "cells missing", join([rows[0], *(row[:1] for row in rows[1:])])
     yield "cells too many", join([rows[0], *(row + ["x"] * 9 for row in rows[1:])])
     for name in (*OUTSIDE, "x" * 300, "", "nan", "\0", '"', "\x1b[2J", "=1+1", "𝟙𝟚", "<script>"):
         yield f"ID {name[:18]!r}", text.replace(rows[1][0], name).encode()
@@ -165,7 +139,6 @@ def tables(whole: bytes) -> Cases:
         for value in ("", "x", "1e400", "-1", "9" * 400):
             changed = [[*row[:column], value, *row[column + 1 :]] for row in rows[1:]]
             yield f"column {column}: {value[:9]}", join([rows[0], *changed])
-    yield "pickle", PICKLE
 
 
 def texts(whole: bytes) -> Cases:
@@ -175,8 +148,6 @@ def texts(whole: bytes) -> Cases:
     for word in ("\0", "nan", "inf", "-1", "1e400", "x", *OUTSIDE[:2], "0x1", "٣"):
         yield f"first {word}", whole.replace(words[0], word.encode(), 1)
         yield f"only {word}", b" ".join([word.encode()] * len(words))
-        yield f"lines of {word}", b"\n".join([word.encode()] * len(words))
-    yield "pickle", PICKLE
 
 
 def arrays(whole: bytes) -> Cases:
@@ -190,10 +161,9 @@ def arrays(whole: bytes) -> Cases:
     header = "{'descr': '<f4', 'fortran_order': False, 'shape': (8,)}"
     shapes = ("(8, 99999, 99999, 99999)", "(-8, 22, 23, 24)", "(2**70,)", f"({'9' * 60},)")
     headers = [header.replace("(8,)", shape) for shape in shapes] + ["(" * 3000, "-" * 8000 + "1"]
-    for text in (*headers, header.replace("'<f4'", "__import__('os')")):
+    for text in headers:
         start = b"\x93NUMPY\1\0" + struct.pack("<H", len(text) + 1)
         yield f"header {text[-20:]}", start + text.encode() + b"\n"
-    yield "header of 4 GB", b"\x93NUMPY\2\0\xff\xff\xff\xff" + b" " * 1000
     yield "pickle", PICKLE
 
 
@@ -201,7 +171,6 @@ def weights(whole: bytes) -> Cases:
     state = torch.load(io.BytesIO(whole), weights_only=True)
     name, wide = next(iter(state)), torch.zeros(1).expand(10**12)
     contents = [Bomb(), state | {"more": Bomb()}, torch.nn.Linear(2, 2), {1: wide}, {name: wide}]
-    contents += [{"convolution.weight": wide.expand(9, -1)}, {"state_dict": {"state_dict": state}}]
     contents += [state | {name: value} for value in (wide, "x", {}, state[name].to("meta"))]
     for number, content in enumerate(contents):
         for new in (True, False):

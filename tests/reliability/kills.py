@@ -15,7 +15,6 @@ import traceback
 from contextlib import suppress
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch._dynamo  # which Adam would import in each attempt
 
@@ -56,9 +55,8 @@ def start(folder: Path, command: str, out: Path) -> int:
 
 def wait_for_group(group: int) -> None:
     """Wait until no process of a group is left: none may outlive its parent for a minute."""
-    end = time.monotonic() + 60
     with suppress(ProcessLookupError):
-        while time.monotonic() < end:
+        for _ in range(6000):
             os.killpg(group, 0)
             time.sleep(0.01)
         raise AssertionError(f"processes of {group} outlive the run that was killed")
@@ -68,16 +66,6 @@ def read_tree(folder: Path) -> dict[str, bytes]:
     """Read the files of a folder at any depth, but hidden ones."""
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     return {name: (folder / name).read_bytes() for name in names if "/." not in f"/{name}"}
-
-
-def check_whole(out: Path, expected: dict[str, bytes]) -> None:
-    """Assert that each file under a final name is whole, and the undisturbed run's or a part."""
-    assert read_tree(out).items() <= expected.items()
-    for path in out.glob(FINISHED["convert"]):
-        with np.load(path) as part:
-            assert np.isfinite(part["volume"]).all()
-    for path in out.glob(".*.checkpoint"):
-        assert torch.load(path, weights_only=True)["history"]
 
 
 def finished_files(out: Path, command: str) -> dict[Path, tuple[int, int]]:
@@ -90,7 +78,7 @@ def finished_files(out: Path, command: str) -> dict[Path, tuple[int, int]]:
 
 def kill(folder: Path, command: str, least: int, draw: random.Random) -> dict[str, int]:
     """Kill a command `least` times or more; AssertionError where anything is lost or differs."""
-    began, figures = time.monotonic(), {"kills": 0, "runs": 0, "finished files kept": 0}
+    began, figures = time.monotonic(), {"kills": 0, "runs": 0}
     assert os.waitpid(start(folder, command, folder / command), 0)[1] == 0
     duration, expected = time.monotonic() - began, read_tree(folder / command)
     while figures["kills"] < least:
@@ -108,12 +96,11 @@ def kill(folder: Path, command: str, least: int, draw: random.Random) -> dict[st
             if overlap:
                 continue  # the next one starts while orphans may still be there
             wait_for_group(pid)
-            check_whole(out, expected)
+            assert read_tree(out).items() <= expected.items(), "a file is not whole"
             after = finished_files(out, command)
             repeated = [path for path in before.keys() & after if after[path] != before[path]]
             assert not repeated, f"{command}: made again: {repeated}"
             before |= after
-            figures["finished files kept"] = max(figures["finished files kept"], len(before))
         assert read_tree(out) == expected, f"{command}: another result than undisturbed"
         assert {path.name for path in out.rglob(".*")} <= {".lock"}
         after = finished_files(out, command)

@@ -5,7 +5,6 @@ This module alone knows of it: each process works on its share, and what is fini
 """
 
 import argparse
-import errno
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -305,7 +304,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print("stopped: the same command goes on from what is finished", file=sys.stderr)
         sys.exit(130)  # as of any program that Ctrl-C ends
     except (ValueError, OSError, FloatingPointError, ImportError, BrokenProcessPool) as error:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        full = getattr(error, "errno", None) in archives.DISK_FULL
         advice = "; make room and run again: what is finished is kept" if full else ""
         sys.exit(f"error: {' '.join(str(error).split())}{advice}")
 

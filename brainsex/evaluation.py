@@ -55,9 +55,7 @@ def corrected_t_interval(scores: np.ndarray, *, folds: int) -> tuple[float, floa
     """
     scores = np.asarray(scores, float)
     if len(scores) < 2 or folds < 2:
-        raise ValueError(
-            f"expected at least two scores and at least two folds, got {len(scores)} and {folds}."
-        )
+        raise ValueError(f"expected two scores and folds or more, got {len(scores)} and {folds}.")
     error = math.sqrt((1 / len(scores) + 1 / (folds - 1)) * scores.var(ddof=1))
     half = float(t.ppf(0.975, len(scores) - 1)) * error
     mean = float(scores.mean())

@@ -61,11 +61,9 @@ def find_volumes(folder: str | Path) -> pd.DataFrame:
             place = (kind, subject, session, os.path.realpath(path))  # of two links, the first
             rows.setdefault(place, (subject, session, kind, PATTERNS[kind][0], path))
     if not rows:
-        raise FileNotFoundError(
-            f"{folder}: expected fa/<ID>.nii.gz, <ID>/T1w/…, sub-<ID>/…/dwi/…_FA.nii.gz, "
-            "FA/<ID>_FA.nii.gz or packages <ID>_….zip, found "
-            f"{[path.name for path in folder.glob('*')][:9]}. DATA_ACCESS.md lists what fits."
-        )
+        expected = "expected fa/<ID>.nii.gz, packages, or another layout that DATA_ACCESS.md lists"
+        names = [path.name for path in folder.glob("*")][:9]
+        raise FileNotFoundError(f"{folder}: {expected}, found {names}")
     return pd.DataFrame(rows.values(), columns=["Subject", "session", "kind", "modality", "path"])
 
 
@@ -117,11 +115,10 @@ def choose_volumes(
     if match is not None:
         chosen = chosen[[fnmatchcase(path.name, match) for path in chosen["path"]]]
     if kind not in VOLUME_KINDS or chosen.empty:
-        commands = sorted({PATTERNS[name][-1] for name in files["kind"]} - {""})
+        commands = {PATTERNS[name][-1] for name in files["kind"]} - {""}
         raise ValueError(
-            f"expected volumes of kind {kind or 'fa or t1'}, session {session or 'any'}, name "
-            f"{match or 'any'}, found those of kind {', '.join(present) or 'none'}; to make some: "
-            f"{' or '.join(commands) or 'DATA_ACCESS.md'}"
+            f"expected volumes of kind {kind}, session {session} and name {match}, found those of "
+            f"kind {', '.join(present) or 'none'}; to make some: {' or '.join(sorted(commands))}"
         )
     count = chosen["Subject"].nunique()
     print(f"{count} subjects of kind {kind} (there are: {', '.join(present)})")

@@ -180,9 +180,9 @@ def load_network(path: str | Path, shape: tuple[int, int, int] = SHAPE) -> MriNe
     except Exception as error:
         if isinstance(error, OSError) and error.errno:  # the disk's fault
             raise
-        expected = f"expected a state dict of MriNet3d or MriNet2d for {shape}"
-        problem = f"found another ({' '.join(str(error).split()):.1000})"
-        raise ValueError(f"{path}: {expected}, {problem}; save network.state_dict()") from error
+        problem = " ".join(str(error).split())[:1000]
+        expected = f"expected a state dict of MriNet3d or MriNet2d for {shape}, found {problem}"
+        raise ValueError(f"{path}: {expected}; save network.state_dict()") from error
     return network.float().eval()
 
 

@@ -161,7 +161,7 @@ def _smooth_grad(
     return total / samples
 
 
-def _integrated_gradients(score: _LogOdds, batch: _Batch, *, steps: int = 8) -> Tensor:
+def _integral(score: _LogOdds, batch: _Batch, *, steps: int = 8) -> Tensor:
     """Gradients from the reference to the volume (Sundararajan et al. 2017, arXiv 1703.01365)."""
     options = {"n_steps": steps, "internal_batch_size": max(CPU_BATCH, len(batch.volumes))}
     integral = IntegratedGradients(score)
@@ -220,9 +220,7 @@ METHODS = {
     "mask": _Method("mask (blur)", None),
     "counterfactual": _Method("mask (other sex's mean)", None, "other"),
     "gradient_difference": _Method("gradient × group difference", _gradient, "difference"),
-    "integrated_gradients": _Method(
-        "integrated gradients (other sex's mean)", _integrated_gradients, "other"
-    ),
+    "integrated_gradients": _Method("integrated gradients (other sex's mean)", _integral, "other"),
     "occlusion": _Method("occlusion (blur)", _occlusion),
     "grad_cam": _Method("Grad-CAM", _grad_cam),
     "guided_backpropagation": _Method("guided backpropagation", _guided_backpropagation),

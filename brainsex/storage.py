@@ -167,7 +167,7 @@ def environment() -> dict:
         git = ["git", "--no-optional-locks", "-C", REPOSITORY]
         git += ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         with suppress(OSError, subprocess.CalledProcessError):  # no git, or a foreign owner
-            commit = subprocess.check_output(git, text=True, stderr=subprocess.DEVNULL)
+            commit = subprocess.check_output(git, encoding="utf-8", stderr=subprocess.DEVNULL)
             versions["git"] = commit.strip()
     return versions
 

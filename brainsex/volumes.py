@@ -97,8 +97,8 @@ def resample(
     """
     low, high = _range(volume)
     if volume.ndim != 3 or len(shape) != 3 or min(shape) < 1 or not np.isfinite([low, high]).all():
-        problem = f"found {volume.shape} with {low} to {high}, and shape {shape}"
-        raise ValueError(f"expected a finite 3D volume and a 3D shape, {problem}; clean it first")
+        sizes = f"{volume.shape} with {low} to {high}, and {shape}"
+        raise ValueError(f"expected a finite 3D volume and a 3D shape, found {sizes}; clean it")
     x, y, z = (_axis_operator(old, new) for old, new in zip(volume.shape, shape))
     order = _memory_order(volume)
     stored = np.asfortranarray(volume[order], dtype=np.float32).T  # (Z, Y, X), a file's uncopied

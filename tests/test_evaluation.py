@@ -115,8 +115,12 @@ def test_bootstrap_within_strata_has_no_spread_between_them():
         (wilson_interval, (-1, 5), "not less than 0"),
         (wilson_interval, (6, 5), "not be greater than n"),
         (wilson_interval, (0, 0), "not less than 1"),
-        (partial(corrected_t_interval, folds=10), ([0.9],), "two scores and .*, got 1 and 10"),
-        (partial(corrected_t_interval, folds=1), ([0.9, 0.8],), "at least two folds, got 2 and 1"),
+        (
+            partial(corrected_t_interval, folds=10),
+            ([0.9],),
+            "two scores and folds .*, got 1 and 10",
+        ),
+        (partial(corrected_t_interval, folds=1), ([0.9, 0.8],), "or more, got 2 and 1"),
         (bootstrap_interval, ([0.25, np.nan],), "finite values"),
         (bootstrap_interval, ([],), "finite values"),
     ],
@@ -258,7 +262,7 @@ def test_a_classifier_does_not_differ_from_itself_but_from_its_opposite():
     assert same == {"difference": 0, "low": 0, "high": 0, "p": 1}
     opposite = paired_test(SEX, SEX - 0.5, 0.5 - SEX, FOLD)
     assert opposite == {"difference": 1, "low": 1, "high": 1, "p": 0}
-    with pytest.raises(ValueError, match="two scores"):
+    with pytest.raises(ValueError, match="two scores and folds"):
         paired_test(SEX, SEX - 0.5, 0.5 - SEX, np.arange(12))  # leave-one-out is one sample
 
 

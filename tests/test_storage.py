@@ -126,7 +126,7 @@ def test_other_settings_are_refused_unless_all_is_made_anew(tmp_path):
         (tmp_path / name).touch()
     storage.start_run(tmp_path, "train", {"folds": 2, "seed": 1}, results=["fold-*.pt"])
     assert len(list(tmp_path.glob("*.pt"))) == 3
-    message = r"with seed = 2, found those with 1 \(run\.json\); .* --overwrite"
+    message = r"with seed = 2, found those with 1; .* --overwrite"
     with pytest.raises(ValueError, match=message):
         storage.start_run(tmp_path, "train", {"seed": 2, "folds": 2})
     storage.start_run(tmp_path, "train", {"seed": 2}, overwrite=True, results=["fold-*.pt"])

@@ -35,7 +35,7 @@ from tests.test_diffusion import SHAPE as SERIES_SHAPE
 from tests.test_diffusion import image, series
 
 MAX_SECONDS, MAX_MEGABYTES = 10, 1024  # of the processor; beyond what the warm process has
-DAMAGED = 12  # cases of seeded damage of each file
+DAMAGED = 18  # cases of seeded damage of each file
 BAD = "000009"  # the last subject, whose file is hostile where it is one subject's
 SHAPE, AFFINE = (22, 23, 24), np.diag([8.0, 8, 8, 1])
 

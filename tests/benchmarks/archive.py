@@ -42,9 +42,11 @@ def read_member(folder: Path, table: Table) -> None:
 
         def ours(path=path):
             with ExitStack() as stack:
-                (member,) = archives.find_members(path, path.name, ("*_FA.nii",), stack, folder)
-                for _ in archives.member_chunks(member, archives.MAX_MEMBER):
-                    pass
+                names, limit = ("*_FA.nii",), archives.MAX_MEMBER
+                ((archive, info, _),) = archives.find_members(path, path.name, names, stack, limit)
+                with archive.open(info) as stream:
+                    while stream.read(1 << 20):
+                        pass
 
         start, size = _place(path, how)
 

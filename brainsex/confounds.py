@@ -23,8 +23,8 @@ def confound_matrix(table: pd.DataFrame, names: Sequence[str]) -> np.ndarray:
     columns = table.reindex(columns=names).replace([np.inf, -np.inf], np.nan)
     for name in columns:
         if columns[name].isna().any() or columns[name].nunique() < 2:
-            expected = f"confound {name} of all {len(table)} subjects, not the same for everybody"
-            raise ValueError(f"expected {expected}, found {columns[name].value_counts().to_dict()}")
+            counts = f"{columns[name].isna().sum()} blanks and {columns[name].nunique()} values"
+            raise ValueError(f"expected a confound {name} that all have and varies, found {counts}")
         numbers = pd.to_numeric(columns[name], errors="coerce")
         if numbers.notna().all():
             columns[name] = numbers

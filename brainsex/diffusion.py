@@ -26,6 +26,8 @@ DATA, MASK, DEVIATIONS = "data.nii.gz", "nodif_brain_mask.nii.gz", "grad_dev.nii
 NEEDED = (DATA, "bvals", "bvecs", MASK)
 MAX_TEXT = 1 << 20  # bytes of the largest bvals or bvecs, and of what precedes voxels
 MAX_VOXELS = 1 << 25  # of a volume; HCP's have 3.7 million
+MAX_VALUES = 1 << 28  # voxels by volumes kept in memory; HCP's series has 1e8, in 0.4 GB
+MAX_DEVIATION = 0.3  # largest element of L accepted (HCP's are below 0.1): I + L has an inverse
 SLAB = 2000  # voxels fitted at a time: DIPY's memory does not grow with the brain
 SEVEN_TESLA = re.compile(r"Diffusion_?7T|_7T_[^/]*\.zip")  # HCP has it beside the series at 3 T
 File = tuple[str, Callable[[], BinaryIO]]  # its name in messages, and what opens it
@@ -54,7 +56,7 @@ def fit_folder(
     `archives.extract`; besides ImportError without DIPY.
     """
     if find_spec("dipy") is None:
-        raise ImportError("fitting FA needs DIPY: pip install 'brainsex[diffusion]'")
+        raise ImportError("fitting FA needs DIPY: pip install dipy")
     source, target = Path(source), Path(target)
     paths = storage.files_below(source, ".zip", f"/{DATA}")
 
@@ -99,8 +101,13 @@ def _fit_series(files: dict[str, File], path: Path, bmax: float, b0: float) -> N
     design, keep, count = _read_gradients(files, bmax, b0)
     grid, (mask,) = _read_nifti(files[MASK])
     voxels, deviations = np.flatnonzero(mask > 0), None  # X fastest
+    if not 0 < len(voxels) * len(keep) <= MAX_VALUES:
+        expected = f"expected 1 to {MAX_VALUES // len(keep)} voxels above 0"
+        raise ValueError(f"{files[MASK][0]}: {expected}, found {len(voxels)}")
     if DEVIATIONS in files:
         stored = np.float32(_read_nifti(files[DEVIATIONS], grid, voxels, range(9), 9)[1])
+        if np.nanmax(np.abs(stored)) > MAX_DEVIATION:
+            raise ValueError(f"{files[DEVIATIONS][0]}: expected fractions, found more than 0.3")
         deviations = stored.T.reshape(-1, 3, 3).swapaxes(1, 2)  # HCP stores L by columns
     volumes = _read_nifti(files[DATA], grid, voxels, keep, count)[1]
     fa = np.zeros(mask.size, np.float32)
@@ -145,12 +152,14 @@ def _fractional_anisotropy(
 
     Takes the signal (N, volumes) of any scale, DIPY's design matrix (volumes, 7), and L (N, 3, 3)
     of each voxel in the frame of bvecs, as FSL writes both; its g is (I + L)g, its b is
-    b |(I + L)g|² (Bammer et al. 2003). Returns (N,) float32 in [0, 1], 0 where a signal is not
-    finite.
+    b |(I + L)g|² (Bammer et al. 2003). Returns (N,) float32 in [0, 1], 0 where a signal or a
+    deviation is not finite.
     """
     from dipy.reconst import dti
 
     finite = np.isfinite(signal).all(axis=1)
+    if deviations is not None:
+        finite &= np.isfinite(deviations).all(axis=(1, 2))
     signal = np.maximum(signal[finite].astype(float), dti.MIN_POSITIVE_SIGNAL)
     coefficients, _ = dti.wls_fit_tensor(design, signal, return_lower_triangular=True)
     tensors = dti.from_lower_triangular(coefficients[:, :6])
@@ -165,10 +174,11 @@ def _fractional_anisotropy(
 
 
 def _read_numbers(file: File) -> np.ndarray:
-    """Read rows of numbers from the first megabyte of a text file."""
+    """Read rows of numbers from a text file of bounded size."""
     with storage.reading(file[0], "rows of as many numbers each"), file[1]() as stream:
-        text = stream.read(MAX_TEXT).decode()
-        return np.array([row.split() for row in text.splitlines() if row.strip()], float)
+        if len(text := stream.read(MAX_TEXT + 1)) > MAX_TEXT:
+            raise ValueError(f"more than {MAX_TEXT} bytes")
+        return np.array([row.split() for row in text.decode().splitlines() if row.strip()], float)
 
 
 def _read_nifti(

@@ -209,6 +209,8 @@ def held_out_folds(networks_folder: str | Path, subjects: Sequence[str]) -> np.n
     if not path.is_file():
         raise FileNotFoundError(f"{networks_folder}: no folds.csv. Run notebook 04_cnn_3d first.")
     folds = tables.read_output_table(path, "Subject", "fold").set_index("Subject")["fold"]
+    if folds.dtype.kind not in "iu":
+        raise ValueError(f"{path}: expected whole numbers as folds, found {set(folds[:9])}")
     if unknown := sorted(set(subjects) - set(folds.index)):
         raise ValueError(f"{networks_folder}: folds.csv does not know {', '.join(unknown[:10])}.")
     return folds[subjects].to_numpy()

@@ -31,7 +31,6 @@ STYLE |= {"font.family": "sans-serif", "axes.spines.top": False, "axes.spines.ri
 
 PANELS = {"vmin": 0, "bg_img": None, "threshold": None, "symmetric_cbar": False, "colorbar": False}
 PANELS |= {"draw_cross": False, "annotate": False, "black_bg": True}  # of plot_stat_map
-GRAY = {"cmap": "gray", "vmax": 1}
 
 
 def new_figure(rows: int = 1, columns: int = 1, **options: object) -> tuple[Figure, np.ndarray]:

@@ -9,12 +9,11 @@ All voxels count, as in the study, also those outside the brain: both numbers kn
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
 import torch
-from nibabel.affines import from_matvec
 from scipy import stats
 from torch import Tensor
 
@@ -53,28 +52,6 @@ def summarise(network: networks.MriNet3d, volumes: np.ndarray) -> tuple[np.ndarr
         return torch.special.entr(counts.view(count, channels, BINS).double() / voxels).sum(2)
 
     return mean, np.concatenate(_measure_maps(network, volumes, entropies))
-
-
-def mean_feature_maps(
-    network: networks.MriNet3d,
-    volumes: np.ndarray,
-    affine: np.ndarray,
-    sex: np.ndarray,
-    maps: Sequence[int],
-) -> tuple[np.ndarray, np.ndarray]:
-    """Average chosen maps over women and men: (2, maps, X', Y', Z') and their affine (4, 4) to mm.
-
-    Voxel i of a pooled map is the maximum of the convolutions centred on voxels 2 i + 1 and 2 i + 2
-    of the volumes (N, X, Y, Z), whose affine is given.
-    """
-
-    def sums(values: Tensor, rows: np.ndarray) -> Tensor:
-        chosen = values[:, list(maps)]
-        return torch.stack([chosen[sex[rows] == label].sum(0) for label in (0, 1)])
-
-    total = sum(_measure_maps(network, volumes, sums))
-    pooling = from_matvec(2 * np.eye(3), [1.5] * 3)
-    return total / np.bincount(sex).reshape(2, 1, 1, 1, 1), affine @ pooling
 
 
 def _measure_maps(

@@ -115,10 +115,11 @@ def choose_volumes(
     if match is not None:
         chosen = chosen[[fnmatchcase(path.name, match) for path in chosen["path"]]]
     if kind not in VOLUME_KINDS or chosen.empty:
-        commands = {PATTERNS[name][-1] for name in files["kind"]} - {""}
+        commands = {PATTERNS[name][-1] for name in files["kind"]} - {""} or {"DATA_ACCESS.md"}
         raise ValueError(
-            f"expected volumes of kind {kind}, session {session} and name {match}, found those of "
-            f"kind {', '.join(present) or 'none'}; to make some: {' or '.join(sorted(commands))}"
+            f"expected volumes of kind {kind or 'fa or t1'}, session {session or 'any'}, name "
+            f"{match or 'any'}, found those of kind {', '.join(present) or 'none'}; to make some: "
+            f"{' or '.join(sorted(commands))}"
         )
     count = chosen["Subject"].nunique()
     print(f"{count} subjects of kind {kind} (there are: {', '.join(present)})")

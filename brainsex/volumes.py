@@ -54,7 +54,7 @@ def load_volume(path: str | Path, *, contiguous: bool = True) -> tuple[np.ndarra
             content = file.read(offset + dtype.itemsize * math.prod(shape))
             file.read(MAX_EXTRA_BYTES)  # to its end, where gzip compares the checksum
         affine, codes = header.get_best_affine(), (header["sform_code"], header["qform_code"])
-        if not any(codes) or not abs(np.linalg.det(affine[:3, :3])) > 1e-6:
+        if not any(codes) or not abs(np.linalg.det(affine)) > 1e-6:  # NaN of any element is NaN
             raise ValueError(f"no affine that tells left from right: {affine.tolist()}")
         voxels = np.ndarray(shape, dtype, content, offset, order="F")  # a view, not a copy
         voxels = nib.volumeutils.apply_read_scaling(voxels, *header.get_slope_inter())
@@ -208,7 +208,7 @@ def convert(
     table, out_dir = Path(table), Path(out_dir)
     if not isinstance(source, pd.DataFrame):
         if not (paths := sorted(Path(source).glob("[!.]*.nii*"))):
-            raise FileNotFoundError(f"{source}: expected <ID>.nii.gz, found none; extract some")
+            raise FileNotFoundError(f"{source}: expected <ID>.nii.gz, found none; run `extract`")
         subjects = map(tables.subject_id, paths)
         source = pd.DataFrame({"Subject": subjects, "path": paths, "modality": "fa"})
     people = tables.read_people(tables.find_people(table) if table.is_dir() else table)
@@ -245,6 +245,7 @@ def _convert_subjects(
             volume, affine, _ = prepare(path, settings["modality"])
             grid = volume.shape, affine
             break
+    settings = settings | {"inputs": f"{settings['inputs']} {grid}"}  # what a part is made of
     work = joblib.delayed(_convert_subject)
     jobs = (work(parts / f"{s}.npz", path, grid, settings) for s, path in accepted.items())
     run = joblib.Parallel(workers or joblib.cpu_count(), "threading", return_as="generator")
@@ -260,9 +261,8 @@ def _convert_subject(part: Path, path: Path, grid: tuple | None, settings: dict)
         volume, affine, record = prepare(path, settings["modality"])
         if volume.shape != grid[0] or not np.allclose(affine, grid[1], atol=1e-3):
             if not settings["regrid"]:
-                own = f"{volume.shape} {affine.tolist()}"
-                message = f"its grid is {own}, not the cohort's {grid[0]} {grid[1].tolist()}"
-                raise ValueError(f"{message}; see --regrid")
+                message = f"its grid is {volume.shape} {affine.round(3).tolist()}, not the cohort's"
+                raise ValueError(f"{message} {grid[0]} {grid[1].round(3).tolist()}; see --regrid")
             volume, affine = _regrid(volume, affine, grid), grid[1]
         volume = normalise_size(volume) if settings["normalised"] else volume
         volume, affine = resample(volume, affine, tuple(settings["shape"]))
@@ -295,7 +295,7 @@ def _write_cohort(
     storage.write_text(path := out_dir / "rejected.csv", reasons.to_csv(index=False))
     records = {s: record for s, record in records.items() if s not in rejected}
     if not records:
-        raise ValueError(f"{path}: expected a usable volume, found none; it says why")
+        raise ValueError(f"{path}: no usable volume, the last as: {[*rejected.values()][-1]}")
     measures = pd.DataFrame.from_dict(records, "index")[MEASURES]
     subjects = people.loc[list(records)].join(measures).reset_index()
     subjects.insert(2, "label", subjects["Gender"].map(LABELS))

@@ -247,6 +247,9 @@ BAD = {
     "far voxels": ({"data": header((108, "f", 1e9))}, "from byte 1000000000"),
     "colours": ({"data": header((70, "h", 128), (72, "h", 24))}, "real voxels"),
     "huge": ({"mask": header(*((at, "h", 9999) for at in (42, 44, 46)))}, "at most 33554432 real"),
+    "empty mask": ({"mask": image(mask() * 0, np.uint8)}, "mask.*to .* voxels above 0, found 0"),
+    "per cent": ({"dev": image(np.full((*SHAPE, 9), 5))}, "grad_dev.nii.gz: expected fractions"),
+    "endless text": ({"bvals": b"1 " * 600000}, "bvals: .*more than 1048576 bytes"),
     "no series": ({"data": None}, "expected one folder with data.nii.gz, .*found none"),
 }
 
@@ -308,5 +311,5 @@ def test_what_datalad_has_not_fetched_is_missed(source, target, name):
 
 def test_without_dipy_a_fit_names_the_requirements(monkeypatch):
     monkeypatch.setitem(sys.modules, "dipy", None)
-    with pytest.raises(ImportError, match=r"needs DIPY: pip install 'brainsex\[diffusion\]'"):
+    with pytest.raises(ImportError, match=r"needs DIPY: pip install dipy"):
         diffusion.fit_folder("a", "b")

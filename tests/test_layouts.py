@@ -162,8 +162,8 @@ def test_of_several_sessions_or_spaces_one_is_chosen(tmp_path):
     assert [path.name for path in chosen["path"]] == ["sub-01_ses-a_space-T1w_FA.nii.gz"]
     for options, message in (
         ({"match": "*_x"}, r"name \*_x, found those of kind bids-fa"),
-        ({"session": "c"}, "session c and name None, found those of kind bids-fa"),
-        ({"kind": "t1"}, "of kind t1, session None and name None, found those of kind bids-fa"),
+        ({"session": "c"}, "session c, name any, found those of kind bids-fa"),
+        ({"kind": "t1"}, "of kind t1, session any, name any, found those of kind bids-fa"),
     ):
         with pytest.raises(ValueError, match=message):
             layouts.choose_volumes(files, **options)

@@ -101,6 +101,7 @@ def broken(tmp_path, kind):
         "claims more than memory": patched(42, np.int16([32767] * 3)),
         "voxels far away": patched(108, np.float32(1e30)),
         "singular": patched(280, np.float32(np.zeros(4))),
+        "nowhere": patched(292, np.float32(np.nan)),  # the sform's shift along X
     }
     images = {"4D": fa()[..., None].repeat(2, axis=3), "complex": fa().astype(np.complex64)}
     images["no affine"] = fa()
@@ -128,6 +129,7 @@ def broken(tmp_path, kind):
         ("4D", r"found \(23, 28, 25, 2\)"),
         ("no affine", "no affine"),
         ("singular", "no affine"),
+        ("nowhere", "no affine"),
         ("complex", "real voxels.*complex64"),
     ],
 )
@@ -468,7 +470,7 @@ def test_convert_without_a_table_or_anything_usable(tmp_path):
     run(folder)
     for path in (folder / "fa").iterdir():
         path.write_bytes(b"nothing")
-    with pytest.raises(ValueError, match=r"rejected\.csv: expected a usable volume"):
+    with pytest.raises(ValueError, match=r"rejected\.csv: no usable volume"):
         run(folder)
     assert not (folder / "tensors.npy").exists()
 

@@ -64,7 +64,7 @@ def write_cohort(
     beside = (path for path in folder.glob("[!.]*") if path.name != storage.RUN_RECORD)
     if not marker.is_file() and any(beside):
         raise ValueError(f"{folder}: expected an empty folder or a synthetic cohort; name another")
-    stale = ("archives/*.zip", "*.csv")
+    stale = ("archives/*.zip", "*.csv", "*.npy", "grid.json", "fa/*.nii.gz")
     storage.start_run(folder, "synthesize", options, overwrite=overwrite, results=stale)
     storage.write_text(marker, json.dumps(options))  # first, so that nothing passes for real
     people = population.draw_people(subjects, seed)

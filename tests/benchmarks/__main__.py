@@ -36,7 +36,6 @@ from brainsex import (
 from tests.benchmarks import archive, epoch
 from tests.benchmarks.measure import Table, machine, operations, peaks, seconds
 from tests.benchmarks.published import ITERATIONS, deleted, published_mask
-from tests.benchmarks.reading import read_cohort
 
 BUILD = Path("build")
 TRAINED = 160  # subjects of 200; the masks are of the others
@@ -270,7 +269,6 @@ def main() -> None:
     convert(table)
     archive.read_member(BUILD / "benchmark-archives", table)
     fit(table)
-    read_cohort(BUILD / "benchmark-reading" / "tensors.npy", table)
     train_published(table)
     accuracy(data, table)
     masks(data, truth, arguments.subjects, peak, table)

@@ -56,7 +56,7 @@ def summarise(network: networks.MriNet3d, volumes: np.ndarray) -> tuple[np.ndarr
 
 def _measure_maps(
     network: networks.MriNet3d, volumes: np.ndarray, measure: Callable
-) -> list[np.ndarray]:
+) -> list[list]:
     """Return `measure` of each batch's maps (n, C, X', Y', Z') and rows (n,), batch after batch."""
     fits = isinstance(network, networks.MriNet3d) and tuple(volumes.shape[1:]) == network.shape
     if not fits or len(volumes) == 0:
@@ -65,11 +65,11 @@ def _measure_maps(
     device = networks.device()
     layer = speed.inference_copy(copy.deepcopy(network).double(), device).hidden1
 
-    def work(rows: np.ndarray) -> np.ndarray:
+    def work(rows: np.ndarray) -> list:
         batch = speed.read_batch(volumes, rows, device).double()
         starts = range(0, batch.shape[2] - 3, PLANES)  # few planes stay in the processor's cache
         maps = torch.cat([layer(batch[:, :, start : start + PLANES + 2]) for start in starts], 2)
-        return measure(maps, rows).cpu().numpy()
+        return measure(maps, rows).tolist()  # arrays would lie between, and so hold, freed memory
 
     return list(speed.map_batches(work, len(volumes), device))
 

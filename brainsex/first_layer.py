@@ -54,9 +54,7 @@ def summarise(network: networks.MriNet3d, volumes: np.ndarray) -> tuple[np.ndarr
     return mean, np.concatenate(_measure_maps(network, volumes, entropies))
 
 
-def _measure_maps(
-    network: networks.MriNet3d, volumes: np.ndarray, measure: Callable
-) -> list[list]:
+def _measure_maps(network: networks.MriNet3d, volumes: np.ndarray, measure: Callable) -> list[list]:
     """Return `measure` of each batch's maps (n, C, X', Y', Z') and rows (n,), batch after batch."""
     fits = isinstance(network, networks.MriNet3d) and tuple(volumes.shape[1:]) == network.shape
     if not fits or len(volumes) == 0:

@@ -54,7 +54,7 @@ def load_volume(path: str | Path, *, contiguous: bool = True) -> tuple[np.ndarra
             content = file.read(offset + dtype.itemsize * math.prod(shape))
             file.read(MAX_EXTRA_BYTES)  # to its end, where gzip compares the checksum
         affine, codes = header.get_best_affine(), (header["sform_code"], header["qform_code"])
-        if not any(codes) or not abs(np.linalg.det(affine)) > 1e-6:  # NaN of any element is NaN
+        if not (any(codes) and np.isfinite(affine).all() and abs(np.linalg.det(affine)) > 1e-6):
             raise ValueError(f"no affine that tells left from right: {affine.tolist()}")
         voxels = np.ndarray(shape, dtype, content, offset, order="F")  # a view, not a copy
         voxels = nib.volumeutils.apply_read_scaling(voxels, *header.get_slope_inter())

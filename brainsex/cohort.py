@@ -59,7 +59,7 @@ def load_cohort(folder: str | Path, *, affine: np.ndarray | None = None) -> Coho
     if not fitting or not numbers or not np.isin(sex, (0, 1)).all():
         raise ValueError(
             f"{folder}: expected tensors (N, X, Y, Z) of floats and labels (N,) 0 and 1, found "
-            f"{volumes.shape} of {volumes.dtype} and {sex.shape}: {sex[:9]}; {CONVERT_AGAIN}"
+            f"{volumes.shape} of {volumes.dtype} and {np.ravel(sex)[:9].tolist()}; {CONVERT_AGAIN}"
         )
     sex, width = np.array(sex, np.int64), len(str(len(sex)))
     table = pd.DataFrame({"Subject": [f"{n:0{width}d}" for n in range(len(sex))], "label": sex})

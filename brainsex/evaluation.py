@@ -25,9 +25,11 @@ def folds(
     there are too few subjects of a sex, or families, for that.
     """
     sex = np.asarray(sex)
-    fewest = min(np.bincount(sex, minlength=2))
+    fewest = min(*np.bincount(sex, minlength=2), len(sex if groups is None else set(groups)))
     if not 2 <= folds <= fewest:
-        raise ValueError(f"expected 2 to {fewest} folds (subjects of either sex), got {folds}.")
+        raise ValueError(
+            f"expected 2 to {fewest} folds (subjects of a sex, families), got {folds}."
+        )
     splitter = StratifiedKFold if groups is None else StratifiedGroupKFold
     splits = splitter(folds, shuffle=True, random_state=seed).split(sex, sex, groups)
     assignment = np.empty(len(sex), np.int64)

@@ -178,7 +178,7 @@ def load_network(path: str | Path, shape: tuple[int, int, int] = SHAPE) -> MriNe
                 network = MriNet3d(len(state["hidden1.0.weight"]), shape)
         network.load_state_dict(state, assign=True)
     except Exception as error:
-        if isinstance(error, OSError) and error.errno:  # the disk's fault
+        if isinstance(error, OSError) and error.errno not in (None, 22):  # 22: a damaged offset
             raise
         problem = " ".join(str(error).split())[:1000]
         expected = f"expected a state dict of MriNet3d or MriNet2d for {shape}, found {problem}"

@@ -171,8 +171,6 @@ def _integral(score: _LogOdds, batch: _Batch, *, steps: int = 8) -> Tensor:
 def _occlusion(score: _LogOdds, batch: _Batch, *, window: int = 16, stride: int = 14) -> Tensor:
     """What a blurred cube takes from the log-odds (Zeiler and Fergus 2014, arXiv 1311.2901)."""
     volumes = batch.volumes.detach()
-    if not 1 <= stride <= window <= min(volumes.shape[2:]):
-        raise ValueError(f"occlusion: expected 1 <= stride <= window, found {stride} and {window}")
     cubes = (1, *[window] * 3), (1, *[stride] * 3), perturbation.gaussian_blur(volumes)
     options = {"target": batch.target, "perturbations_per_eval": CPU_BATCH}
     return Occlusion(score).attribute(volumes, *cubes, **options)

@@ -147,10 +147,12 @@ def read_output_table(path: str | Path, *columns: str) -> pd.DataFrame:
 
     Raises FileNotFoundError, or ValueError if `columns` are missing or an ID names no file.
     """
-    with storage.reading(path, f"a table with {' and '.join(columns)}", "have it written again"):
-        rows = pd.read_csv(path, dtype={"Subject": str, "group": str})
-        if missing := set(columns) - set(rows):
-            raise ValueError(f"no column {', '.join(missing)}")
+    rows = read_text_table(path)
+    if missing := [name for name in columns if name not in rows]:
+        raise ValueError(f"{path}: expected a column {' and '.join(missing)}, found none")
+    for name in rows.columns.difference(["Subject", "group"]):
+        numbers = pd.to_numeric(rows[name], errors="coerce")
+        rows[name] = numbers if numbers.isna().equals(rows[name].isna()) else rows[name]
     if "Subject" in columns:
         check_subject_ids(path, rows["Subject"])
     return rows

@@ -120,7 +120,7 @@ def clean(volume: np.ndarray, modality: str = "fa") -> tuple[np.ndarray, dict[st
     """
     counts = dict.fromkeys(MEASURES[1:], 0)
     if not np.isfinite(_range(volume)).all():
-        counts["non_finite"] = np.count_nonzero(~np.isfinite(volume))
+        counts["non_finite"] = int(np.count_nonzero(~np.isfinite(volume)))
         volume = np.nan_to_num(volume, posinf=0, neginf=0)
     values = volume.astype(np.float32, copy=False)
     if modality == "t1" and (floor := np.percentile(values, 99) / 10) > 0:
@@ -130,7 +130,7 @@ def clean(volume: np.ndarray, modality: str = "fa") -> tuple[np.ndarray, dict[st
         raise ValueError("no voxel above 0: an empty volume")
     if low < 0 or high > 1:
         negative, above = np.count_nonzero(values < 0), np.count_nonzero(values > 1)
-        counts |= {"negative": negative, "above_one": above}
+        counts |= {"negative": int(negative), "above_one": int(above)}
         values = values.clip(0, 1)
         if modality == "fa" and negative + above > MAX_OUT_OF_RANGE * np.count_nonzero(values):
             problem = f"values from {low:.4g} to {high:.4g}: another kind of image, or scaled"

@@ -53,7 +53,7 @@ def test_families_stay_together_and_sexes_balanced():
 @pytest.mark.parametrize(
     ("sex", "groups", "count", "message"),
     [
-        ([0, 0, 0, 1, 1], None, 3, r"2 to 2 folds \(subjects of either sex\), got 3"),
+        ([0, 0, 0, 1, 1], None, 3, r"2 to 2 folds \(subjects of a sex, families\), got 3"),
         ([0, 0, 0, 1, 1], None, 1, "got 1"),
         ([0, 0, 0, 0], None, 2, "2 to 0 folds"),
         ([0, 1, 0, 1, 0, 1], list("aaabbb"), 3, "folds|splits"),

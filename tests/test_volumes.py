@@ -201,6 +201,7 @@ def test_clean_counts_what_it_changes():
     before = volume.copy()
     cleaned, counts = clean(volume)
     assert counts == {"non_finite": 4, "negative": 3, "above_one": 2}
+    assert all(type(count) is int for count in counts.values())  # for JSON
     np.testing.assert_array_equal(cleaned, expected)
     assert cleaned.dtype == np.float32
     np.testing.assert_array_equal(volume, before)

@@ -5,6 +5,9 @@ from importlib import import_module
 SHAPE = (58, 70, 58)
 """Voxels of a volume as the networks take it: X, Y, Z in RAS (about 3.1 mm each)."""
 
+BRAIN_THRESHOLD = 0.02
+"""FA, or scaled T1 intensity, above which a voxel counts as brain."""
+
 LABELS = {"F": 0, "M": 1}
 """Label coding of HCP's Gender column, used everywhere: women 0, men 1."""
 

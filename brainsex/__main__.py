@@ -121,7 +121,6 @@ def _check(cohort: Path, out: Path) -> None:
     checks.write_montage(data, table, out / "montage.html")
     storage.write_text(out / "checks.csv", table.to_csv(index=False))
     print(table.loc[table["flags"] != "", ["Subject", "flags"]].to_string(index=False))
-    print(f"all {len(table)} are in {out / 'montage.html'}, these first")
 
 
 def _train(

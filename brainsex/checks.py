@@ -14,9 +14,9 @@ from PIL import Image
 from scipy.ndimage import center_of_mass
 from tqdm.auto import tqdm
 
-from brainsex import storage
+from brainsex import BRAIN_THRESHOLD, storage
 from brainsex.cohort import MODALITIES, Cohort
-from brainsex.volumes import BRAIN_THRESHOLD, brain_volume
+from brainsex.volumes import brain_volume
 
 OUTLIER_Z = 3.5  # robust z beyond which a value is flagged (Iglewicz and Hoaglin 1993, ASQC 16)
 PAGE_HEAD = """<!DOCTYPE html><meta charset="utf-8"><title>{title}</title>

@@ -24,7 +24,9 @@ def confound_matrix(table: pd.DataFrame, names: Sequence[str]) -> np.ndarray:
     for name in columns:
         if columns[name].isna().any() or columns[name].nunique() < 2:
             counts = f"{columns[name].isna().sum()} blanks and {columns[name].nunique()} values"
-            raise ValueError(f"expected a confound {name} that all have and varies, found {counts}")
+            raise ValueError(
+                f"expected confound {name} without blanks, of several values, found {counts}"
+            )
         numbers = pd.to_numeric(columns[name], errors="coerce")
         if numbers.notna().all():
             columns[name] = numbers

@@ -21,11 +21,11 @@ import pandas as pd
 from nibabel.arrayproxy import ArrayProxy
 
 from brainsex import archives, storage
+from brainsex.storage import MAX_VOXELS
 
 DATA, MASK, DEVIATIONS = "data.nii.gz", "nodif_brain_mask.nii.gz", "grad_dev.nii.gz"
 NEEDED = (DATA, "bvals", "bvecs", MASK)
 MAX_TEXT = 1 << 20  # bytes of the largest bvals or bvecs, and of what precedes voxels
-MAX_VOXELS = 1 << 25  # of a volume; HCP's have 3.7 million
 MAX_VALUES = 1 << 28  # voxels by volumes kept in memory; HCP's series has 1e8, in 0.4 GB
 MAX_DEVIATION = 0.3  # largest element of L accepted (HCP's are below 0.1): I + L has an inverse
 SLAB = 2000  # voxels fitted at a time: DIPY's memory does not grow with the brain
@@ -66,10 +66,8 @@ def fit_folder(
             _fit_series(series, target / f"{subject}.nii.gz", bmax, b0)
         return "fitted" if DEVIATIONS in series else f"fitted without {DEVIATIONS}"
 
-    settings = {"bmax": bmax, "b0": b0}
-    return archives.process_subjects(
-        work, source, paths, target, "fa", settings, workers, overwrite
-    )
+    run = "fa", {"bmax": bmax, "b0": b0}, workers, overwrite
+    return archives.process_subjects(work, source, paths, target, *run)
 
 
 def _find_series(paths: dict[str, Path], stack: ExitStack) -> dict[str, File]:
@@ -140,8 +138,8 @@ def _read_gradients(
         directions = table.bvecs[keep][bvals[keep] > b0]
         dyads = (directions[:, :, None] * directions[:, None, :]).reshape(-1, 9)
         if np.linalg.matrix_rank(dyads, tol=1e-2) < 6 or not 0 <= bvals.min() <= b0:
-            found = f"{len(directions)} volumes there, b from {bvals.min():g} to {bvals.max():g}"
-            raise ValueError(f"found {found}")
+            counts = f"{len(directions)} volumes there, b from {bvals.min():g} to {bvals.max():g}"
+            raise ValueError(f"found {counts}")
     return dti.design_matrix(table)[keep], keep, len(bvals)
 
 

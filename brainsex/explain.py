@@ -69,27 +69,35 @@ def explain(
         storage.start_run(out, f"explain {method}{suffix}", settings, **options)
     with tqdm(total=len(used) * len(rows), desc="explain", unit="map") as bar:
         for fold in np.unique(folds[rows]):
+            fold_rows = rows[folds[rows] == fold]
+            missing = {m: _missing_rows(out / (m + suffix), cohort, fold_rows) for m in used}
+            bar.update(len(used) * len(fold_rows) - sum(map(len, missing.values())))
+            missing = {method: left for method, left in missing.items() if len(left)}
+            if not missing:
+                continue
             network = explained = fold_network(networks_folder, fold, cohort)
             if random_weights:
                 *_, (_, explained) = randomised_layers(network, seed=100 * seed + fold)
-            needed = any(METHODS[method].reference for method in used)
+            needed = any(METHODS[method].reference for method in missing)
             means = training_means(cohort, folds, fold) if needed else None
-            for method, values in used.items():
-                folder, fold_rows = out / (method + suffix), rows[folds[rows] == fold]
-                paths = [folder / f"{name}.nii.gz" for name in cohort.subjects[fold_rows]]
-                missing = fold_rows[[not path.is_file() for path in paths]]
-                bar.update(len(paths) - len(missing))
-                for start in range(0, len(missing), CHUNK):
-                    chunk = missing[start : start + CHUNK]
-                    volumes = np.array(cohort.volumes[chunk])
+            for method, left in missing.items():
+                for chunk in np.split(left, range(CHUNK, len(left), CHUNK)):
+                    volumes, values = np.array(cohort.volumes[chunk]), used[method]
                     target = saliency.predicted_classes(network, volumes)
                     settings = {"target": target, "seed": seed, "progress": False} | values
                     settings["subjects"], sigma = cohort.subjects[chunk], values.get("sigma")
                     settings["reference"] = saliency.reference_for(method, means, target, sigma)
+                    folder = out / (method + suffix)
                     _save_chunk(explained, volumes, folder, cohort.affine, settings)
                     bar.update(len(chunk))
     table = pd.DataFrame({"Subject": cohort.subjects, "sex": cohort.sex, "fold": folds})
     return table.iloc[rows].join(_mask_records(table, out), on="Subject").reset_index(drop=True)
+
+
+def _missing_rows(folder: Path, cohort: Cohort, rows: np.ndarray) -> np.ndarray:
+    """Return those of the rows whose map is not in the folder."""
+    paths = (folder / f"{name}.nii.gz" for name in cohort.subjects[rows])
+    return rows[[not path.is_file() for path in paths]]
 
 
 def _used_options(methods: Sequence[str], options: dict) -> dict[str, dict]:

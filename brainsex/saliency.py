@@ -90,8 +90,8 @@ def attribute(
         raise ValueError(f"expected a method among {', '.join(METHODS)}, found {method!r}.")
     entry, needed = METHODS[method], METHODS[method].reference is not None
     if needed != (reference is not None):
-        expected, found = ("a", "none") if needed else ("no", "one")
-        raise ValueError(f"{method}: expected {expected} reference, found {found}.")
+        expected, passed = ("a", "none") if needed else ("no", "one")
+        raise ValueError(f"{method}: expected {expected} reference, found {passed}.")
     if entry.compute is None:
         options |= {"target": target, "reference": reference, "subjects": subjects, "seed": seed}
         options["progress"] = progress

@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 
 RUN_RECORD = "run.json"
 RECORDED_PACKAGES = "brainsex numpy pandas scipy torch nibabel scikit-learn dipy".split()
+MAX_VOXELS = 1 << 25  # of the largest NIfTI grid read; a head at 0.7 mm has two thirds
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -69,9 +70,8 @@ def reading(path: str | Path, expected: str, remedy: str = "download it again") 
         if isinstance(error, ValueError) and str(error).startswith(name):
             raise
         problem = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ValueError(
-            f"{name}: expected {expected}, cannot read it ({problem}); {remedy}"
-        ) from error
+        message = f"{name}: expected {expected}, cannot read it ({problem}); {remedy}"
+        raise ValueError(message) from error
 
 
 def files_below(folder: str | Path, *endings: str) -> Iterator[Path]:
@@ -148,8 +148,9 @@ def start_run(
             f"those with {present!r:.80}; name another folder, or start anew with --overwrite"
         )
     made_with = [] if names else made_with
-    for stale in (path for pattern in results if overwrite for path in folder.glob(pattern)):
-        stale.unlink()
+    for pattern in results if overwrite else ():
+        for stale in folder.glob(pattern):
+            stale.unlink()
     if environment() not in made_with:
         entry = settings | {"made_with": [*made_with, environment()]}
         write_text(path, json.dumps(record | {command: entry}, indent=1) + "\n")

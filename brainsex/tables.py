@@ -46,10 +46,8 @@ def find_people(folder: str | Path) -> Path:
         if names := [path.name for path in paths if "freesurfer" not in path.name.lower()]:
             break
     if len(names) != 1:
-        raise FileNotFoundError(
-            f"{folder}: expected one table of people, {' or '.join(patterns)}, found "
-            f"{names or 'none'}. DATA_ACCESS.md says where to get it."
-        )
+        problem = f"expected one table of people, {' or '.join(patterns)}, found {names or 'none'}"
+        raise FileNotFoundError(f"{folder}: {problem}. DATA_ACCESS.md says where to get it.")
     return Path(folder) / names[0]
 
 
@@ -64,11 +62,9 @@ def read_people(table: str | Path) -> pd.DataFrame:
     people = _read_columns(table, {"Gender": "Gender", "Age": "age", "QC_Issue": "qc_issue"})
     people["Gender"] = read_sex(people["Gender"]).map({0: "F", 1: "M"}).fillna(people["Gender"])
     for name in COMPANION_TABLES:
-        companion = _read_companion(table.parent, name)
+        companion, path = _read_companion(table.parent, name), table.parent / name
         if (volume := "intracranial_volume_ml") in companion:
-            with storage.reading(
-                table.parent / name, "numbers as intracranial volumes", "correct the cells"
-            ):
+            with storage.reading(path, "numbers as intracranial volumes", "correct the cells"):
                 companion[volume] = companion[volume].astype(float) / 1000
         for column, values in companion.reindex(people.index).items():
             band = people.get(column, values)  # of age, stays where years are unknown
@@ -164,11 +160,9 @@ def check_subject_ids(path: str | Path, column: pd.Series) -> np.ndarray:
     invalid = names.str.contains(INVALID_ID_CHARACTERS) | ~names.str.len().between(1, MAX_ID_LENGTH)
     if (invalid | names.duplicated()).any():
         line = names.index[invalid | names.duplicated()][0]
-        raise ValueError(
-            f"{path}: line {line + 2}: expected {column.name} of 1 to {MAX_ID_LENGTH} characters "
-            "without / and \\, as files are named by it, in no more than one row, found "
-            f"{names[line]!r:.100}"
-        )
+        expected = f"{column.name} of 1 to {MAX_ID_LENGTH} characters without / and \\"
+        problem = f"expected {expected}, in no more than one row, found {names[line]!r:.100}"
+        raise ValueError(f"{path}: line {line + 2}: {problem}")
     return names.to_numpy(str)
 
 

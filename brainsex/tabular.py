@@ -20,13 +20,12 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 from xgboost import XGBClassifier
 
-from brainsex import evaluation, tables
+from brainsex import BRAIN_THRESHOLD, evaluation, tables
 from brainsex.confounds import ConfoundRegressor, RegressedVolumes
 
 SEXES = "M, F or words, or 0 and 1 (men), or 1 (men) and 2"
 INTRACRANIAL = "FS_IntraCranial_Vol"  # mm³; an export spells it FS_InterCranial_Vol
 NEIGHBOURS = (1, 3, 5, 9, 15, 25, 39, 59, 99)  # the k among which the inner folds choose
-BRAIN_THRESHOLD = 0.02  # mean FA over subjects above which a voxel is brain
 
 
 @dataclass(frozen=True)

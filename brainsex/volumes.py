@@ -20,11 +20,10 @@ from isal import igzip
 from scipy.ndimage import affine_transform, gaussian_filter, gaussian_filter1d, zoom
 from tqdm.auto import tqdm
 
-from brainsex import LABELS, SHAPE, storage, tables
+from brainsex import BRAIN_THRESHOLD, LABELS, SHAPE, storage, tables
+from brainsex.storage import MAX_VOXELS
 
-MAX_VOXELS = 1 << 25  # of the largest grid; a head at 0.7 mm has two thirds, HCP's FA 3.7 million
 MAX_EXTRA_BYTES = 1 << 20  # read before the voxels (header and extensions), and after them
-BRAIN_THRESHOLD = 0.02  # FA, or scaled T1 intensity, above which a voxel counts as brain
 MAX_OUT_OF_RANGE = 0.01  # share of the voxels beyond [0, 1] that an FA map may have
 FILLED_SHARE = 0.75  # of each axis of the grid, that `normalise_size` makes a brain fill
 MAX_BRAIN_ML = 2500  # a T1-weighted volume with more of it is a head with its skull
@@ -173,7 +172,7 @@ def prepare(
     volume, counts = clean(volume, modality)
     size = round(brain_volume(volume, affine), 3)
     if not size or (modality == "t1" and size > MAX_BRAIN_ML):
-        raise ValueError(f"expected a brain without its skull, found {size:.0f} ml of it")
+        raise ValueError(f"expected a brain, without its skull, found {size:.0f} ml of it")
     volume = normalise_size(volume) if normalised else volume
     return volume, affine, {"brain_volume_ml": size, **counts}
 

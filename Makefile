@@ -23,7 +23,7 @@ data/synthetic/unrestricted_behavioral.csv: | .venv/.installed
 NEEDS := $(if $(filter data/synthetic,$(COHORT)),data/synthetic/unrestricted_behavioral.csv)
 
 figures: .venv/.installed $(NEEDS)
-	$(BIN)/python notebooks/run.py --cohort $(COHORT) --profile $(PROFILE)
+	$(BIN)/python notebooks/run.py --cohort $(COHORT) --profile $(PROFILE) $(if $(TABLE),--table $(TABLE))
 
 notebooks: .venv/.installed data/synthetic/unrestricted_behavioral.csv
 	$(BIN)/python notebooks/run.py --in-place

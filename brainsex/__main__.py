@@ -14,18 +14,15 @@ from datetime import timedelta
 from pathlib import Path
 
 import joblib
-import nibabel as nib
 import numpy as np
 import pandas as pd
 import torch
-from nibabel.orientations import axcodes2ornt, ornt_transform
 from torch import distributed
 from tqdm.auto import tqdm
 
 from brainsex import (
     SHAPE,
     archives,
-    checks,
     diffusion,
     explain,
     layouts,
@@ -99,28 +96,16 @@ def _survey(cohort: Path, table: Path | None = None) -> pd.DataFrame:
     return files
 
 
-def _convert(
-    cohort: Path, out: Path | None, fa: Path | None, table: Path | None, **settings: object
-) -> None:
+def _convert(cohort: Path, out: Path | None, table: Path | None, **settings: object) -> None:
     """Turn a folder's volumes and its table of people into tensors.npy."""
     choice = {name: settings.pop(name) for name in ("kind", "session", "match")}
-    source, table, out = fa, table or tables.find_people(cohort), out or cohort
-    if fa is None:
-        source = layouts.choose_volumes(_survey(cohort, table), **choice)
-    elif any(choice.values()):
-        raise ValueError("--kind, --session, --match choose from COHORT; --fa is another folder.")
+    table, out = table or tables.find_people(cohort), out or cohort
+    source = layouts.choose_volumes(_survey(cohort, table), **choice)
+    if settings["mask"]:
+        source["mask"] = layouts.match_masks(cohort, settings["mask"], source["Subject"])
     volumes.convert(source, table, out, **settings)
     if (cohort / "SYNTHETIC").is_file():
         (out / "SYNTHETIC").touch()
-
-
-def _check(cohort: Path, out: Path) -> None:
-    """Look for outliers, and show all subjects: checks.csv, montage.html in OUT."""
-    data = load_cohort(cohort)
-    table = checks.check_table(data)
-    checks.write_montage(data, table, out / "montage.html")
-    storage.write_text(out / "checks.csv", table.to_csv(index=False))
-    print(table.loc[table["flags"] != "", ["Subject", "flags"]].to_string(index=False))
 
 
 def _train(
@@ -156,28 +141,22 @@ def _masks(cohort: Path, networks: Path, out: Path, seed: int, overwrite: bool) 
     print(table[["before", "after", "volume"]].describe().loc[["mean", "min", "max"]].to_string())
 
 
-def _predict(network: Path, volumes: Sequence[Path], orientation: str) -> None:
+def _predict(network: Path, volumes: Sequence[Path]) -> None:
     """Print the probability of man for new volumes, as CSV."""
-    table = predict_files(network, volumes, orientation=orientation)
+    table = predict_files(network, volumes)
     table.to_csv(sys.stdout, index=False)
     if table["probability_of_man"].isna().all():
         raise ValueError(f"not one of {len(table)} volumes could be used; see their reasons")
 
 
-def predict_files(
-    checkpoint: str | Path, paths: Sequence[Path], *, orientation: str = "RAS"
-) -> pd.DataFrame:
+def predict_files(checkpoint: str | Path, paths: Sequence[Path]) -> pd.DataFrame:
     """Predict the sex of NIfTI volumes at native resolution, prepared as the training cohort was.
 
     ``run.json`` beside the checkpoint (``fold-K.pt``) names the cohort's grid and modality; without
-    it they are FA of any field of view. `orientation` is that of the arrays which the network was
-    fitted to, else a ValueError: ours are RAS, HCP's files read without their affine are LAS.
+    it they are FA of any field of view.
 
     Returns a row a volume: path, Subject, and probability_of_man, or the reason why it has none.
     """
-    if sorted(orientation.translate(str.maketrans("LPI", "RAS"))) != ["A", "R", "S"]:
-        raise ValueError(f"expected an orientation such as RAS or LAS, found {orientation}.")
-    turn = ornt_transform(axcodes2ornt("RAS"), axcodes2ornt(orientation))
     record, grid = Path(checkpoint).with_name(storage.RUN_RECORD), {"shape": SHAPE}
     if record.is_file():
         grid = storage.read_json(record).get("train", {}).get("grid", grid)
@@ -187,19 +166,18 @@ def predict_files(
         row = {"path": path, "Subject": layouts.subject_of(path), "probability_of_man": np.nan}
         try:
             volume, affine, _ = volumes.prepare(path, grid["modality"], grid["normalised"])
-            image = nib.Nifti1Image(volume, affine).as_reoriented(turn)
-            small, affine = volumes.resample(image.dataobj, image.affine, network.shape)
+            small, affine = volumes.resample(volume, affine, network.shape)
             if grid["affine"] is not None and not np.allclose(affine, grid["affine"], atol=1e-3):
                 problem = f"found another, of affine {affine.round(3).tolist()}"
                 raise ValueError(f"{path}: expected the training cohort's field of view, {problem}")
-            row["probability_of_man"] = training.predict(network, np.asarray(small)[None])[0, 1]
+            row["probability_of_man"] = training.predict(network, small[None])[0, 1]
         except (ValueError, OSError) as error:
             row["reason"] = str(error)
         rows.append(row)
     return pd.DataFrame(rows, columns=["path", "Subject", "probability_of_man", "reason"])
 
 
-OPTIONS = {
+OPTIONS = {  # the default of --effect is the function's own: 1 for synthesize, 1.5 for plant
     "folder": {"type": Path},
     "source": {"type": Path, "help": "a folder, searched at any depth"},
     "target": {"type": Path, "help": "gets <ID>.nii.gz, and rejected.csv"},
@@ -212,7 +190,7 @@ OPTIONS = {
     "--subjects": {"type": int, "default": 200, "help": "how many have a volume"},
     "--spacing": {"type": float, "default": 2.5, "help": "mm; 1.25 is HCP's grid"},
     "--head-size": {"type": float, "default": 0.12, "help": "men's over women's, minus one"},
-    "--effect": {"type": float, "default": 1.0, "help": "multiplies planted local differences"},
+    "--effect": {"type": float, "default": argparse.SUPPRESS, "help": "a factor; plant: Cohen's d"},
     "--seed": {"type": int, "default": 0, "help": "of all random draws"},
     "--workers": {"type": int, "help": "at once; as many as cores by default (memory: README)"},
     "--overwrite": {"action": "store_true", "help": "start anew, also with other settings"},
@@ -220,54 +198,57 @@ OPTIONS = {
     "--bmax": {"type": float, "default": 1500, "help": "largest shell, s/mm²"},
     "--b0": {"type": float, "default": 50, "help": "no diffusion weighting up to it, s/mm²"},
     "--table": {"type": Path, "help": "of people; the one in COHORT by default"},
-    "--fa": {"type": Path, "help": "folder of <ID>.nii.gz, instead of what is in COHORT"},
     "--kind": {"choices": layouts.VOLUME_KINDS, "help": "of volumes, where there are several"},
     "--session": {"help": "BIDS's, where subjects came twice"},
     "--match": {"metavar": "GLOB", "help": "of file names, where there are several"},
     "--regrid": {"action": "store_true", "help": "resample volumes on other grids"},
     "--normalised": {"action": "store_true", "help": "bring all brains to one size"},
     "--leave-out-qc": {"action": "store_true", "help": "leave out subjects with a QC_Issue"},
+    "--mask": {"metavar": "GLOB", "help": "of brain masks or labels below COHORT, IDs in the path"},
+    "--align": {"choices": ("rigid", "affine"), "help": "register to MNI152 (DIPY)"},
     "--channels": {"type": int, "default": 32, "help": "of the first hidden layer"},
     "--folds": {"type": int, "default": 10, "help": "of the cross-validation"},
-    "--epochs": {"type": int, "default": 20, "help": "a fold"},
-    "--batch-size": {"type": int, "default": 45, "help": "subjects"},
-    "--lr": {"type": float, "default": 3e-4, "help": "Adam's learning rate"},
-    "--milestones": {"type": int, "nargs": "*", "default": (5, 15), "help": "a tenth of it after"},
-    "--orientation": {"default": "RAS", "help": "of the arrays the network was trained on"},
+    "--epochs": {"type": int, "default": 14, "help": "a fold"},
+    "--batch-size": {"type": int, "default": 10, "help": "subjects"},
+    "--lr": {"type": float, "default": 2e-3, "help": "Adam's learning rate"},
+    "--milestones": {"type": int, "nargs": "*", "default": (10,), "help": "a tenth of it after"},
+    "--weight-decay": {"type": float, "default": 0.01, "help": "of Adam, decoupled"},
+    "--no-neutral": {"action": "store_false", "dest": "neutral", "help": "a blur may tell sex"},
 }
 COMMANDS = {  # name: the function, and its arguments
     "synthesize": (
         synthetic.write_cohort,
         "folder --subjects --spacing --head-size --effect --seed --workers --overwrite",
     ),
+    "plant": (synthetic.plant, "cohort out --effect --seed --overwrite"),
     "extract": (archives.extract, "source target --member --workers --overwrite"),
     "fa": (diffusion.fit_folder, "source target --bmax --b0 --workers --overwrite"),
     "survey": (_survey, "cohort --table"),
     "convert": (
         _convert,
-        "cohort --out --fa --table --kind --session --match --regrid --normalised --leave-out-qc "
-        "--overwrite",
+        "cohort --out --table --kind --session --match --regrid --normalised --leave-out-qc "
+        "--mask --align --workers --overwrite",
     ),
-    "check": (_check, "cohort out"),
     "train": (
         _train,
-        "cohort out --channels --folds --epochs --batch-size --lr --milestones --seed --workers "
-        "--overwrite",
+        "cohort out --channels --folds --epochs --batch-size --lr --milestones --weight-decay "
+        "--no-neutral --seed --workers --overwrite",
     ),
     "masks": (_masks, "cohort networks out --seed --overwrite"),
-    "predict": (_predict, "network volumes --orientation"),
+    "predict": (_predict, "network volumes"),
 }
 EXAMPLES = """from HCP's packages to masks:
   python -m brainsex fa data/hcp data/hcp/fa --workers 4
   python -m brainsex survey data/hcp
   python -m brainsex convert data/hcp
-  python -m brainsex check data/hcp results/hcp/check
   python -m brainsex train data/hcp results/hcp/cnn3d --workers 2
   python -m brainsex masks data/hcp results/hcp/cnn3d results/hcp/masks
   python -m brainsex predict results/hcp/cnn3d/fold-0.pt some_FA.nii.gz
+T1 of whole heads instead: convert data/ixi --mask 'masks/*' --align rigid
 without HCP, or from archives of FA maps:
   python -m brainsex synthesize data/synthetic
   python -m brainsex extract data/synthetic data/synthetic/fa
+  python -m brainsex plant data/ixi data/ixi-planted --effect 1.5
 """
 
 

@@ -162,18 +162,27 @@ def _tested_folds(
 
 
 def paired_test(
-    sex: np.ndarray, first: np.ndarray, second: np.ndarray, assignment: np.ndarray
+    sex: np.ndarray,
+    first: np.ndarray,
+    second: np.ndarray,
+    assignment: np.ndarray,
+    *,
+    auc: bool = False,
 ) -> dict[str, float]:
-    """Compare two classifiers over the same folds: the accuracy of the first less the second's.
+    """Compare two classifiers over the same folds: the accuracy, or AUC, of first less second.
 
     The corrected resampled t test (Nadeau and Bengio 2003), of two folds at least. Takes what
     `score` does; returns the difference, its 95 % limits low and high, and a two-sided p.
     """
     first, second = np.atleast_2d(first), np.atleast_2d(second)
     fold_rows, count = _tested_folds(np.isfinite(first) & np.isfinite(second), assignment)
-    right = [(decisions > 0) == np.asarray(sex) for decisions in (first, second)]
-    gain = right[0].astype(int) - right[1]
-    gains = [gain[rows].mean() for rows in fold_rows]
+    labels = np.broadcast_to(sex, first.shape)
+
+    def measure(decisions: np.ndarray, rows: tuple[np.ndarray, ...]) -> float:
+        truth, values = labels[rows], decisions[rows]
+        return roc_auc_score(truth, values) if auc else np.mean((values > 0) == truth)
+
+    gains = [measure(first, rows) - measure(second, rows) for rows in fold_rows]
     mean, low, high = corrected_t_interval(gains, folds=count)
     error = (high - mean) / t.ppf(0.975, len(gains) - 1)
     p = 2 * t.sf(abs(mean) / error, len(gains) - 1) if error else mean == 0

@@ -1,7 +1,6 @@
 """Maps of a cohort's held-out subjects, each by the network that did not see it, saved as NIfTI."""
 
 import copy
-import gzip
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +16,7 @@ from scipy.ndimage import gaussian_filter
 from torch import nn
 from tqdm.auto import tqdm
 
-from brainsex import networks, perturbation, saliency, storage, tables
+from brainsex import networks, perturbation, saliency, storage
 from brainsex.cohort import Cohort, digest
 from brainsex.saliency import METHODS
 
@@ -62,7 +61,7 @@ def explain(
     folds, used = held_out_folds(networks_folder, cohort.subjects), _used_options(methods, options)
     sources, suffix = _sources(cohort, networks_folder), "-random" * random_weights
     for method, values in used.items():
-        drawn = random_weights or METHODS[method].compute is None or "samples" in values
+        drawn = random_weights or METHODS[method].compute is None
         settings = sources | values | ({"seed": seed} if drawn else {})
         results = [f"{method}{suffix}/*"] + ["persistence/*"] * (method + suffix == "mask")
         options = {"overwrite": overwrite, "results": results}
@@ -131,12 +130,12 @@ def _save_chunk(
         masks = perturbation.optimise_masks(network, volumes, **settings)
         maps, records = masks.masks, masks.history.to_dict("records")
         for name, image, record in zip(settings["subjects"], masks.persistence, records):
-            _save_map(folder.parent / "persistence" / f"{name}.nii.gz", image, affine)
+            storage.write_nifti(folder.parent / "persistence" / f"{name}.nii.gz", image, affine)
             storage.write_text(folder / f"{name}.json", json.dumps(record) + "\n")
     else:
         maps = saliency.attribute(network, volumes, method, **settings)
     for name, image in zip(settings["subjects"], maps):
-        _save_map(folder / f"{name}.nii.gz", image, affine)
+        storage.write_nifti(folder / f"{name}.nii.gz", image, affine)
 
 
 def _mask_records(table: pd.DataFrame, out: Path) -> pd.DataFrame:
@@ -149,12 +148,6 @@ def _mask_records(table: pd.DataFrame, out: Path) -> pd.DataFrame:
         with suppress(FileNotFoundError):  # another process of the run writes it, too
             storage.write_text(out / "masks.csv", masks.to_csv(index=False))
     return records
-
-
-def _save_map(path: str | Path, image: np.ndarray, affine: np.ndarray) -> None:
-    """Write a map (X, Y, Z) as compressed NIfTI: the same bytes whenever it is written."""
-    with storage.atomic_path(path) as partial:
-        partial.write_bytes(gzip.compress(nib.Nifti1Image(image, affine).to_bytes(), 1, mtime=0))
 
 
 def _load_map(path: str | Path) -> np.ndarray:
@@ -171,7 +164,7 @@ def load_maps(out: str | Path, method: str, subjects: Sequence[str]) -> np.ndarr
 def load_or_compute(path: Path, compute: Callable, affine: np.ndarray) -> np.ndarray:
     """Load a finished map (X, Y, Z), or compute and save it."""
     if not path.is_file():
-        _save_map(path, compute(), affine)
+        storage.write_nifti(path, compute(), affine)
     return _load_map(path)
 
 
@@ -216,7 +209,8 @@ def held_out_folds(networks_folder: str | Path, subjects: Sequence[str]) -> np.n
     path = Path(networks_folder) / "folds.csv"
     if not path.is_file():
         raise FileNotFoundError(f"{networks_folder}: no folds.csv. Run notebook 04_cnn_3d first.")
-    folds = tables.read_output_table(path, "Subject", "fold").set_index("Subject")["fold"]
+    with storage.reading(path, "columns Subject and fold", "train again"):
+        folds = pd.read_csv(path, dtype={"Subject": str}).set_index("Subject")["fold"]
     if folds.dtype.kind not in "iu":
         raise ValueError(f"{path}: expected whole numbers as folds, found {set(folds[:9])}")
     if unknown := sorted(set(subjects) - set(folds.index)):

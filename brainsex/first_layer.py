@@ -76,10 +76,10 @@ def compare_sexes(values: np.ndarray, sex: np.ndarray) -> pd.DataFrame:
     """Test every feature map between women and men on values (N, C), one row a map.
 
     Columns: women, men (means); d, d_low, d_high (Cohen's d, positive where men are higher, with
-    the 95 % interval of Hedges and Olkin 1985); t, p (Welch); holm, fdr (p corrected over maps,
-    after Holm 1979 and after Benjamini and Hochberg 1995); u, p_u (Mann-Whitney). A map that varies
-    within neither sex has ``tested`` False and no test (NaN). Raises ValueError for values that are
-    not finite, and for fewer than two women or men.
+    the 95 % interval of Hedges and Olkin 1985); t, p (Welch); fdr (p corrected over maps after
+    Benjamini and Hochberg 1995); u, p_u (Mann-Whitney). A map that varies within neither sex has
+    ``tested`` False and no test (NaN). Raises ValueError for values that are not finite, and for
+    fewer than two women or men.
     """
     values, sex = np.asarray(values, float), np.asarray(sex)
     counts = np.array([(sex == LABELS[letter]).sum() for letter in "FM"])
@@ -99,14 +99,7 @@ def compare_sexes(values: np.ndarray, sex: np.ndarray) -> pd.DataFrame:
     t, p = stats.ttest_ind(men[:, tested], women[:, tested], equal_var=False)
     u, p_u = stats.mannwhitneyu(men[:, tested], women[:, tested])
     fdr = stats.false_discovery_control(p) if len(p) else p
-    columns = {"d": d, "d_low": d - half, "d_high": d + half, "t": t, "p": p, "holm": _holm(p)}
+    columns = {"d": d, "d_low": d - half, "d_high": d + half, "t": t, "p": p}
     for name, column in (columns | {"fdr": fdr, "u": u, "p_u": p_u}).items():
         table.loc[tested, name] = column
     return table
-
-
-def _holm(p: np.ndarray) -> np.ndarray:
-    """Correct p values after Holm 1979, Scand. J. Stat. 6:65."""
-    order = np.argsort(p)
-    steps = np.maximum.accumulate(np.arange(len(p), 0, -1) * p[order])
-    return np.minimum(steps, 1)[np.argsort(order)]

@@ -6,7 +6,9 @@ volumes for `volumes.convert`; for packages and series a command makes volumes f
 
 import os
 import re
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
+from glob import glob
 from pathlib import Path
 
 import pandas as pd
@@ -123,7 +125,25 @@ def choose_volumes(
         )
     count = chosen["Subject"].nunique()
     print(f"{count} subjects of kind {kind} (there are: {', '.join(present)})")
-    return chosen
+    return chosen.copy()
+
+
+def match_masks(folder: str | Path, pattern: str, subjects: Iterable[str]) -> list[list[Path]]:
+    """Match the NIfTI files of a glob `pattern` below `folder` to `subjects`, one list a subject.
+
+    A file is a subject's if the ID stands in its path as a whole word, and not as the label of a
+    session or a run. Raises FileNotFoundError if the pattern matches nothing.
+    """
+    names = sorted(glob(pattern, root_dir=folder, recursive=True))
+    masks: dict[str, list[Path]] = {subject: [] for subject in subjects}
+    for name in (name for name in names if name.endswith((".nii", ".nii.gz"))):
+        words = list(re.finditer(r"[^\W_]+", re.sub(r"(ses|run)-[^\W_]+", "", name)))
+        spans = {first.string[first.start() : last.end()] for first in words for last in words}
+        for subject in spans & masks.keys():
+            masks[subject].append(Path(folder, name))
+    if not names:
+        raise FileNotFoundError(f"{folder}: expected masks that match {pattern!r}, found none")
+    return [masks[subject] for subject in subjects]
 
 
 def _match_pattern(path: str) -> tuple[str, str, str]:

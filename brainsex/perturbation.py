@@ -5,22 +5,23 @@ Gaussian blur of x) and a saliency s in [0, 1] on a coarser grid, enlarged trili
 network sees x' = x + S (r - x), moved at random by one voxel at most. With l the log-odds of the
 target, s minimises
 
-    weight · relu(l(x') - floor) / (l(x) - floor)
-    + ramp · (area · mean s + smoothness · mean |∇s|²).
+    weight · relu(l(x')) / l(x) + ramp · (area · mean s + smoothness · mean |∇s|²).
 
 The published objective has the probability in place of the log-odds, but a confident network's
-probability no longer moves. Each volume has a weight of its own, which grows for as long as the
-target stays above the floor. Saliency is 1 where the evidence was removed and 0 where the volume
-was kept: Fong and Vedaldi's 1 - m. A mask's persistence, the mean of the masks on the way to it,
-ranks the voxels: what is removed first and stays removed is highest.
+probability no longer moves. Evidence is gone at even odds, l = 0. Each volume has a weight of its
+own, which grows for as long as evidence is left. Saliency is 1 where the evidence was removed and 0
+where the volume was kept: Fong and Vedaldi's 1 - m. A mask's persistence, the mean of the masks on
+the way to it, ranks the voxels: what is removed first and stays removed is highest.
 
-With the other sex's mean as reference, a mask says what would have to change for the network to
-see that sex; but it brings the groups' difference in: compare with a network of random weights.
+A reference is neutral if the network sees no sex in it. A blur is not, unless the network has been
+taught so (`training.fit` with ``neutral``): to others a blurred brain is one sex's, and no mask can
+take that sex's evidence away.
+
+The other sex's mean as reference brings the groups' difference in: compare with random weights.
 """
 
 import copy
 import hashlib
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -39,11 +40,11 @@ RAMP = 20  # iterations until the penalty has its full weight
 DECAY = 40  # iterations until the learning rate is cut to a tenth
 LEARNING_RATE = 0.3  # of Adam
 SMOOTHNESS = 3.0  # weight of a mask's squared gradient
-FLOOR = 0.02  # probability at which no evidence is left
-CONFIDENT_LOG_ODDS = 10.0  # beyond these, the floor lies as many times lower
-WEIGHT_GROWTH = 1.2  # factor per iteration, after the ramp, with the target above the floor
+WEIGHT_GROWTH = 1.2  # factor per iteration, after the ramp, with evidence left
 MAX_SHIFT = 1  # voxels by which the network's input is moved at most along each axis
 GROUP_AREA = 30.0  # weight of a group mask's mean: groups differ in more than one subject needs
+
+REGION = 8  # voxels between the control points of a random region of `BlurredVolumes`
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def optimise_masks(
     reference: np.ndarray | None = None,
     seed: int = 0,
     iterations: int = 60,
-    area: float = 200.0,
+    area: float = 100.0,
     progress: bool = True,
 ) -> Masks:
     """Learn, for each volume, the smallest mask whose blurring-out removes the network's evidence.
@@ -183,16 +184,14 @@ def _enlarge(coarse: Tensor, sizes: Sequence[int]) -> Tensor:
 
 def _perturb(volumes: Tensor, coarse: Tensor, removed: Tensor, shifts: Sequence) -> Tensor:
     """The perturbation: volumes (n, 1, X, Y, Z) plus masks times what a mask of 1 adds, moved."""
-    seen = volumes + _enlarge(coarse, volumes.shape[2:]) * removed
-    return torch.stack([volume.roll(shift, (1, 2, 3)) for volume, shift in zip(seen, shifts)])
+    return _move(volumes + _enlarge(coarse, volumes.shape[2:]) * removed, shifts)
 
 
 def _evidence(logits: Tensor, target: Tensor, original: Tensor) -> tuple[Tensor, Tensor]:
-    """The objective's first part: log-odds (n,) above their floor, and those without a mask."""
+    """The objective's first part: log-odds (n,) above 0, and those without a mask, at least 1."""
     sign = 2 * nn.functional.one_hot(target, 2) - 1
     log_odds, start = ((part.float() * sign).sum(1) for part in (logits, original))
-    floor = math.log(FLOOR / (1 - FLOOR)) * (start / CONFIDENT_LOG_ODDS).clamp(min=1)
-    return (log_odds - floor).relu(), (start - floor).clamp(min=1)
+    return log_odds.relu(), start.clamp(min=1)
 
 
 def _penalty(coarse: Tensor, area: float) -> Tensor:
@@ -243,6 +242,36 @@ def _descend(
                 total, count = total + coarse, count + 1
     mean = total / count if count else coarse
     return tuple(_enlarge(masks.detach(), like.shape[2:]) for masks in (coarse, mean))
+
+
+class BlurredVolumes:
+    """Volumes (N, X, Y, Z) blurred as a whole, or in smooth random regions, when they are indexed.
+
+    With a `seed`, regions cover up to half of a volume, and are those of the seed and the row.
+    """
+
+    def __init__(self, volumes: np.ndarray, *, seed: int | None = None) -> None:
+        self.volumes, self.seed, self.shape = volumes, seed, volumes.shape
+
+    def __len__(self) -> int:
+        return len(self.volumes)
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        volumes = torch.from_numpy(np.array(self.volumes[rows], np.float32))[:, None]
+        masks = 1 if self.seed is None else torch.cat([self._region(int(row)) for row in rows])
+        return (volumes + masks * (gaussian_blur(volumes) - volumes))[:, 0].numpy()
+
+    def _region(self, row: int) -> Tensor:
+        """Draw a mask (1, 1, X, Y, Z) in [0, 1], where a smooth random field is high."""
+        rng, sizes = np.random.default_rng([self.seed, row]), self.shape[1:]
+        points = rng.standard_normal((1, 1, *(-(-size // REGION) + 1 for size in sizes)))
+        field = _enlarge(torch.from_numpy(np.float32(points)), sizes)
+        return (0.5 + 1.5 * (field / field.std() - rng.uniform(0, 2))).clamp(0, 1)
+
+
+def _move(volumes: Tensor, shifts: Sequence) -> Tensor:
+    """Move volumes (n, 1, X, Y, Z), each by its three voxels; what leaves comes in opposite."""
+    return torch.stack([volume.roll(shift, (1, 2, 3)) for volume, shift in zip(volumes, shifts)])
 
 
 def gaussian_blur(volumes: Tensor) -> Tensor:

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from captum.attr import LRP, GuidedBackprop, IntegratedGradients, LayerGradCam, Occlusion, Saliency
-from captum.attr._utils.lrp_rules import EpsilonRule, GammaRule
+from captum.attr import GuidedBackprop, IntegratedGradients, LayerGradCam, Occlusion, Saliency
 from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 
@@ -39,7 +38,6 @@ class _Batch:
     volumes: Tensor  # (n, 1, X, Y, Z), which require a gradient
     target: Tensor  # (n,) the class explained
     reference: Tensor | None  # (n, 1, X, Y, Z), as from `reference_for`
-    seeds: list[int]  # (n,) of each subject's draws
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,7 @@ def attribute(
     method : a key of `METHODS`; `options` are its own, as ``METHODS[method].options`` lists them.
     target : the class explained, 0 or 1, for all or (N,); by default the class predicted.
     reference : (X, Y, Z) or (N, X, Y, Z), where the method needs one, as from `reference_for`.
-    subjects, seed : (N,) IDs and the seed of the draws; by default a subject's number is its ID.
+    subjects, seed : of masks, as in `perturbation.optimise_masks`.
     sigma : of the Gaussian under which all maps but masks are smoothed, voxels.
 
     Returns maps (N, X, Y, Z) float32, of masks their persistence. Raises ValueError for an unknown
@@ -101,21 +99,18 @@ def attribute(
     target, reference = perturbation.broadcast_inputs(volumes, target, reference)
     if target is None and len(volumes):
         target = predicted_classes(plain, volumes)
-    subjects = range(len(volumes)) if subjects is None else subjects
 
     def work(rows: np.ndarray) -> np.ndarray:
         batch = perturbation.volume_tensor(volumes, rows, device)
         classes = torch.as_tensor(target[rows], dtype=torch.long, device=device)
         images = perturbation.volume_tensor(reference, rows, device) if needed else None
-        seeds = [perturbation.subject_seed(seed, subjects[row]) for row in rows]
-        batch = _Batch(batch.requires_grad_(), classes, images, seeds)
+        batch = _Batch(batch.requires_grad_(), classes, images)
         score = _LogOdds(copy.deepcopy(plain))  # Captum hangs its hooks on it
         return entry.compute(score, batch, **options).detach()[:, 0].cpu().numpy()
 
     maps = speed.map_batches(work, len(volumes), device, name=name)
     maps = np.concatenate([np.empty((0, *volumes.shape[1:]), np.float32), *maps])
-    maps = gaussian_filter(maps, sigma, axes=(1, 2, 3), mode="nearest")
-    return np.abs(maps) if method == "smooth_grad" else maps  # no input gives it a sign
+    return gaussian_filter(maps, sigma, axes=(1, 2, 3), mode="nearest")
 
 
 def predicted_classes(network: nn.Module, volumes: np.ndarray) -> np.ndarray:
@@ -145,20 +140,6 @@ def _gradient(score: _LogOdds, batch: _Batch) -> Tensor:
     """The gradient times the volume, or the reference (Shrikumar et al. 2017, arXiv 1605.01713)."""
     slopes = Saliency(score).attribute(batch.volumes, batch.target, abs=False)
     return slopes * (batch.volumes if batch.reference is None else batch.reference)
-
-
-def _smooth_grad(
-    score: _LogOdds, batch: _Batch, *, samples: int = 10, noise: float = 0.02
-) -> Tensor:
-    """The mean gradient of copies under noise, in FA (Smilkov et al. 2017, arXiv 1706.03825)."""
-    total = torch.zeros_like(batch.volumes)
-    for place, seed in enumerate(batch.seeds):  # NoiseTunnel has one generator for all subjects
-        generator = torch.Generator().manual_seed(seed)
-        draws = torch.randn((samples, *total.shape[1:]), generator=generator).to(total)
-        for copies in (batch.volumes[place] + noise * draws).split(CPU_BATCH):
-            target = batch.target[place]
-            total[place] += Saliency(score).attribute(copies, target, abs=False).sum(0)
-    return total / samples
 
 
 def _integral(score: _LogOdds, batch: _Batch, *, steps: int = 8) -> Tensor:
@@ -202,20 +183,6 @@ def _guided_backpropagation(score: _LogOdds, batch: _Batch) -> Tensor:
     return GuidedBackprop(score).attribute(batch.volumes, batch.target)
 
 
-def _lrp(score: _LogOdds, batch: _Batch, *, gamma: float = 0.25) -> Tensor:
-    """Layer-wise relevance, by the γ-rule in convolutions, elsewhere by the ε-rule.
-
-    Montavon et al. 2019, doi 10.1007/978-3-030-28954-6_10. With γ = 0: gradient times input.
-    """
-    layers = list(score.network.modules())
-    for layer in layers:
-        if isinstance(layer, nn.Conv3d | nn.MaxPool3d):
-            layer.rule = GammaRule(gamma) if isinstance(layer, nn.Conv3d) else EpsilonRule()
-    for parameter in [layer for layer in layers if isinstance(layer, nn.Linear)][-1].parameters():
-        parameter.data = parameter - parameter.flip(0)  # the log-odds
-    return LRP(score.network).attribute(batch.volumes, target=batch.target)
-
-
 METHODS = {
     "mask": _Method("mask (blur)", None),
     "counterfactual": _Method("mask (other sex's mean)", None, "other"),
@@ -225,7 +192,5 @@ METHODS = {
     "grad_cam": _Method("Grad-CAM", _grad_cam),
     "guided_backpropagation": _Method("guided backpropagation", _guided_backpropagation),
     "gradient_input": _Method("gradient × input", _gradient),
-    "smooth_grad": _Method("SmoothGrad", _smooth_grad),
-    "lrp": _Method("LRP", _lrp),
 }
 """The methods of `attribute`."""

@@ -2,6 +2,7 @@
 
 import errno
 import glob
+import gzip
 import json
 import os
 import platform
@@ -10,13 +11,15 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import joblib
+import nibabel as nib
+import numpy as np
 from filelock import FileLock, Timeout
 
 RUN_RECORD = "run.json"
@@ -87,6 +90,20 @@ def files_below(folder: str | Path, *endings: str) -> Iterator[Path]:
         folders[:] = (name for name in folders if not name.startswith("."))
         paths = (Path(parent, name) for name in names if f"/{name}".lower().endswith(endings))
         yield from (path for path in paths if path.is_file() or not path.exists())
+
+
+def write_nifti(path: str | Path, volume: np.ndarray, affine: np.ndarray) -> None:
+    """Write a volume (X, Y, Z) as compressed NIfTI: the same bytes whenever it is written."""
+    with atomic_path(path) as partial:
+        partial.write_bytes(gzip.compress(nib.Nifti1Image(volume, affine).to_bytes(), 1, mtime=0))
+
+
+def write_array(path: Path, shape: tuple, dtype: np.dtype, parts: Iterable[np.ndarray]) -> None:
+    """Write a NumPy file of `shape` whole, from parts that follow each other in memory order."""
+    with atomic_path(path) as partial, partial.open("wb") as file:
+        header = {"shape": shape, "fortran_order": False, "descr": np.dtype(dtype).str}
+        np.lib.format.write_array_header_1_0(file, header)
+        file.writelines(np.ascontiguousarray(part, dtype) for part in parts)
 
 
 def read_json(path: str | Path) -> dict:

@@ -1,6 +1,7 @@
 """Tables of people and measures, read as text and joined by subject ID."""
 
 import csv
+import json
 import os
 import re
 import warnings
@@ -28,13 +29,16 @@ SEX_CODES = ({"0": 0, "1": 1}, {"1": 1, "2": 0}, SEX_WORDS)  # UK Biobank, ISO 5
 def subject_id(name: str | Path) -> str:
     """Return the subject ID in a path, a file name or an ID: ``sub-01_FA.nii.gz`` gives ``01``."""
     stem = Path(name).name.removesuffix(".gz").removesuffix(".nii")
-    return re.sub("(_FA)+$", "", stem).removeprefix("sub-")
+    return re.sub("(_FA)+$|_T1w?$", "", stem).removeprefix("sub-")
 
 
 def cohort_name(folder: str | Path) -> tuple[str, bool]:
-    """Return a cohort's name, with the word synthetic where it is; and whether it is."""
-    synthetic = (Path(folder) / "SYNTHETIC").is_file()
+    """Return a cohort's name, with the word synthetic or planted where it is; if synthetic."""
+    synthetic, planted = (Path(folder) / "SYNTHETIC").is_file(), Path(folder) / "PLANTED"
     name = Path(os.path.abspath(folder)).name  # a link keeps its own name
+    if planted.is_file():
+        with storage.reading(planted, "the record of the planted effect", "plant again"):
+            name += f" (planted, d = {json.loads(planted.read_text())['effect']:g})"
     return name if not synthetic or "synthetic" in name else f"{name} (synthetic)", synthetic
 
 

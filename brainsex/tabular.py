@@ -24,7 +24,9 @@ from brainsex import BRAIN_THRESHOLD, evaluation, tables
 from brainsex.confounds import ConfoundRegressor, RegressedVolumes
 
 SEXES = "M, F or words, or 0 and 1 (men), or 1 (men) and 2"
-INTRACRANIAL = "FS_IntraCranial_Vol"  # mm³; an export spells it FS_InterCranial_Vol
+TABLE_NAMES = ("unrestricted_hcp_freesurfer.csv", "morphometry.csv")
+# HCP's (an export spells it FS_InterCranial_Vol), FreeSurfer's own, and other programs' names, mm³.
+HEAD_SIZE_COLUMNS = ("FS_IntraCranial_Vol", "EstimatedTotalIntraCranialVol", "eTIV", "ICV", "TIV")
 NEIGHBOURS = (1, 3, 5, 9, 15, 25, 39, 59, 99)  # the k among which the inner folds choose
 
 
@@ -32,25 +34,34 @@ NEIGHBOURS = (1, 3, 5, 9, 15, 25, 39, 59, 99)  # the k among which the inner fol
 class Table:
     """Morphometry of N subjects; ``len()`` is their number."""
 
-    name: str  # the folder's name, with the word synthetic where the cohort is
+    name: str  # the cohort's name, with the word synthetic where it is
     features: pd.DataFrame  # (N, P) numbers, NaN where blank
     sex: np.ndarray  # (N,) int64, women 0, men 1
     subjects: np.ndarray  # (N,) str
-    groups: np.ndarray | None  # (N,) str, families of the restricted table beside this one
+    groups: np.ndarray | None  # (N,) str, families of the cohort's restricted table
     release: np.ndarray | None  # (N,) str, HCP's Release, which is no feature
 
     def __len__(self) -> int:
         return len(self.sex)
 
 
-def load_table(csv: str | Path, *, subject: str = "Subject", sex: str = "Gender") -> Table:
+def find_table(cohort: str | Path, table: str | Path | None = None) -> Path | None:
+    """Return `table` if one is named, or the first of `TABLE_NAMES` in a cohort's folder."""
+    paths = [Path(cohort) / name for name in TABLE_NAMES]
+    return Path(table) if table else next((path for path in paths if path.is_file()), None)
+
+
+def load_table(
+    csv: str | Path, *, cohort: Path | None = None, subject: str = "Subject", sex: str = "Gender"
+) -> Table:
     """Load a morphometry table: HCP's FreeSurfer CSV as exported, or any other.
 
+    Name and families are those of the folder `cohort`, by default the one that holds the table.
     Columns of text, or blank or the same for everybody, and subjects without a sex or measure are
     dropped, which is printed. Infinite values become blanks. HCP's, BIDS's and UK Biobank's columns
     of IDs and sex need not be named. Sexes are M and F, male and female, 0 and 1 (men), or 1 (men)
     and 2. Raises FileNotFoundError, or ValueError for a missing column, an unknown code of sex, a
-    repeated subject, text among a column's numbers, or one sex only.
+    repeated subject, text among a column's numbers, one sex only, or no subject of `cohort`.
     """
     csv = Path(csv)
     rows = tables.read_text_table(csv).dropna(how="all")  # the index still counts lines
@@ -74,22 +85,28 @@ def load_table(csv: str | Path, *, subject: str = "Subject", sex: str = "Gender"
     labels = labels[features.index].astype(np.int64)
     if features.empty or labels.nunique() < 2:
         expected = f"both sexes in {sex} and a column of numbers beside it and {subject}"
-        raise ValueError(f"{csv}: expected {expected}, found {set(labels)}, {[*features]}.")
+        raise ValueError(f"{csv}: expected {expected}, found {set(labels)}, {[*features][:3]}.")
     dropped = cells.columns.difference(features.columns, sort=False)
     lines = rows.index.difference(features.index) + 2
     print(f"{csv.name}: {len(labels)} subjects, {features.shape[1]} features; left out:")
     print(f"  columns of text, blank or the same for all: {len(dropped)}", *dropped[:3])
     print(f"  lines without a sex or measure: {len(lines)}", *lines[:3])
-    if INTRACRANIAL not in features:
-        features = features.rename(columns={"FS_InterCranial_Vol": INTRACRANIAL})
-    rows = rows.loc[features.index]
-    subjects = tables.check_subject_ids(csv, rows[subject])
+    if HEAD_SIZE_COLUMNS[0] not in features:
+        features = features.rename(columns={"FS_InterCranial_Vol": HEAD_SIZE_COLUMNS[0]})
+    rows, folder = rows.loc[features.index], cohort or csv.parent
+    subjects = tables.check_subject_ids(csv, rows[subject].str.strip().str.removeprefix("sub-"))
+    path = folder / "subjects.csv"  # who was converted
+    if cohort is not None:
+        people = tables.read_people(path if path.is_file() else tables.find_people(folder))
+        if not people.index.isin(subjects).any():
+            expected = f"subjects of {folder}, found none among {len(subjects)}: {subjects[0]}, …"
+            raise ValueError(f"{csv}: expected {expected}; name the table of this cohort.")
     return Table(
-        name=tables.cohort_name(csv.parent)[0],
+        name=tables.cohort_name(folder)[0],
         features=features.reset_index(drop=True),
         sex=labels.to_numpy(),
         subjects=subjects,
-        groups=tables.read_families(csv.parent, subjects),
+        groups=tables.read_families(folder, subjects),
         release=rows["Release"].fillna("").to_numpy(str) if "Release" in rows else None,
     )
 
@@ -97,16 +114,18 @@ def load_table(csv: str | Path, *, subject: str = "Subject", sex: str = "Gender"
 load = load_table
 
 
-def make_classifiers(*, nested: bool = False, neighbours: int = 15) -> dict[str, BaseEstimator]:
+def make_classifiers(
+    *, nested: bool = False, neighbours: int = 15, largest: int = NEIGHBOURS[-1]
+) -> dict[str, BaseEstimator]:
     """Make the study's four classifiers with its settings; its KNN swept over k instead.
 
-    Nested, k and C are chosen by five inner folds, which may part relatives.
+    Nested, k (up to `largest`) and C are chosen by five inner folds, which may part relatives.
     """
     nearest = KNeighborsClassifier(neighbours)
     logistic, svm = LogisticRegression(max_iter=1000), SVC()
     if nested:
         options = {"scoring": "accuracy", "max_iter": 1000, "use_legacy_attributes": False}
-        nearest = GridSearchCV(nearest, {"n_neighbors": NEIGHBOURS})
+        nearest = GridSearchCV(nearest, {"n_neighbors": [k for k in NEIGHBOURS if k <= largest]})
         logistic = LogisticRegressionCV(Cs=np.logspace(-4, 0, 5), l1_ratios=(0,), **options)
         svm = GridSearchCV(svm, {"C": (0.1, 1.0, 10.0)})
     return {

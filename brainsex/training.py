@@ -3,6 +3,7 @@
 An epoch's random draws come from (seed, epoch): an interrupted run goes on to the same weights.
 """
 
+import copy
 import hashlib
 import json
 import os
@@ -15,12 +16,17 @@ import joblib
 import numpy as np
 import pandas as pd
 import torch
+from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from brainsex import evaluation, networks, speed, storage
+from brainsex import evaluation, networks, perturbation, speed, storage
 from brainsex.cohort import Cohort, VolumeRows, digest
 from brainsex.confounds import RegressedVolumes
+
+PATCHED = 2  # copies of each training volume, blurred in random regions, for the linear layer
+INVERSE_PENALTY = 0.01  # C of its logistic regression
+MIN_FEATURE_SD = 1e-3  # a feature that hardly varies is not blown up
 
 
 def fit(
@@ -33,6 +39,8 @@ def fit(
     batch_size: int = 45,
     lr: float = 3e-4,
     milestones: Sequence[int] = (),
+    weight_decay: float = 0.0,
+    neutral: bool = False,
     seed: int = 0,
     precision: torch.dtype | None = None,
     checkpoint: str | Path | None = None,
@@ -47,6 +55,8 @@ def fit(
     validation : another such pair, evaluated once an epoch; it chooses nothing.
     batch_size : subjects at most; the batches of an epoch are equal in size, give or take one.
     lr, milestones : Adam's rate (FloatingPointError if the loss diverges), a tenth after each.
+    weight_decay : of Adam, decoupled (Loshchilov and Hutter 2019, arXiv 1711.05101).
+    neutral : learn the linear layer of a `MriNet3d` anew at the end, by `learn_neutral_layer`.
     precision : torch.bfloat16 or float32; by default the machine's faster one.
     checkpoint : file to save to after each epoch, and to resume the same call from.
 
@@ -60,7 +70,7 @@ def fit(
     dtype = precision or networks.fast_precision(device)
     labels = torch.as_tensor(np.array(sex), dtype=torch.long, device=device)
     networks.to_device(network, device)
-    optimiser = torch.optim.Adam(network.parameters(), lr=lr)
+    optimiser = torch.optim.AdamW(network.parameters(), lr, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimiser, list(milestones))
     parts = {"network": network, "optimiser": optimiser, "schedule": schedule}
     if checkpoint is not None and Path(checkpoint).is_file():
@@ -88,8 +98,41 @@ def fit(
                 states = {name: part.state_dict() for name, part in parts.items()}
                 _save(checkpoint, {"history": history, **states})
             bar.set_postfix({name: f"{value:.3f}" for name, value in row.items()})
-    network.eval().to("cpu", memory_format=torch.contiguous_format)
+    network.eval()
+    if neutral:
+        learn_neutral_layer(network, volumes, np.asarray(sex), seed=seed)
+    network.to("cpu", memory_format=torch.contiguous_format)
     return pd.DataFrame(history)
+
+
+def learn_neutral_layer(
+    network: networks.MriNet3d, volumes: np.ndarray, sex: np.ndarray, *, seed: int = 0
+) -> None:
+    """Learn the linear layer of a trained network anew, in place, so that a blur tells no sex.
+
+    It becomes a logistic regression on the standardised features, held in memory, of the training
+    volumes (N, X, Y, Z); of the same blurred as a whole, half woman and half man; and of the same
+    blurred in random regions, which change nobody's sex. Standardised, small differences between
+    people are not drowned by what all brains have in common.
+    """
+    body = copy.deepcopy(network)
+    body.linear = nn.Identity()
+    blurred = [perturbation.BlurredVolumes(volumes)]
+    blurred += [perturbation.BlurredVolumes(volumes, seed=seed + n) for n in range(PATCHED)]
+    samples = (speed.predict_logits(body, part, torch.float32) for part in (volumes, *blurred))
+    features = [part.numpy() for part in samples]
+    mean, scale = features[0].mean(0), features[0].std(0).clip(MIN_FEATURE_SD)
+    features.insert(1, features[1])  # blurred as a whole: once for each sex
+    labels = np.concatenate([sex, 1 - sex, sex, *[sex] * PATCHED])
+    weights = np.repeat([1, 0.5, 0.5, *[1] * PATCHED], len(sex))
+    logistic = LogisticRegression(C=INVERSE_PENALTY, solver="newton-cg")
+    logistic.fit((np.concatenate(features, dtype=float) - mean) / scale, labels, weights)
+    half = logistic.coef_[0] / scale / 2
+    offset = logistic.intercept_[0] / 2 - half @ mean
+    layer = network.linear
+    with torch.no_grad():  # half of the log-odds for man, half against woman
+        layer.weight.copy_(torch.from_numpy(np.stack([-half, half])))
+        layer.bias.copy_(torch.tensor([-offset, offset]))
 
 
 def _fit_epoch(

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import shutil
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -17,10 +18,10 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 from isal import igzip
-from scipy.ndimage import affine_transform, gaussian_filter, gaussian_filter1d, zoom
+from scipy.ndimage import affine_transform, gaussian_filter1d, zoom
 from tqdm.auto import tqdm
 
-from brainsex import BRAIN_THRESHOLD, LABELS, SHAPE, storage, tables
+from brainsex import BRAIN_THRESHOLD, LABELS, SHAPE, registration, storage, tables
 from brainsex.storage import MAX_VOXELS
 
 MAX_EXTRA_BYTES = 1 << 20  # read before the voxels (header and extensions), and after them
@@ -161,14 +162,29 @@ def brain_volume(volume: np.ndarray, affine: np.ndarray) -> float:
 
 
 def prepare(
-    path: str | Path, modality: str = "fa", normalised: bool = False
+    path: str | Path,
+    modality: str = "fa",
+    normalised: bool = False,
+    masks: Sequence[Path] | None = None,
 ) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
     """Read and clean a volume on its own grid, as a cohort of `modality` and `normalised` has it.
 
     Returns the volume (X, Y, Z) float32 in [0, 1]; its affine (4, 4), voxel indices to mm; and the
-    counts of `clean` with the native ``brain_volume_ml``. Raises ValueError for a skull in T1.
+    counts of `clean` with the native ``brain_volume_ml``. `masks` holds the path of the one mask
+    or label volume on the same grid, outside which (label 0) voxels become 0. Raises ValueError
+    for a skull in T1, or a mask that is empty, on another grid, or not the only one.
     """
     volume, affine = load_volume(path, contiguous=False)
+    if masks is not None:
+        if len(masks) != 1:
+            names = ", ".join(map(str, masks)) or "none"
+            raise ValueError(f"expected one mask, found {names}; see --mask")
+        labels, mask_affine = load_volume(masks[0], contiguous=False)
+        if not registration.same_grid(labels, mask_affine, (volume.shape, affine)):
+            raise ValueError(f"{masks[0]}: expected its volume's grid, found another")
+        if not (inside := labels > 0).any():
+            raise ValueError(f"{masks[0]}: expected labels above 0, found none")
+        volume = np.where(inside, volume, 0)
     volume, counts = clean(volume, modality)
     size = round(brain_volume(volume, affine), 3)
     if not size or (modality == "t1" and size > MAX_BRAIN_ML):
@@ -186,6 +202,8 @@ def convert(
     regrid: bool = False,
     normalised: bool = False,
     leave_out_qc: bool = False,
+    mask: str | None = None,
+    align: str | None = None,
     workers: int | None = None,
     overwrite: bool = False,
 ) -> Path:
@@ -202,6 +220,8 @@ def convert(
         ``subjects.csv``, ``grid.json`` and ``rejected.csv``; subjects in the order of their IDs.
     regrid : resample volumes on another grid than the first usable one's, instead of rejecting.
     leave_out_qc : reject the subjects whose QC_Issue is not blank.
+    mask : the pattern that the column ``mask`` of `source`, lists of paths, was matched by.
+    align : ``rigid`` or ``affine``: register to MNI152; how well is ``alignment_dice``.
     overwrite : start anew in a folder made with other options, otherwise a ValueError.
     """
     table, out_dir = Path(table), Path(out_dir)
@@ -215,16 +235,20 @@ def convert(
     accepted, rejected = tables.match_subjects(files, people, leave_out_qc)
     grid = {"shape": list(map(int, shape)), "modality": str(source["modality"].iloc[0])}
     grid["normalised"] = normalised
+    grid |= {name: value for name, value in {"mask": mask, "align": align}.items() if value}
+    masks = source.set_index("Subject").get("mask", {})
     settings = grid | {"regrid": regrid, "leave_out_qc": leave_out_qc}
     results = (*RESULTS, ".parts/*.npz")
     storage.start_run(out_dir, "convert", settings, overwrite=overwrite, results=results)
-    stamps = [(stat.st_size, stat.st_mtime_ns) for stat in map(Path.stat, accepted.values())]
+    jobs = {subject: (path, masks.get(subject)) for subject, path in accepted.items()}
+    paths = [path for volume, own in jobs.values() for path in (volume, *(own or ()))]
+    stamps = [(stat.st_size, stat.st_mtime_ns) for stat in map(Path.stat, paths)]
     inputs = json.dumps([stamps, rejected, people.loc[list(accepted)].to_json(), settings])
     inputs = hashlib.sha256(inputs.encode()).hexdigest()
     whole = all((out_dir / name).is_file() for name in RESULTS)
     if not whole or storage.read_json(out_dir / "grid.json").get("inputs") != inputs:
         settings["inputs"] = inputs
-        records = _convert_subjects(accepted, out_dir / ".parts", workers, settings)
+        records = _convert_subjects(jobs, out_dir / ".parts", workers, settings)
         rejected |= {s: record["reason"] for s, record in records.items() if "reason" in record}
         grid["inputs"] = "" if any(record.get("retry") for record in records.values()) else inputs
         _write_cohort(out_dir, grid, people, records, rejected)
@@ -235,34 +259,38 @@ def convert(
 
 
 def _convert_subjects(
-    accepted: dict[str, Path], parts: Path, workers: int | None, settings: dict
+    jobs: dict[str, tuple], parts: Path, workers: int | None, settings: dict
 ) -> dict[str, dict]:
     """Reduce each subject into ``parts/<ID>.npz``; the first usable one sets the cohort's grid."""
-    grid = None
-    for path in accepted.values():
+    grid = registration.MNI_GRID if "align" in settings else None
+    for path, masks in jobs.values() if grid is None else ():
         with suppress(ValueError, OSError):  # `_convert_subject` says why
-            volume, affine, _ = prepare(path, settings["modality"])
+            volume, affine, _ = prepare(path, settings["modality"], masks=masks)
             grid = volume.shape, affine
             break
     settings = settings | {"inputs": f"{settings['inputs']} {grid}"}  # what a part is made of
     work = joblib.delayed(_convert_subject)
-    jobs = (work(parts / f"{s}.npz", path, grid, settings) for s, path in accepted.items())
+    calls = (work(parts / f"{s}.npz", *job, grid, settings) for s, job in jobs.items())
     run = joblib.Parallel(workers or joblib.cpu_count(), "threading", return_as="generator")
-    return dict(zip(accepted, tqdm(run(jobs), "convert", total=len(accepted), unit="subject")))
+    return dict(zip(jobs, tqdm(run(calls), "convert", total=len(jobs), unit="subject")))
 
 
-def _convert_subject(part: Path, path: Path, grid: tuple | None, settings: dict) -> dict:
+def _convert_subject(
+    part: Path, path: Path, masks: list[Path] | None, grid: tuple | None, settings: dict
+) -> dict:
     """Write a volume of the cohort's native `grid` (shape, affine) to `part`; return its record."""
     with suppress(Exception), np.load(part, allow_pickle=False) as saved:  # of a killed run
         if (record := json.loads(str(saved["record"])))["inputs"] == settings["inputs"]:
             return record
     try:
-        volume, affine, record = prepare(path, settings["modality"])
-        if volume.shape != grid[0] or not np.allclose(affine, grid[1], atol=1e-3):
-            if not settings["regrid"]:
+        volume, affine, record = prepare(path, settings["modality"], masks=masks)
+        if pose := settings.get("align"):
+            affine, record["alignment_dice"] = registration.align(volume, affine, pose)
+        if not registration.same_grid(volume, affine, grid):
+            if not (settings["regrid"] or pose):
                 message = f"its grid is {volume.shape} {affine.round(3).tolist()}, not the cohort's"
                 raise ValueError(f"{message} {grid[0]} {grid[1].round(3).tolist()}; see --regrid")
-            volume, affine = _regrid(volume, affine, grid), grid[1]
+            volume, affine = registration.regrid(volume, affine, grid), grid[1]
         volume = normalise_size(volume) if settings["normalised"] else volume
         volume, affine = resample(volume, affine, tuple(settings["shape"]))
     except (ValueError, OSError) as error:  # OSError is the disk's fault: the next run tries again
@@ -271,18 +299,6 @@ def _convert_subject(part: Path, path: Path, grid: tuple | None, settings: dict)
     with storage.atomic_path(part) as partial, partial.open("wb") as file:
         np.savez(file, volume=volume, record=json.dumps(record))
     return record
-
-
-def _regrid(volume: np.ndarray, affine: np.ndarray, grid: tuple) -> np.ndarray:
-    """Interpolate a volume linearly on another grid, without aliasing; 0 outside its own."""
-    shape, to_mm = grid
-    to_own = np.linalg.inv(affine) @ to_mm
-    step = np.linalg.norm(to_own[:3, :3], axis=1)  # along each own axis, in own voxels
-    smooth = gaussian_filter(volume, np.maximum(step - 1, 0) / 2, mode="mirror")
-    moved = affine_transform(smooth, to_own[:3, :3], to_own[:3, 3], shape, order=1)
-    if brain_volume(moved, to_mm) < 0.5 * brain_volume(volume, affine):
-        raise ValueError("more than half of its brain lies outside the cohort's grid")
-    return moved
 
 
 def _write_cohort(
@@ -295,17 +311,21 @@ def _write_cohort(
     records = {s: record for s, record in records.items() if s not in rejected}
     if not records:
         raise ValueError(f"{path}: no usable volume, the last as: {[*rejected.values()][-1]}")
-    measures = pd.DataFrame.from_dict(records, "index")[MEASURES]
+    measures = pd.DataFrame.from_dict(records, "index")
+    measures = measures.reindex(columns=[*MEASURES, "alignment_dice"]).dropna(axis="columns")
     subjects = people.loc[list(records)].join(measures).reset_index()
     subjects.insert(2, "label", subjects["Gender"].map(LABELS))
     storage.write_text(out_dir / "subjects.csv", subjects.to_csv(index=False))
-    with storage.atomic_path(out_dir / "labels.npy") as partial, partial.open("wb") as file:
-        np.save(file, subjects["label"].to_numpy(np.int64))
+    labels = subjects["label"].to_numpy(np.int64)
+    storage.write_array(out_dir / "labels.npy", labels.shape, labels.dtype, [labels])
     grid = {"affine": next(iter(records.values()))["affine"], **grid}
     storage.write_text(out_dir / "grid.json", json.dumps(grid))
-    with storage.atomic_path(out_dir / "tensors.npy") as partial, partial.open("wb") as file:
-        header = {"shape": (len(records), *grid["shape"]), "fortran_order": False, "descr": "<f4"}
-        np.lib.format.write_array_header_1_0(file, header)
-        for subject in records:
-            with np.load(out_dir / ".parts" / f"{subject}.npz", allow_pickle=False) as saved:
-                file.write(saved["volume"].tobytes())
+    parts = (_load_part(out_dir / ".parts" / f"{subject}.npz") for subject in records)
+    shape = (len(records), *grid["shape"])
+    storage.write_array(out_dir / "tensors.npy", shape, np.float32, parts)
+
+
+def _load_part(path: Path) -> np.ndarray:
+    """Load the reduced volume of one subject."""
+    with np.load(path, allow_pickle=False) as saved:
+        return saved["volume"]

@@ -1,7 +1,8 @@
 """Run the notebooks in order, with papermill: what `make figures` and `make notebooks` call.
 
 Only the default profile on data/synthetic writes image/ (and keeps the rest in build/); every
-other run writes results/<cohort>-<profile>/.
+other run writes results/<cohort>-<profile>/. A notebook that fails does not stop the others; at the
+end stands a list of what was done, what was left out and why. The exit code is 1 if one failed.
 """
 
 import argparse
@@ -14,11 +15,14 @@ from pathlib import Path
 import nbformat
 import papermill
 import yaml
+from nbclient.exceptions import DeadKernelError
 
 from brainsex import speed, storage
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
+TABLE_NOTEBOOKS = ("01_tabular_baselines", "08_confounds_and_families")
+LEFT_OUT = "left out: "  # how a line of output begins that says what a notebook skips, and why
 
 
 def execute(source: Path, target: Path, parameters: dict) -> None:
@@ -26,8 +30,6 @@ def execute(source: Path, target: Path, parameters: dict) -> None:
 
     Its kernel is killed at the end: asked to finish first, it keeps Ctrl-C waiting for seconds.
     """
-    print(f"\n{source.name}", flush=True)
-    start = time.monotonic()
     papermill.execute_notebook(
         source,
         target,
@@ -37,7 +39,14 @@ def execute(source: Path, target: Path, parameters: dict) -> None:
         log_output=False,
         shutdown_kernel="immediate",
     )
-    print(f"{source.name}: {time.monotonic() - start:.0f} s", flush=True)
+
+
+def left_out(path: Path) -> list[str]:
+    """Return the lines of an executed notebook that say what it left out."""
+    cells = nbformat.read(path, as_version=4).cells
+    outputs = [output for cell in cells for output in cell.get("outputs", ())]
+    lines = "".join(output.get("text", "") + "\n" for output in outputs).splitlines()
+    return [line for line in lines if line.startswith(LEFT_OUT)]
 
 
 def tidy(path: Path) -> None:
@@ -69,6 +78,9 @@ def relative_to_notebooks(path: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cohort", type=Path, default=ROOT / "data" / "synthetic")
+    parser.add_argument(
+        "--table", type=Path, help="morphometry table, if not in the cohort's folder"
+    )
     parser.add_argument("--profile", default="default", help="a file of notebooks/profiles")
     parser.add_argument("--out", type=Path, help="folder for everything the run leaves")
     parser.add_argument("--in-place", action="store_true", help="execute the notebooks themselves")
@@ -86,6 +98,8 @@ def main() -> None:
     cohort = Path(os.path.abspath(arguments.cohort))  # a link keeps its own name
     if not cohort.is_dir():
         parser.error(f"{arguments.cohort}: no such cohort. DATA_ACCESS.md says how to get the data")
+    if arguments.table and not arguments.table.is_file():
+        parser.error(f"{arguments.table}: no such table")
     is_default = cohort == ROOT / "data" / "synthetic" and arguments.profile == "default"
     results = ROOT / "results" / f"{cohort.name}-{arguments.profile}"
     out = arguments.out or (ROOT / "build" if is_default else results)
@@ -94,32 +108,48 @@ def main() -> None:
         shutil.rmtree(out)
     folders = {"COHORT": cohort, "OUT": out, "IMAGE": image}
     folders = {name: relative_to_notebooks(path) for name, path in folders.items()}
+    table = {"TABLE": relative_to_notebooks(arguments.table)} if arguments.table else {}
+    settings |= {name: settings.get(name, {}) | table for name in TABLE_NOTEBOOKS}
 
     os.environ.update(speed.MALLOC_ENVIRONMENT | os.environ)
     record = {"profile": arguments.profile, "settings": settings, **folders}
     try:
         with storage.folder_lock(out):
             storage.start_run(out, "notebooks", record, overwrite=True)
-            run(out, folders, settings, arguments.in_place)
+            failures = run(out, folders, settings, arguments.in_place)
     except OSError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print(f"stopped: the same command goes on from what is in {out}", file=sys.stderr)
         sys.exit(130)
     print(f"figures in {image.name}/", flush=True)
+    sys.exit(int(failures > 0))
 
 
-def run(out: Path, folders: dict, settings: dict, in_place: bool) -> None:
-    """Run all notebooks in order."""
-    start = time.monotonic()
+def run(out: Path, folders: dict, settings: dict, in_place: bool) -> int:
+    """Run all notebooks in order, list what was done and what was not; return how many failed."""
+    start, report, failures = time.monotonic(), [], 0
     for source in sorted(HERE.glob("[0-9][0-9]_*.ipynb")):
-        if in_place:  # with its own parameters, which are the default profile
-            with storage.atomic_path(source) as partial:
-                execute(source, partial, {})
-                tidy(partial)
-        else:
-            execute(source, out / source.name, folders | settings.get(source.stem, {}))
-    print(f"\nall notebooks: {time.monotonic() - start:.0f} s", flush=True)
+        print(f"\n{source.name}", flush=True)
+        begin, target, problems = time.monotonic(), source if in_place else out / source.name, []
+        try:
+            if in_place:  # with its own parameters, which are the default profile
+                with storage.atomic_path(source) as partial:
+                    execute(source, partial, {})
+                    tidy(partial)
+            else:
+                execute(source, target, folders | settings.get(source.stem, {}))
+        except (papermill.PapermillExecutionError, DeadKernelError) as error:
+            if in_place:
+                raise
+            print(error, file=sys.stderr, flush=True)
+            problems, failures = [str(error).strip().splitlines()[-1]], failures + 1
+        outcome = f"{'failed' if problems else 'done'} in {time.monotonic() - begin:.0f} s"
+        print(f"{source.name}: {outcome}", flush=True)
+        report.append(f"{source.stem}: {outcome}")
+        report += [f"  {line}" for line in problems + left_out(target)]
+    print(f"\nall notebooks: {time.monotonic() - start:.0f} s", *report, sep="\n", flush=True)
+    return failures
 
 
 if __name__ == "__main__":

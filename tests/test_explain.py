@@ -128,35 +128,35 @@ def test_an_interrupted_run_goes_on(study, tmp_path, monkeypatch):
         return attribute(network, volumes, method, **options)
 
     monkeypatch.setattr(saliency, "attribute", counted)
-    run = cohort, folder, tmp_path, ["gradient_input", "lrp"]
+    run = cohort, folder, tmp_path, ["gradient_input", "integrated_gradients"]
     with pytest.raises(KeyboardInterrupt):
         explain.explain(*run, rows=[6, 0])
     finished = calls[:3]
     calls.clear()
-    table = explain.explain(*run, gamma=0.25, seed=1)  # the default; and nothing is drawn
+    table = explain.explain(*run, steps=8, seed=1)  # the default; and nothing is drawn
     assert len(calls) == len(set(calls)) == 13
     assert not set(calls) & set(finished)
     calls.clear()
     pd.testing.assert_frame_equal(explain.explain(*run), table)
     assert calls == []
-    with pytest.raises(ValueError, match=r"explain lrp with gamma = 0\.5, found those with"):
-        explain.explain(*run[:3], ["lrp"], gamma=0.5)
-    explain.explain(*run[:3], ["lrp"], rows=[1], gamma=0.5, overwrite=True)
-    assert calls == [("lrp", "000001")]
-    assert [path.name for path in (tmp_path / "lrp").iterdir()] == ["000001.nii.gz"]
+    with pytest.raises(ValueError, match="integrated_gradients with steps = 3, found those with"):
+        explain.explain(*run[:3], ["integrated_gradients"], steps=3)
+    explain.explain(*run[:3], ["integrated_gradients"], rows=[1], steps=3, overwrite=True)
+    assert calls == [("integrated_gradients", "000001")]
+    assert [path.stem for path in (tmp_path / "integrated_gradients").iterdir()] == ["000001.nii"]
     assert len(list((tmp_path / "gradient_input").iterdir())) == 8
 
 
 def test_other_networks_and_draws_are_refused(study, tmp_path):
     cohort, folder, networks, _ = study
     changed = shutil.copytree(folder, tmp_path / "networks")
-    run = cohort, changed, tmp_path / "maps", ["smooth_grad"]
-    explain.explain(*run, rows=[0], samples=1)
-    with pytest.raises(ValueError, match="smooth_grad with seed = 1, found those with 0"):
-        explain.explain(*run, samples=1, seed=1)
+    run = cohort, changed, tmp_path / "maps", ["counterfactual"]
+    explain.explain(*run, rows=[0], iterations=1)
+    with pytest.raises(ValueError, match="counterfactual with seed = 1, found those with 0"):
+        explain.explain(*run, iterations=1, seed=1)
     torch.save(networks[0].state_dict(), changed / "fold-1.pt")
-    with pytest.raises(ValueError, match="smooth_grad with networks"):
-        explain.explain(*run, samples=1)
+    with pytest.raises(ValueError, match="counterfactual with networks"):
+        explain.explain(*run, iterations=1)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_other_networks_and_draws_are_refused(study, tmp_path):
         ({"affine": None}, ["mask"], {}, r"no affine .* pass cohort\.load"),
         ({"subjects": np.array([*"abcdefgh"])}, ["mask"], {}, "does not know a, b, c, d, e, f, g"),
         ({}, ["masks"], {}, r"methods among mask, .*, found \['masks'\]"),
-        ({}, ["mask", "lrp"], {"samples": 1}, r"options of mask, lrp, found \['samples'\]"),
+        ({}, ["mask", "grad_cam"], {"steps": 1}, r"options of mask, grad_cam, found \['steps'\]"),
     ],
 )
 def test_bad_input(study, tmp_path, change, methods, options, message):

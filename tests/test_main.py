@@ -86,9 +86,7 @@ def test_masks_are_nifti_in_the_cohorts_space_and_resume(folder, trained, monkey
     ("command", "message"),
     [
         ("convert nowhere", "nowhere"),
-        ("convert {folder} --fa {folder}/fa --kind fa", "--fa is another folder"),
         ("survey nowhere", "DATA_ACCESS.md"),
-        ("check nowhere out", "notebook 02"),
         ("extract nowhere target", "DATA_ACCESS.md"),
         ("train nowhere out", "notebook 02"),
         ("predict nowhere.pt x.nii.gz", "notebook 04_cnn_3d"),

@@ -8,7 +8,6 @@ import pandas as pd
 import pytest
 import torch
 from scipy.ndimage import gaussian_filter
-from scipy.stats import spearmanr
 from torch import nn
 
 from brainsex import metrics
@@ -151,27 +150,3 @@ def test_deletion_bad_input(change, message):
     inputs |= {"brain": np.ones(SHAPE, bool), "target": 1} | change
     with pytest.raises(ValueError, match=message):
         metrics.deletion_insertion(Sum(line(1)), **inputs)
-
-
-def test_similarity_is_scipys_spearman_and_dice_at_equal_volume():
-    rng = np.random.default_rng(0)
-    first, second = gaussian_filter(rng.standard_normal((2, 16, 18, 20)), 2.0, axes=(1, 2, 3))
-    brain = np.zeros(first.shape, bool)
-    brain[2:14, 3:15, 4:16] = True
-    similarity = metrics.map_similarity(first, second, brain, share=0.1)
-    expected = spearmanr(first[brain], second[brain]).statistic
-    assert similarity["spearman"] == pytest.approx(expected)
-    count = round(0.1 * brain.sum())
-    tops = [set(np.argsort(-m[brain])[:count]) for m in (first, second)]
-    assert similarity["dice"] == pytest.approx(len(tops[0] & tops[1]) / count)
-    constant = metrics.map_similarity(first, np.zeros(brain.shape), brain)
-    assert np.isnan([constant["spearman"], constant["dice"]]).all()
-
-
-def test_what_two_sparse_maps_lack_is_no_agreement():
-    """Ten voxels each, five in common; 2 % would be 115, filled up from the same zeros."""
-    brain, first = np.ones((16, 18, 20), bool), np.zeros((16, 18, 20))
-    second = first.copy()
-    first[3, 4, :10], second[3, 4, 5:15] = np.arange(10) + 1, np.arange(10) + 1
-    assert metrics.map_similarity(first, second, brain)["dice"] == 0.5
-    assert metrics.map_similarity(first, np.roll(first, 8, 0), brain)["dice"] == 0

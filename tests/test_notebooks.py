@@ -22,7 +22,7 @@ FIGURES = {
     "feature_effects.png", "feature_maps.png",
     "CNN_arch.png", "training_curves.png", "fold_accuracies.png",
     "man.png", "woman.png", "both.png", "regions.png",
-    "brain.html", "mask.html", "mask.png",
+    "mask.html", "mask.png",
     "explanations_subject.png", "explanations_groups.png", "explanations_curves.png",
     "explanations_regions.png", "dose.png", "person.png",
 }  # fmt: skip
@@ -58,6 +58,19 @@ def test_smoke_profile_runs_every_notebook_and_writes_every_figure(tmp_path):
     masks = list((tmp_path / "out" / "masks" / "mask").glob("*.nii.gz"))
     assert len(masks) == 4, "one a fold and sex"
     assert images == {path: path.stat().st_mtime_ns for path in (ROOT / "image").glob("*")}
+
+
+def test_a_failed_notebook_stops_no_other_and_the_end_lists_all(tmp_path, monkeypatch, capsys):
+    run = runpy.run_path(str(ROOT / "notebooks" / "run.py"))["run"]
+    monkeypatch.setitem(run.__globals__, "HERE", tmp_path)
+    early = "import sys; print('left out: all: no table'); sys.exit(0)"
+    for name, source in {"01_a": early, "02_b": "1 / 0", "03_c": "1"}.items():
+        cells = [nbformat.v4.new_code_cell(code) for code in (source, "print('left out: b')")]
+        nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / f"{name}.ipynb")
+    assert run(tmp_path, {}, {}, False) == 1
+    first = r"01_a: done in \d+ s\n  left out: all: no table\n02_b: failed in \d+ s\n"
+    rest = r"  ZeroDivisionError: division by zero\n03_c: done in \d+ s\n  left out: b\n$"
+    assert re.search(first + rest, capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -82,20 +82,26 @@ def quick_group(network, volumes, **options):
     return optimise_group_mask(network, volumes, **settings)
 
 
-def test_the_mask_covers_the_evidence_and_leaves_the_rest(bright, precision):
+@pytest.fixture
+def unmoved(monkeypatch):
+    """No shifts: `BoxMean` sees most where nothing is moved, which is where masks are scored."""
+    monkeypatch.setattr(perturbation, "MAX_SHIFT", 0)
+
+
+def test_the_mask_covers_the_evidence_and_leaves_the_rest(bright, precision, unmoved):
     masks = optimise_masks(BoxMean(), bright, progress=False)
     mask, (record,) = masks.masks[0], masks.history.to_dict("records")
     assert record["target"] == 1
     assert record["before"] > 0.999
-    assert record["after"] < 0.1
-    assert mask[BOX].mean() > 0.75
+    assert record["after"] < 0.55
+    assert mask[BOX].mean() > 0.5
     assert mask[FAR].max() < 0.05
     assert mask[DECOY].max() == 0
 
 
-def test_the_evidence_goes_however_dear_the_area(bright, monkeypatch):
+def test_the_evidence_goes_however_dear_the_area(bright, monkeypatch, unmoved):
     dear = {"area": 1000.0, "progress": False}
-    assert optimise_masks(BoxMean(), bright, **dear).history["after"][0] < 0.1
+    assert optimise_masks(BoxMean(), bright, **dear).history["after"][0] < 0.55
     monkeypatch.setattr(perturbation, "WEIGHT_GROWTH", 1.0)
     assert optimise_masks(BoxMean(), bright, **dear).history["after"][0] > 0.9
 
@@ -212,15 +218,34 @@ def test_the_blur_is_scipys_gaussian_of_5_voxels(volumes):
         np.testing.assert_allclose(image, expected, atol=1e-6)
 
 
+def test_blurred_volumes_are_blurred_in_regions_of_the_seed_and_the_row(volumes):
+    """All of a volume without a seed; with one, from nothing to about half, smoothly."""
+    blur = np.stack([gaussian_filter(v, 5.0, mode="nearest") for v in volumes])
+    whole = perturbation.BlurredVolumes(volumes)
+    assert (len(whole), whole.shape) == (4, volumes.shape)
+    np.testing.assert_allclose(whole[np.array([2, 0])], blur[[2, 0]], atol=1e-6)
+    many = np.repeat(volumes[:1], 40, 0)
+    parts = perturbation.BlurredVolumes(many, seed=3)[np.arange(40)]
+    masks = ((parts - volumes[0]) / (blur[0] - volumes[0]))[:, np.abs(blur[0] - volumes[0]) > 0.05]
+    assert -1e-3 < masks.min() < masks.max() < 1.001
+    assert masks.mean(1).min() < 0.1 < 0.35 < masks.mean(1).max() < 0.75
+    assert np.ptp(masks.mean(1)) > 0.3, "rows differ"
+    alone = perturbation.BlurredVolumes(many, seed=3)[np.array([7])]
+    np.testing.assert_array_equal(alone[0], parts[7])
+    other = perturbation.BlurredVolumes(many, seed=4)[np.array([7])]
+    assert np.abs(other - alone).max() > 0.01
+
+
 def test_the_evidence_by_hand():
-    """The floor is at 0.02, three times as low for log-odds of 30; a distance is at least 1."""
+    """No evidence is left at even odds; a distance is at least 1."""
     target = torch.tensor([1, 1, 0])
     original = torch.tensor([[0.0, 1.0], [0.0, 30.0], [0.0, 5.0]])  # log-odds 1, 30, -5
     now = torch.tensor([[0.0, -4.0], [0.0, 0.0], [1.0, 0.0]])  # -4, 0, 1
     above, distance = perturbation._evidence(now, target, original)
-    floor = np.log(0.02 / 0.98)
-    np.testing.assert_allclose(above, [0, -3 * floor, 1 - floor], rtol=1e-6)
-    np.testing.assert_allclose(distance, [1 - floor, 30 - 3 * floor, 1], rtol=1e-6)
+    np.testing.assert_allclose(above, [0, 0, 1])
+    np.testing.assert_allclose(distance, [1, 30, 1])
+    above, distance = perturbation._evidence(original, target, original)
+    np.testing.assert_allclose(above, [1, 30, 0])
 
 
 def test_the_penalty_by_hand(monkeypatch):
@@ -289,14 +314,14 @@ def test_shifts_reach_one_voxel_either_way(bright, precision, monkeypatch):
         assert abs(axis.mean()) < 0.3
 
 
-def test_another_reference_takes_the_blurs_place(bright):
+def test_another_reference_takes_the_blurs_place(bright, unmoved):
     """The box is dark in the reference, and nothing else differs."""
     dark = np.where(BOX, 0.1, bright[0]).astype(np.float32)
     masks = optimise_masks(BoxMean(), bright, reference=dark, progress=False)
     seen = bright[0] + masks.masks[0] * (dark - bright[0])
     expected = 1 / (1 + np.exp(-30 * (seen[BOX].mean() - 0.45)))
     assert masks.history["after"][0] == pytest.approx(expected, abs=1e-3)
-    assert expected < 0.1
+    assert expected < 0.55
 
 
 def test_a_groups_mask_covers_what_its_members_share(bright, precision):
@@ -307,12 +332,12 @@ def test_a_groups_mask_covers_what_its_members_share(bright, precision):
     group += rng.uniform(0, 0.1, group.shape).astype(np.float32)
     mask = optimise_group_mask(BoxMean(), group, progress=False)
     assert mask.dtype == np.float32
-    assert mask[BOX].mean() > 0.6
+    assert mask[BOX].mean() > 0.5
     assert mask[FAR].max() < 0.05
     seen = group + mask * (gaussian_blur(torch.from_numpy(group)[:, None])[:, 0].numpy() - group)
     before, after = (v[:, BOX].mean(1) - 0.45 for v in (group, seen))
     assert (before > 0.1).all()
-    assert after.max() < 0.05, "log-odds of 1.5, after 6 and more"
+    assert (after < 0.6 * before).all(), "persistence is no whole mask"
 
 
 def test_the_groups_objective_is_the_mean_of_its_members(network, volumes, monkeypatch):
@@ -326,8 +351,7 @@ def test_the_groups_objective_is_the_mean_of_its_members(network, volumes, monke
     removed = torch.from_numpy(blur)[:, None] - batch
     plain = copy.deepcopy(network).double()
     start, now = (plain(v).diff(dim=1)[:, 0] for v in (batch, batch + large * removed))
-    floor = np.log(0.02 / 0.98) * (start.detach() / 10).clamp(min=1)
-    share = (now - floor).clamp(min=0) / (start.detach() - floor).clamp(min=1)
+    share = now.clamp(min=0) / start.detach().clamp(min=1)
     (slope,) = torch.autograd.grad(share.mean(), coarse)
     values = slope.flatten().sort().values[100:800]  # of 1716
     gap = values.diff().argmax()

@@ -22,7 +22,6 @@ QUICK = {
     "counterfactual": {"iterations": 3, "area": 1.0},
     "integrated_gradients": {"steps": 3},
     "occlusion": {"window": 12, "stride": 10},
-    "smooth_grad": {"samples": 2},
 }
 CAPTUM = [method for method in METHODS if METHODS[method].compute]
 
@@ -142,26 +141,6 @@ def test_integrated_gradients_add_up_to_the_difference(volumes, weight):
     np.testing.assert_allclose(maps, weight * (volumes**2 - 0.25**2), atol=1e-5)
 
 
-def test_smooth_grad_is_the_magnitude_of_the_mean_gradient_of_noisy_copies(volumes, weight):
-    """Of squares: 2 w (x + the mean of the noise), which is normal with noise² / samples."""
-    network, far = Weighted(weight, power=2), np.abs(weight) > 0.1
-    maps = explain("smooth_grad", network, 0 * volumes, target=1, samples=9, noise=0.3)
-    noise = (maps / (2 * np.abs(weight)))[:, far]
-    assert np.sqrt((noise**2).mean()) == pytest.approx(0.1, rel=0.05)
-    quiet = explain("smooth_grad", network, volumes, target=1, noise=1e-6)
-    np.testing.assert_allclose(quiet, 2 * np.abs(weight) * volumes, atol=1e-4)
-
-
-def test_draws_come_from_seed_and_subject(network, volumes):
-    names, state = np.array(["a", "b", "c"]), torch.get_rng_state()
-    maps = explain("smooth_grad", network, volumes, target=1, subjects=names)
-    again = explain("smooth_grad", network, volumes[[2, 0]], target=1, subjects=names[[2, 0]])
-    np.testing.assert_array_equal(again, maps[[2, 0]])
-    reseeded = explain("smooth_grad", network, volumes, target=1, subjects=names, seed=1)
-    assert np.abs(reseeded - maps).max() > 1e-6
-    assert torch.equal(torch.get_rng_state(), state)
-
-
 def test_occlusion_by_hand(volumes):
     """Cubes of 12 voxels from 0, 10 and 20: what a cube loses, averaged over a voxel's cubes."""
     maps = explain("occlusion", Weighted(np.ones(SHAPE, np.float32)), volumes, target=1)
@@ -176,33 +155,6 @@ def test_occlusion_by_hand(volumes):
         np.testing.assert_allclose(image, total / count, atol=1e-2)
 
 
-def test_lrp_by_hand():
-    """Inputs 1, 2, 3; a convolution of taps 2, -1 and bias 0.5; log-odds of 2 a + b + 1.
-
-    Features are 0.5 and 1.5, so the linear layer passes on 2 · 0.5 and 1.5, and its bias keeps 1.
-    Gamma makes the taps 2.5, -1: of 1 = 2.5 · 1 - 2 + 0.5 and of 2.5 = 2.5 · 2 - 3 + 0.5 the
-    inputs get their parts, the bias the rest.
-    """
-
-    class Tiny(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layers = nn.Sequential(nn.Conv3d(1, 1, (1, 1, 2)), nn.ReLU())
-            self.linear = nn.Linear(2, 2)
-            values = [[2.0, -1.0], [0.5], [[1.0, 0.0], [3.0, 1.0]], [0.0, 1.0]]
-            for parameter, value in zip(self.parameters(), values):
-                parameter.data = torch.tensor(value).view(parameter.shape)
-
-        def forward(self, volumes):
-            return self.linear(self.layers(volumes).flatten(1))
-
-    volume = np.array([1, 2, 3], np.float32).reshape(1, 1, 1, 3)
-    expected = [2.5, -2 + 2.5 * 2 / 2.5 * 1.5, -3 / 2.5 * 1.5]
-    for target, sign in ((1, 1), (0, -1)):
-        image = explain("lrp", Tiny(), volume, target=target)[0, 0, 0]
-        np.testing.assert_allclose(image, sign * np.array(expected), rtol=1e-5)
-
-
 def test_reference_for_and_smoothing(network, volumes, weight):
     means, target = np.stack([weight, 3 * weight**2]), np.array([1, 0, 1])
     assert saliency.reference_for("occlusion", means, target) is None
@@ -211,7 +163,8 @@ def test_reference_for_and_smoothing(network, volumes, weight):
     difference = saliency.reference_for("gradient_difference", means, target, 1.5)
     expected = gaussian_filter(means[1] - means[0], 1.5, mode="nearest")
     np.testing.assert_allclose(difference, [expected, -expected, expected], atol=1e-5)
-    plain, smoothed = (explain("lrp", network, volumes[:1], sigma=s)[0] for s in (0, 1.5))
+    maps = (explain("gradient_input", network, volumes[:1], sigma=sigma) for sigma in (0, 1.5))
+    plain, smoothed = (image[0] for image in maps)
     expected = gaussian_filter(plain, 1.5, mode="nearest")
     np.testing.assert_allclose(smoothed, expected, atol=1e-6 * np.abs(plain).max())
 
@@ -256,9 +209,9 @@ def test_a_batch_as_a_gpu_has_it_is_one_after_the_other(method, network, volumes
     ("method", "change", "options", "message"),
     [
         ("grad_camera", lambda v: v, {}, "a method among mask, .*, found 'grad_camera'"),
-        ("lrp", lambda v: v[0], {}, r"\(N, X, Y, Z\), found \(22, 24, 27\)"),
+        ("gradient_input", lambda v: v[0], {}, r"\(N, X, Y, Z\), found \(22, 24, 27\)"),
         ("gradient_input", lambda v: np.where(v > 0.89, np.nan, v), {}, "NaN or infinity"),
-        ("smooth_grad", lambda v: v, {"target": 2}, "target of 0 or 1"),
+        ("grad_cam", lambda v: v, {"target": 2}, "target of 0 or 1"),
         ("counterfactual", lambda v: v, {"reference": None}, "expected a reference, found none"),
         ("gradient_difference", lambda v: v, {"reference": np.zeros((5, 6))}, r"found \(5, 6\)"),
     ],

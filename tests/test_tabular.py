@@ -40,7 +40,7 @@ def test_load_reads_hcps_export(tmp_path, capsys):
         "01,S500,F,5,7,1,11,good,,1e999\n02,S900,M,6,7,2,12,2 of 3,,3\n\n03,,F,7,7,3,13,,,4\n"
         "04,S900,,8,7,4,14,,,5\n05,S900,F,,,,,,,\n",
     )
-    expected = {tabular.INTRACRANIAL: [5, 6, 7], "FS_V": [1, 2, 3], "FS_V (2)": [11, 12, 13]}
+    expected = {"FS_IntraCranial_Vol": [5, 6, 7], "FS_V": [1, 2, 3], "FS_V (2)": [11, 12, 13]}
     expected = pd.DataFrame(expected | {"huge": [np.nan, 3, 4]}, dtype=float)
     pd.testing.assert_frame_equal(table.features, expected)
     assert (len(table), table.name) == (3, "hcp (synthetic)")
@@ -52,6 +52,19 @@ def test_load_reads_hcps_export(tmp_path, capsys):
     assert table.groups[1] not in ("f1", "f9", "nan")
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(": ")[-1] for line in lines[1:3]] == ["3 FS_Same note empty", "2 7 8"]
+
+
+def test_a_cohorts_table_is_found_and_matched(tmp_path):
+    load(tmp_path / "t", "participant_id,sex,ICV\nsub-01,F,3\nsub-02,M,4\n")
+    path = tmp_path / "t" / "t.csv"
+    assert (tabular.find_table(tmp_path), tabular.find_table(tmp_path, path)) == (None, path)
+    (tmp_path / "participants.tsv").write_text("participant_id\tsex\n01\tF\n")
+    assert tabular.load(path, cohort=tmp_path).name == tmp_path.name
+    (tmp_path / "subjects.csv").write_text(
+        "Subject,Gender\n04,F\n"
+    )  # who was converted comes first
+    with pytest.raises(ValueError, match="found none among 2: 01"):
+        tabular.load(path, cohort=tmp_path)
 
 
 def test_a_plain_table_has_neither_families_nor_releases(tmp_path):

@@ -14,7 +14,7 @@ import torch
 from sklearn.linear_model import LinearRegression
 from torch import nn
 
-from brainsex import cohort, evaluation, networks, speed, training
+from brainsex import cohort, evaluation, networks, perturbation, speed, training
 from brainsex.networks import MriNet2d, MriNet3d
 from brainsex.training import cross_validate, fit, predict
 
@@ -113,13 +113,13 @@ def test_an_epoch_takes_everybody_once_in_batches_of_equal_size(monkeypatch) -> 
 
 
 def test_the_rate_falls_after_each_milestone(monkeypatch) -> None:
-    rates, step = [], torch.optim.Adam.step
+    rates, step = [], torch.optim.AdamW.step
 
-    def recorded(self: torch.optim.Adam, *arguments: object, **options: object) -> object:
+    def recorded(self: torch.optim.AdamW, *arguments: object, **options: object) -> object:
         rates.append(self.param_groups[0]["lr"])
         return step(self, *arguments, **options)
 
-    monkeypatch.setattr(torch.optim.Adam, "step", recorded)
+    monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
     fit(make_3d(), *toy(4), **FAST | {"epochs": 5, "lr": 0.5}, milestones=(2, 4))
     np.testing.assert_allclose(rates, [0.5, 0.5, 0.05, 0.05, 0.005])
 
@@ -128,9 +128,9 @@ def test_a_run_killed_within_an_epoch_goes_on_to_the_same_bits(tmp_path, monkeyp
     options = FAST | {"epochs": 4, "milestones": (2,), "validation": toy(4, seed=1)}
     whole, killed, resumed = make_3d(), make_3d(), make_3d()
     expected = fit(whole, *toy(), **options)
-    step, steps = torch.optim.Adam.step, []
+    step, steps = torch.optim.AdamW.step, []
 
-    def dying(self: torch.optim.Adam, *arguments: object, **others: object) -> object:
+    def dying(self: torch.optim.AdamW, *arguments: object, **others: object) -> object:
         if len(steps) == 10:  # in the last of four epochs of three batches
             raise KeyboardInterrupt
         steps.append(1)
@@ -138,7 +138,7 @@ def test_a_run_killed_within_an_epoch_goes_on_to_the_same_bits(tmp_path, monkeyp
 
     path = tmp_path / "run" / "fit.checkpoint"
     with monkeypatch.context() as patch:
-        patch.setattr(torch.optim.Adam, "step", dying)
+        patch.setattr(torch.optim.AdamW, "step", dying)
         with pytest.raises(KeyboardInterrupt):
             fit(killed, *toy(), checkpoint=path, **options)
     passes = []
@@ -154,6 +154,34 @@ def test_a_run_killed_within_an_epoch_goes_on_to_the_same_bits(tmp_path, monkeyp
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"fit\.checkpoint: expected .* same call.*; delete it"):
         fit(again, *toy(), checkpoint=path, **options)
+
+
+def test_the_neutral_layer_is_the_minimum_of_its_regression_and_makes_a_blur_neutral() -> None:
+    """Newton's method by hand in float64, on features of the plain network; a blur says nothing."""
+    volumes, sex = toy(16)
+    network, plain = make_3d(), make_3d()
+    fit(plain, volumes, sex, **FAST)
+    fit(network, volumes, sex, neutral=True, **FAST)
+    assert same_bits(network.hidden3.state_dict(), plain.hidden3.state_dict())
+    blurred = perturbation.BlurredVolumes(volumes)[np.arange(16)]
+    samples = [volumes, blurred, blurred]
+    samples += [perturbation.BlurredVolumes(volumes, seed=n)[np.arange(16)] for n in range(2)]
+    with torch.no_grad():
+        images = torch.from_numpy(np.concatenate(samples))[:, None]
+        features = plain.hidden3(plain.hidden2(plain.hidden1(images))).flatten(1).numpy()
+    x = (features - features[:16].mean(0)) / features[:16].std(0).clip(1e-3)
+    x = np.column_stack([x, np.ones(len(x))]).astype(float)
+    y = np.concatenate([sex, 1 - sex, sex, sex, sex])
+    weight, beta = np.repeat([1, 0.5, 0.5, 1, 1], 16), np.zeros(x.shape[1])
+    ridge = np.diag([100.0] * (x.shape[1] - 1) + [0])  # 1 / C, the constant without a penalty
+    for _ in range(30):
+        p = 1 / (1 + np.exp(-x @ beta))
+        slope = x.T @ (weight * (p - y)) + ridge @ beta
+        beta -= np.linalg.solve((x.T * (weight * p * (1 - p))) @ x + ridge, slope)
+    log_odds = np.diff(np.log(predict(network, volumes)), axis=1)[:, 0]
+    np.testing.assert_allclose(log_odds, x[:16] @ beta, atol=0.02)
+    assert (log_odds > 0).tolist() == sex.tolist()
+    assert np.abs(predict(network, blurred)[:, 1] - 0.5).mean() < 0.1
 
 
 def test_fit_takes_the_machines_precision(precision: torch.dtype) -> None:

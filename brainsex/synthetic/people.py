@@ -1,14 +1,10 @@
 """The people of a synthetic cohort: families and twins, and their tables with HCP's columns.
 
-FreeSurfer's means and spreads are roughly those of young adults. Kept is what a classifier meets:
-sums of parts, measures that follow head size, left and right that agree, structures that vary
-together, relatives who resemble each other, and differences between the sexes that are small once
-head size is accounted for (Ritchie et al. 2018, Cereb. Cortex 28:2959).
+Medians and spreads of FreeSurfer's measures stand in a table; head size, kind, structure and side
+make them vary together, and relatives resemble each other.
 """
 
 import math
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,16 +22,14 @@ HEAD_SPREAD = 0.075  # coefficient of variation of head volume within a sex
 FAMILY_SIZES = (0.22, 0.28, 0.32, 0.14, 0.03, 0.01)  # shares of families of 1, 2, … members
 BEHAVIOURAL = "Subject Release Acquisition Gender Age QC_Issue 3T_dMRI_Compl".split()
 RESTRICTED = "Subject Age_in_Yrs ZygositySR Family_ID Mother_ID Father_ID".split()
-SEX_DIFFERENCE = 0.14  # SD, over structures and measures, of Cohen's d at equal head size
-# correlation of two structures of one kind of measure, head size aside
-FACTORS = {"volume": 0.35, "intensity": 0.45, "area": 0.4, "thickness": 0.4, "shape": 0.25}
-BILATERAL = 0.6  # correlation of left and right in what is a structure's own
-SEGMENTS = pd.read_csv(Path(__file__).with_name("segments.csv"), index_col="name")
-"""Mean volume in mm³, its coefficient of variation, mean intensity on FreeSurfer's scale."""
-CORTEX = pd.read_csv(Path(__file__).with_name("cortex.csv"), index_col="region")
-"""Of a region of one hemisphere: surface area in mm² and cortical thickness in mm."""
-COLUMNS = pd.read_csv(Path(__file__).with_name("columns.csv"))["column"]
-"""The export's order, whose right cerebellar cortex is called left: seven names stand twice."""
+FACTOR_SHARES = (0.4, 0.36, 0.24)
+"""Variance of a factor that its kind of measure shares, that both sides of a structure share
+besides, and one side's own."""
+MEASURES = pd.read_csv(Path(__file__).with_name("measures.csv"), index_col="column")
+"""A row per column of the export, in its order: either a sum of the columns that match `parts`, or
+median · head^exponent · exp(men_minus_women · (sex − ½) + Σ loading · factor), where a factor is
+named by kind, structure and side; rounded to `decimals`. Medians are those of heads like the MNI
+template's, from which the volumes are made: 1.3 times an average head."""
 
 
 def draw_people(subjects: int, seed: int) -> pd.DataFrame:
@@ -130,97 +124,34 @@ def freesurfer_table(
 
     `effect` multiplies the differences between the sexes at equal head size. Returns (N, 938):
     Subject, Release, Gender and 935 columns ``FS_…``; volumes in mm³, areas in mm², thickness in
-    mm, intensities on FreeSurfer's scale.
+    mm, intensities on FreeSurfer's scale. The export calls the right cerebellar cortex left, so
+    that seven names stand twice.
     """
-    fixed = np.random.default_rng(0)  # the same differences in every cohort
-    draw = partial(_correlated_draws, people, np.random.default_rng([seed, 1]))
-    sex = people["Gender"].map(LABELS).to_numpy()
-    first_draws = [anatomical_draws(person, seed, 1)[0] for _, person in people.iterrows()]
+    sex = people["Gender"].map(LABELS).to_numpy()[:, None]
+    first_draws = [anatomical_draws(person, seed, 1) for _, person in people.iterrows()]
     head = head_volume(sex, head_size, np.array(first_draws))
-
-    def vary(kind: str, names: list[str]) -> np.ndarray:
-        """Draw (N, names), of unit variance within a sex at equal head size."""
-        structures, at = np.unique([name.split("_", 1)[-1] for name in names], return_inverse=True)
-
-        def sides(draw: Callable) -> np.ndarray:
-            own = math.sqrt(1 - BILATERAL) * draw(len(at))
-            return math.sqrt(BILATERAL) * draw(len(structures))[:, at] + own
-
-        common = FACTORS[kind]
-        own = math.sqrt(common) * draw(1) + math.sqrt(1 - common) * sides(draw)
-        d = SEX_DIFFERENCE * sides(lambda count: fixed.standard_normal((1, count)))
-        return own + effect * (sex[:, None] - 0.5) * d
-
-    segments, regions = list(SEGMENTS.index), [f"{s}_{name}" for s in "LR" for name in CORTEX.index]
-    z, (size, spread, brightness) = vary("volume", segments), SEGMENTS.to_numpy(float).T
-    exponent = np.where(spread > 0.2, 0.5, 0.8)  # what holds fluid follows head size less
-    volume = size * head[:, None] ** exponent * np.exp(spread * z - spread**2 / 2)
-    volume[:, segments.index("5thVent")] *= z[:, segments.index("5thVent")] > 1  # most have none
-    mean = brightness + 2.5 * vary("intensity", segments)
-    std = (4 + brightness / 12) * np.exp(0.1 * vary("intensity", segments))
-    low = (mean - std * (2.6 + 0.2 * vary("intensity", segments))).clip(0).round()
-    high = (mean + std * (2.4 + 0.2 * vary("intensity", segments))).round()
-    measures = {"Vol": volume, "Vox": volume.round(), "Mean": mean, "Std": std}
-    measures |= {"Range": high - low, "Min": low, "Max": high}
-
-    area, thickness = np.tile(CORTEX.to_numpy().T, 2)
-    area = area * head[:, None] ** 0.7 * np.exp(0.08 * vary("area", regions))
-    thickness = thickness * np.exp(0.045 * vary("thickness", regions))
-    cortex = {
-        "MeanCurv": 0.13 * np.exp(0.06 * vary("shape", regions)),
-        "GausCurv": 0.025 * np.exp(0.15 * vary("shape", regions)),
-        "Thck": thickness,
-        "Area": area.round(),
-        "NumVert": (1.5 * area * np.exp(0.01 * draw(len(regions)))).round(),
-        "GrayVol": (1.06 * area * thickness).round(),
-        "ThckStd": 0.22 * thickness * np.exp(0.07 * vary("shape", regions)),
-        "FoldInd": (0.013 * area * np.exp(0.2 * vary("shape", regions))).round(),
-    }
-    cortex["CurvInd"] = 0.06 * area * cortex["GausCurv"]
-    columns = _totals(dict(zip(segments, volume.T)), cortex["GrayVol"], head, draw)
-    for kind, values in measures.items():
-        columns |= {f"{s}_{kind}": v for s, v in zip(segments, (values * (volume > 0)).T)}
-    for kind, values in cortex.items():
-        columns |= {f"{region}_{kind}": v for region, v in zip(regions, values.T)}
-    table = pd.DataFrame(columns, people.index)[COLUMNS].round(4)
-    table.columns = "FS_" + COLUMNS.str.replace("R_Cerebellum_Cort", "L_Cerebellum_Cort")
+    columns = ["median", "head_exponent", "men_minus_women"]
+    median, exponent, difference = MEASURES[columns].to_numpy().T
+    loadings = MEASURES[["loading_1", "loading_2"]].fillna(0).to_numpy()
+    scores = _factor_scores(people, np.random.default_rng([seed, 1]))
+    deviation = effect * (sex - 0.5) * difference + (loadings * scores).sum(-1)
+    values = median * head**exponent * np.exp(deviation)
+    table = pd.DataFrame(values, people.index, MEASURES.index).round(MEASURES["decimals"])
+    for column, parts in MEASURES["parts"].dropna().items():
+        table[column] = table.filter(regex=parts).sum(axis=1)
+    for name in ("BrainSeg", "Mask"):
+        table[f"{name}Vol_eTIV_Ratio"] = table[f"{name}_Vol"] / table["InterCranial_Vol"]
+    table = table.round(MEASURES["decimals"])
+    table.columns = "FS_" + table.columns.str.replace("R_Cerebellum_Cort", "L_Cerebellum_Cort")
     return pd.concat([people[["Subject", "Release", "Gender"]], table], axis=1)
 
 
-def _totals(volume: dict, grey: np.ndarray, head: np.ndarray, draw: Callable) -> dict:
-    """Return the export's leading columns, sums of parts where FreeSurfer's are."""
-    noise = draw(6)
-    both = {s[2:]: volume[s] + volume["R" + s[1:]] for s in volume if s.startswith("L_")}
-    left, right = grey[:, :34].sum(1), grey[:, 34:].sum(1)
-    nuclei = "ThalamusProper Caudate Putamen Pallidum Hippo Amygdala AccumbensArea"
-    deep = sum(both[name] for name in nuclei.split())
-    white = 225_000 * head[:, None] * np.exp(0.04 * noise[:, :1] + 0.01 * noise[:, 1:3])
-    ventricles = both["LatVent"] + both["InfLatVent"] + both["ChoroidPlexus"] + volume["3rdVent"]
-    upper = left + right + deep + both["VentDC"] + white.sum(1)
-    whole = upper + both["Cerebellum_Cort"] + both["Cerebellum_WM"]
-    intracranial = 1_560_000 * head * np.exp(0.012 * noise[:, 3])
-    mask = 1_640_000 * head * np.exp(0.012 * noise[:, 4])
-    holes = np.exp(2.5 + 0.45 * np.stack([noise[:, 5], draw(1)[:, 0]])).round()
-    return {
-        "InterCranial_Vol": intracranial,
-        "BrainSeg_Vol": whole + ventricles + volume["4thVent"],
-        "BrainSeg_Vol_No_Vent": whole,
-        "BrainSeg_Vol_No_Vent_Surf": whole - 400,
-        "LCort_GM_Vol": left,
-        "RCort_GM_Vol": right,
-        "TotCort_GM_Vol": left + right,
-        "SubCort_GM_Vol": deep,
-        "Total_GM_Vol": left + right + deep + both["Cerebellum_Cort"],
-        "SupraTentorial_Vol": upper + ventricles,
-        "SupraTentorial_Vol_No_Vent": upper,
-        "SupraTentorial_No_Vent_Voxel_Count": (0.99 * upper).round(),
-        "L_WM_Vol": white[:, 0],
-        "R_WM_Vol": white[:, 1],
-        "Tot_WM_Vol": white.sum(1),
-        "Mask_Vol": mask,
-        "BrainSegVol_eTIV_Ratio": (whole + ventricles) / intracranial,
-        "MaskVol_eTIV_Ratio": mask / intracranial,
-        "LH_Defect_Holes": holes[0],
-        "RH_Defect_Holes": holes[1],
-        "Total_Defect_Holes": holes.sum(0),
-    }
+def _factor_scores(people: pd.DataFrame, rng: Generator) -> np.ndarray:
+    """Draw the scores (N, 935, 2) of the measures' two factors, of unit variance."""
+    sides = MEASURES[["factor_1", "factor_2"]].fillna("")
+    structures = sides.replace(" [^ ]+$", "", regex=True)
+    kinds = structures.replace(" .+$", "", regex=True)
+    names, positions = np.unique([kinds, structures, sides], return_inverse=True)
+    draws = _correlated_draws(people, rng, len(names))
+    shares = zip(FACTOR_SHARES, positions)
+    return sum(math.sqrt(share) * draws[:, position] for share, position in shares)

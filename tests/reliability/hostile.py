@@ -92,7 +92,6 @@ COMMANDS = {
     "fa": "fa {0}/in/series {1}",
     "convert": "convert {0}/in/study --out {1}",
     "bids": "convert {0}/in/bids --out {1}",
-    "check": "check {0}/in/cohort {1}",
     "train": "train {0}/in/cohort {1} --channels 1 --folds 2 --epochs 6 --workers 1",
     "predict": "predict {0}/in/networks/fold-0.pt "
     "{0}/in/study/fa/000001.nii.gz {0}/in/study/fa/000009.nii.gz",
@@ -117,9 +116,9 @@ KINDS = {  # a place: files there; what reads them; what of other subjects must 
     "study/restricted.csv": (damage.tables, "convert measures", ""),
     "study/unrestricted_hcp_freesurfer.csv": (damage.tables, "convert measures", ""),
     "bids/participants.tsv": (damage.tables, "bids", ""),
-    "cohort/tensors.npy": (damage.arrays, "check train explain", ""),
-    "cohort/labels.npy": (damage.arrays, "check train explain", ""),
-    "cohort/subjects.csv": (damage.tables, "check train explain", ""),
+    "cohort/tensors.npy": (damage.arrays, "train explain", ""),
+    "cohort/labels.npy": (damage.arrays, "train explain", ""),
+    "cohort/subjects.csv": (damage.tables, "train explain", ""),
     "networks/fold-0.pt": (damage.weights, "predict explain", ""),
 }
 

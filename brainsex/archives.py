@@ -1,8 +1,4 @@
-"""Volumes from HCP's zip archives, nested or not: one NIfTI file a subject (notebook 02).
-
-In the study each subject is an archive of 1 GB that holds another one with the wanted file, which
-is read in place.
-"""
+"""Volumes from HCP's zip archives, nested ones read in place: one NIfTI file a subject."""
 
 import errno
 import glob

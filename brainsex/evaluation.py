@@ -95,10 +95,9 @@ def score(sex: np.ndarray, decisions: np.ndarray, assignment: np.ndarray) -> dic
 
     Returns
     -------
-    accuracy, balanced_accuracy, auc (means over folds; of all subjects together if each fold is
-    one subject, or there is one fold), low and high (of the accuracy), interval (its name),
-    auc_low and auc_high (likewise, or by Hanley and McNeil 1982, Radiology 143:29) and n (subjects
-    tested).
+    accuracy, balanced_accuracy, auc (means over folds; of all subjects if there is one fold, or
+    each is one subject), low and high (of the accuracy), interval (its name), auc_low and auc_high
+    (likewise, or by Hanley and McNeil 1982, Radiology 143:29) and n (subjects tested).
     """
     decisions = np.atleast_2d(decisions)
     fold_rows, count = _tested_folds(np.isfinite(decisions), assignment)

@@ -53,8 +53,7 @@ def explain(
 
     Returns one row a subject, in the order of `rows`: Subject, sex, fold; and, where it has a mask,
     target, before, after and volume, as in `perturbation.Masks`. Raises FileNotFoundError without
-    networks; ValueError for a cohort without affine, subjects that ``folds.csv`` does not know, an
-    option of no method, or maps in `out` that were made otherwise.
+    networks; ValueError for what does not fit them, or maps in `out` that were made otherwise.
     """
     networks_folder, out = Path(networks_folder), Path(out)
     rows = np.arange(len(cohort)) if rows is None else np.asarray(rows, int)

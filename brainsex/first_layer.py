@@ -5,7 +5,7 @@ bin b, of 256 equal bins from the lowest to the highest value that the map takes
 
     entropy = - sum_b h(b) log h(b), in nats.
 
-All voxels count, as in the study, also those outside the brain: both numbers know head size.
+All voxels count, as in the study: both numbers know head size.
 """
 
 import copy

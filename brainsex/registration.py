@@ -1,7 +1,6 @@
 """Linear registration of a brain to the MNI152 template in nilearn's own package, by DIPY.
 
-A rigid pose is the rigid part of an affine fit, as HCP's ACPC alignment takes it: fitted rigidly, a
-small brain would slide to one side of the template.
+A rigid pose is the rigid part of an affine fit: fitted rigidly, a small brain would slide aside.
 """
 
 import logging

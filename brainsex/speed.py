@@ -14,17 +14,13 @@ from tqdm.auto import tqdm
 
 from brainsex import networks
 
-CPU_BATCH = 2
-"""Volumes a pass on a CPU: one alone in float32 takes twice as long, more than a few leave the
-cache (tests/benchmarks)."""
-GPU_BATCH = 32
-"""Volumes a pass on a GPU."""
+CPU_BATCH, GPU_BATCH = 2, 32
+"""Volumes a pass: on a CPU one alone takes twice as long, more than a few leave the cache."""
 
 MALLOC_ENVIRONMENT = {
     "GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=8000000000"
 }
-"""For child processes: glibc keeps the memory of a training step for the next one, whose pages the
-kernel would otherwise clear anew."""
+"""For child processes: glibc keeps a training step's memory, which the kernel need not clear."""
 
 
 def training_forward(network: nn.Module, batch: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ import os
 import platform
 import secrets
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,7 +24,6 @@ from filelock import FileLock, Timeout
 RUN_RECORD = "run.json"
 RECORDED_PACKAGES = "brainsex numpy pandas scipy torch nibabel scikit-learn dipy".split()
 MAX_VOXELS = 1 << 25  # of the largest NIfTI grid read; a head at 0.7 mm has two thirds
-REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 @contextmanager
@@ -175,18 +173,12 @@ def start_run(
 
 @cache
 def environment() -> dict:
-    """Return versions of Python, platform and packages; in a checkout also the commit."""
+    """Return versions of Python, platform and packages."""
     versions = {"python": platform.python_version(), "platform": platform.platform()}
     versions["cores"] = joblib.cpu_count()
     for name in RECORDED_PACKAGES:
         with suppress(PackageNotFoundError):
             versions[name] = version(name)
-    if (REPOSITORY / ".git").exists():
-        git = ["git", "--no-optional-locks", "-C", REPOSITORY]
-        git += ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        with suppress(OSError, subprocess.CalledProcessError):  # no git, or a foreign owner
-            commit = subprocess.check_output(git, encoding="utf-8", stderr=subprocess.DEVNULL)
-            versions["git"] = commit.strip()
     return versions
 
 

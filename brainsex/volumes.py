@@ -170,9 +170,8 @@ def prepare(
     """Read and clean a volume on its own grid, as a cohort of `modality` and `normalised` has it.
 
     Returns the volume (X, Y, Z) float32 in [0, 1]; its affine (4, 4), voxel indices to mm; and the
-    counts of `clean` with the native ``brain_volume_ml``. `masks` holds the path of the one mask
-    or label volume on the same grid, outside which (label 0) voxels become 0. Raises ValueError
-    for a skull in T1, or a mask that is empty, on another grid, or not the only one.
+    counts of `clean` with the native ``brain_volume_ml``. `masks` holds the path of one mask or
+    label volume, outside which voxels become 0. Raises ValueError for a skull, or an unfit mask.
     """
     volume, affine = load_volume(path, contiguous=False)
     if masks is not None:

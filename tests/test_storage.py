@@ -19,7 +19,7 @@ from brainsex import storage
 def start_python(code: str, *arguments: object) -> subprocess.Popen:
     """Start a Python process whose output is read line by line."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.Popen(command, cwd=storage.REPOSITORY, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True)
 
 
 def has_ended(pid: int) -> bool:
@@ -147,14 +147,6 @@ def test_other_versions_go_on_and_are_on_record_beside_those_before(tmp_path, mo
         assert made_with() == [before["torch"], "99"]
     storage.start_run(tmp_path, "train", {"seed": 2}, overwrite=True)
     assert made_with() == ["99"]
-
-
-def test_a_checkout_has_a_commit_and_an_installation_has_none(tmp_path, monkeypatch):
-    command = ["git", "-C", storage.REPOSITORY, "rev-parse", "HEAD"]
-    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    assert storage.environment().get("git", "").removesuffix("-dirty") == commit
-    monkeypatch.setattr(storage, "REPOSITORY", tmp_path)
-    assert "git" not in storage.environment.__wrapped__()
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux's /proc")

@@ -1,7 +1,6 @@
 """The people of a synthetic cohort: families and twins, and their tables with HCP's columns.
 
-Medians and spreads of FreeSurfer's measures stand in a table; head size, kind, structure and side
-make them vary together, and relatives resemble each other.
+FreeSurfer's measures vary together by head size, kind, structure, side and kinship.
 """
 
 import math
@@ -15,16 +14,14 @@ from brainsex import LABELS
 
 ROWS, MEN = 1113, 507  # subjects in HCP's tables, and the men among them
 SHARES = {"family": 0.4, "twins": 0.45, "own": 0.15}
-"""Variance of anatomy that a family shares, that identical twins share besides, and one's own:
-brain volumes of siblings correlate by about 0.4, of identical twins by 0.85 or more."""
+"""Variance of anatomy that a family shares, that identical twins share besides, and one's own."""
 HEAD_SIZE = 0.12  # men's mean head volume less women's, over the mean of both, as in life
 HEAD_SPREAD = 0.075  # coefficient of variation of head volume within a sex
 FAMILY_SIZES = (0.22, 0.28, 0.32, 0.14, 0.03, 0.01)  # shares of families of 1, 2, … members
 BEHAVIOURAL = "Subject Release Acquisition Gender Age QC_Issue 3T_dMRI_Compl".split()
 RESTRICTED = "Subject Age_in_Yrs ZygositySR Family_ID Mother_ID Father_ID".split()
 FACTOR_SHARES = (0.4, 0.36, 0.24)
-"""Variance of a factor that its kind of measure shares, that both sides of a structure share
-besides, and one side's own."""
+"""Variance of a factor: its kind of measure's, its structure's besides, and one side's own."""
 MEASURES = pd.read_csv(Path(__file__).with_name("measures.csv"), index_col="column")
 """A row per column of the export, in its order: either a sum of the columns that match `parts`, or
 median · head^exponent · exp(men_minus_women · (sex − ½) + Σ loading · factor), where a factor is

@@ -25,13 +25,11 @@ def plant(
 
     Parameters
     ----------
-    cohort : folder that `volumes.convert` wrote; its affine leads to MNI space, if only roughly.
-    out : gets a cohort whose marker PLANTED holds these options, and ``truth`` for `load_truth`;
-        ``subjects.csv`` keeps the true sex as ``sex_in_life``.
+    cohort : folder that `volumes.convert` wrote, roughly in MNI space.
+    out : gets the cohort, its marker PLANTED, and ``truth``; ``sex_in_life`` in ``subjects.csv``.
     effect : Cohen's d of each region's mean between the labels, the chance difference included;
         ``truth/regions.csv`` has the measured ``d``, smaller where many voxels reach 0 or 1.
-    overwrite : start anew in the folder of a planted cohort of other options. A ValueError
-        otherwise, and always if the folder holds anything else.
+    overwrite : start anew in the folder of a planted cohort; a ValueError for any other folder.
     """
     cohort, out = Path(cohort), Path(out)
     data = load_cohort(cohort)

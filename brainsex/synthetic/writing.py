@@ -1,7 +1,6 @@
 """Subjects made from one anatomy, and a cohort of them written to disk in HCP's layout.
 
-Every subject has a head size, a smooth deformation, FA variation, Rician-like noise, and the bright
-rim of real maps. Relatives share a part of all but noise and rim, and of FreeSurfer's measures.
+Every subject has a head size, a smooth deformation, FA variation, noise, and real maps' bright rim.
 """
 
 import gzip
@@ -52,8 +51,7 @@ def write_cohort(
     effect : multiplies every difference planted beside it, in volumes and in FreeSurfer's table.
     seed : a subject's volume depends on it and on the subject's row alone.
     workers : threads; all cores by default.
-    overwrite : start anew in the folder of a synthetic cohort of other options. A ValueError
-        otherwise, and always if the folder holds anything else.
+    overwrite : start anew in the folder of a synthetic cohort; a ValueError for any other folder.
     """
     folder, marker = Path(folder), Path(folder) / "SYNTHETIC"
     options = {"subjects": subjects, "spacing": float(spacing), "head_size": float(head_size)}

@@ -19,7 +19,9 @@ from brainsex import storage
 def start_python(code: str, *arguments: object) -> subprocess.Popen:
     """Start a Python process whose output is read line by line."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.Popen(command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True
+    )
 
 
 def has_ended(pid: int) -> bool:

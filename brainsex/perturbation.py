@@ -40,7 +40,7 @@ RAMP = 20  # iterations until the penalty has its full weight
 DECAY = 40  # iterations until the learning rate is cut to a tenth
 LEARNING_RATE = 0.3  # of Adam
 SMOOTHNESS = 3.0  # weight of a mask's squared gradient
-WEIGHT_GROWTH = 1.2  # factor per iteration, after the ramp, with evidence left
+WEIGHT_GROWTH = 1.25  # factor per iteration, after the ramp, with evidence left
 MAX_SHIFT = 1  # voxels by which the network's input is moved at most along each axis
 GROUP_AREA = 30.0  # weight of a group mask's mean: groups differ in more than one subject needs
 REGION = 8  # voxels between the control points of a random region of `BlurredVolumes`
@@ -66,7 +66,7 @@ def optimise_masks(
     reference: np.ndarray | None = None,
     seed: int = 0,
     iterations: int = 60,
-    area: float = 100.0,
+    area: float = 400.0,
     progress: bool = True,
 ) -> Masks:
     """Learn, for each volume, the smallest mask whose blurring-out removes the network's evidence.

@@ -42,7 +42,7 @@ LEARNING_RATE = 0.3  # of Adam
 SMOOTHNESS = 3.0  # weight of a mask's squared gradient
 WEIGHT_GROWTH = 1.25  # factor per iteration, after the ramp, with evidence left
 MAX_SHIFT = 1  # voxels by which the network's input is moved at most along each axis
-GROUP_AREA = 30.0  # weight of a group mask's mean: groups differ in more than one subject needs
+GROUP_AREA = 300.0  # weight of a group mask's mean: groups differ in more than one subject needs
 REGION = 8  # voxels between the control points of a random region of `BlurredVolumes`
 
 

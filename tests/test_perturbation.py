@@ -324,8 +324,9 @@ def test_another_reference_takes_the_blurs_place(bright, unmoved):
     assert expected < 0.55
 
 
-def test_a_groups_mask_covers_what_its_members_share(bright, precision):
+def test_a_groups_mask_covers_what_its_members_share(bright, precision, monkeypatch):
     """Evidence of different strength; noise of their own, which no mask needs."""
+    monkeypatch.setattr(perturbation, "GROUP_AREA", 30.0)  # the box is a hundredth of this grid
     rng = np.random.default_rng(4)
     group = np.repeat(bright, 6, 0)
     group[:, BOX] *= rng.uniform(0.8, 1.2, (6, 1)).astype(np.float32)

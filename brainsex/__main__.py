@@ -105,7 +105,7 @@ def _convert(cohort: Path, out: Path | None, table: Path | None, **settings: obj
         source["mask"] = layouts.match_masks(cohort, settings["mask"], source["Subject"])
     volumes.convert(source, table, out, **settings)
     if (cohort / "SYNTHETIC").is_file():
-        (out / "SYNTHETIC").touch()
+        storage.write_text(out / "SYNTHETIC", (cohort / "SYNTHETIC").read_text())
 
 
 def _train(

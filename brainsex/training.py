@@ -112,8 +112,8 @@ def learn_neutral_layer(
 
     It becomes a logistic regression on the standardised features, held in memory, of the training
     volumes (N, X, Y, Z); of the same blurred as a whole, half woman and half man; and of the same
-    blurred in random regions, which change nobody's sex. Standardised, small differences between
-    people are not drowned by what all brains have in common.
+    blurred in random regions, which change nobody's sex. Standardised, small differences are not
+    drowned by what all brains share; times the squared difference of the sexes, few features count.
     """
     body = copy.deepcopy(network)
     body.linear = nn.Identity()
@@ -121,13 +121,16 @@ def learn_neutral_layer(
     blurred += [perturbation.BlurredVolumes(volumes, seed=seed + n) for n in range(PATCHED)]
     samples = (speed.predict_logits(body, part, torch.float32) for part in (volumes, *blurred))
     features = [part.numpy() for part in samples]
-    mean, scale = features[0].mean(0), features[0].std(0).clip(MIN_FEATURE_SD)
+    mean, spread = features[0].mean(0), features[0].std(0).clip(MIN_FEATURE_SD)
+    women, men = (features[0][sex == label].mean(0) for label in (0, 1))
+    factor = ((men - women) / spread) ** 2
+    factor /= spread * max(np.sqrt(np.mean(factor**2)), MIN_FEATURE_SD)
     features.insert(1, features[1])  # blurred as a whole: once for each sex
     labels = np.concatenate([sex, 1 - sex, sex, *[sex] * PATCHED])
     weights = np.repeat([1, 0.5, 0.5, *[1] * PATCHED], len(sex))
     logistic = LogisticRegression(C=INVERSE_PENALTY, solver="newton-cg")
-    logistic.fit((np.concatenate(features, dtype=float) - mean) / scale, labels, weights)
-    half = logistic.coef_[0] / scale / 2
+    logistic.fit((np.concatenate(features, dtype=float) - mean) * factor, labels, weights)
+    half = logistic.coef_[0] * factor / 2
     offset = logistic.intercept_[0] / 2 - half @ mean
     layer = network.linear
     with torch.no_grad():  # half of the log-odds for man, half against woman

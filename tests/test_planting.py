@@ -15,7 +15,7 @@ SHAPE, SEX = (29, 38, 24), np.arange(81) // 41
 POSITIONS = np.moveaxis(np.indices(SHAPE), 0, -1) * (6, 5, 7) + AFFINE[:3, 3]  # mm
 
 
-def write_folder(path, count=81, affine=AFFINE, marker="rejected.csv"):
+def write_folder(path, count=81, affine=AFFINE, synthetic=None):
     """Make a converted cohort: ellipsoids of noise, some of it at 0 or 1; men's brains larger."""
     rng, brain = np.random.default_rng(5), np.linalg.norm(POSITIONS / (70, 100, 80), axis=-1) < 1
     voxels = rng.uniform(0.2, 0.8, (count, 1, 1, 1)) + rng.normal(0, 0.1, (count, *SHAPE))
@@ -27,7 +27,8 @@ def write_folder(path, count=81, affine=AFFINE, marker="rejected.csv"):
     np.save(path / "labels.npy", SEX[:count])
     table.to_csv(path / "subjects.csv", index=False)
     (path / "grid.json").write_text(json.dumps({"shape": SHAPE, "affine": affine}, default=list))
-    (path / marker).touch()
+    if synthetic is not None:  # its effect
+        (path / "SYNTHETIC").write_text(json.dumps({"effect": synthetic}))
     return path
 
 
@@ -63,8 +64,14 @@ def test_only_the_regions_differ_between_balanced_labels_and_always_the_same(tmp
         assert (again / path.relative_to(out)).read_bytes() == path.read_bytes(), path
     with pytest.raises(ValueError, match="seed = 1, found those with 0"):
         plant(source, again, effect=0.8, seed=1)
-    with pytest.raises(ValueError, match=r"found .'PLANTED'"):
+    with pytest.raises(ValueError, match="found planted True"):
         plant(out, source.parent / "twice")
+
+
+def test_synthetic_people_without_differences_stay_synthetic(tmp_path):
+    out = plant(write_folder(tmp_path / "people", synthetic=0.0), tmp_path / "out", effect=2)
+    data = cohort.load(out)
+    assert (data.name, data.synthetic) == ("out (planted, d = 2) (synthetic)", True)
 
 
 def test_bad_input_is_refused_and_nothing_written(tmp_path):
@@ -72,7 +79,7 @@ def test_bad_input_is_refused_and_nothing_written(tmp_path):
     moved, coarse = AFFINE + np.eye(4)[3] * [[0], [70], [0], [0]], AFFINE * [[3], [3], [3], [1]]
     cases = {"half of each": {"affine": moved}, "4 voxels or": {"affine": coarse}}
     cases |= {"affine False": {"affine": None}, "True, 3 ": {"count": 3}}
-    cases |= {"SYNTH": {"marker": "SYNTHETIC"}}
+    cases |= {"planted True": {"synthetic": 1.0}}
     for n, (message, options) in enumerate(cases.items()):
         with pytest.raises(ValueError, match=f"/{n}: expected .*{message}"):
             plant(write_folder(tmp_path / str(n), **options), tmp_path / "out")

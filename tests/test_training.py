@@ -173,7 +173,10 @@ def test_the_neutral_layer_is_the_minimum_of_its_regression_and_makes_a_blur_neu
     x = np.column_stack([x, np.ones(len(x))]).astype(float)
     y = np.concatenate([sex, 1 - sex, sex, sex, sex])
     weight, beta = np.repeat([1, 0.5, 0.5, 1, 1], 16), np.zeros(x.shape[1])
-    ridge = np.diag([100.0] * (x.shape[1] - 1) + [0])  # 1 / C, the constant without a penalty
+    effect = x[:16][sex == 1].mean(0) - x[:16][sex == 0].mean(0)
+    effect = effect[:-1] ** 2 / np.sqrt((effect[:-1] ** 4).mean())
+    penalty = 100 / np.maximum(effect, 1e-9) ** 2  # 1 / C, less where the sexes differ
+    ridge = np.diag([*penalty, 0])  # the constant without a penalty
     for _ in range(30):
         p = 1 / (1 + np.exp(-x @ beta))
         slope = x.T @ (weight * (p - y)) + ridge @ beta

@@ -21,11 +21,11 @@ def plant(
 
     Labels are balanced in sex, brain volume and age. A smooth bump in each of `REGIONS` is added to
     the volumes of one label and subtracted from those of the other; no other voxel is changed.
-    Raises ValueError if the cohort is not a real one with an affine and these regions.
+    Raises ValueError if the cohort lacks an affine or these regions, or holds planted ones.
 
     Parameters
     ----------
-    cohort : folder that `volumes.convert` wrote, roughly in MNI space.
+    cohort : folder that `volumes.convert` wrote, roughly in MNI space; synthetic ones of effect 0.
     out : gets the cohort, its marker PLANTED, and ``truth``; ``sex_in_life`` in ``subjects.csv``.
     effect : Cohen's d of each region's mean between the labels, the chance difference included;
         ``truth/regions.csv`` has the measured ``d``, smaller where many voxels reach 0 or 1.
@@ -33,11 +33,12 @@ def plant(
     """
     cohort, out = Path(cohort), Path(out)
     data = load_cohort(cohort)
-    markers = [name for name in ("SYNTHETIC", "PLANTED") if (cohort / name).is_file()]
-    if markers or data.affine is None or len(data) < 4 or not 0 <= effect < np.inf:
-        problem = f"found {markers}, affine {data.affine is not None}, {len(data)} and d {effect}"
-        expected = "no marker, but an affine, 4 subjects or more, and a d of 0 or more"
-        raise ValueError(f"{cohort}: expected {expected}, {problem}; convert a real cohort")
+    synthetic, planted = cohort / "SYNTHETIC", (cohort / "PLANTED").is_file()
+    planted |= synthetic.is_file() and storage.read_json(synthetic)["effect"] != 0
+    if planted or data.affine is None or len(data) < 4 or not 0 <= effect < np.inf:
+        problem = f"planted {planted}, affine {data.affine is not None}, {len(data)}, d {effect}"
+        expected = "nothing planted before, an affine, 4 subjects or more, and a d of 0 or more"
+        raise ValueError(f"{cohort}: expected {expected}, found {problem}; take another cohort")
     files = [path.name for path in out.glob("[!.]*") if path.name != storage.RUN_RECORD]
     if files and "PLANTED" not in files:
         raise ValueError(f"{out}: expected no files, found {files}; name another folder")
@@ -59,6 +60,8 @@ def plant(
     storage.start_run(out, "plant", settings, overwrite=overwrite, results=stale)
     settings["d"] = dict(zip(regions["name"], regions["d"].round(3)))
     storage.write_text(out / "PLANTED", json.dumps(settings))  # first, so nothing passes for real
+    if synthetic.is_file():
+        storage.write_text(out / synthetic.name, synthetic.read_text())
     (out / "tensors.npy").unlink(missing_ok=True)
     storage.write_text(out / "truth/regions.csv", regions.to_csv(index=False, float_format="%.4f"))
     regions_map = truth.reshape(data.volumes.shape[1:]).astype(np.int16)

@@ -78,7 +78,7 @@ def test_bad_input_is_refused_and_nothing_written(tmp_path):
     source = write_folder(tmp_path / "hcp")
     moved, coarse = AFFINE + np.eye(4)[3] * [[0], [70], [0], [0]], AFFINE * [[3], [3], [3], [1]]
     cases = {"half of each": {"affine": moved}, "4 voxels or": {"affine": coarse}}
-    cases |= {"affine False": {"affine": None}, "True, 3 ": {"count": 3}}
+    cases |= {"affine False": {"affine": None}, "True, 3, ": {"count": 3}}
     cases |= {"planted True": {"synthetic": 1.0}}
     for n, (message, options) in enumerate(cases.items()):
         with pytest.raises(ValueError, match=f"/{n}: expected .*{message}"):

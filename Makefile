@@ -3,6 +3,10 @@ PROFILE ?= default
 PYTHON ?= python3
 BIN := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 
+# What a user has set for other work does not reach this one.
+unexport PYTHONPATH PIP_USER PIP_TARGET PIP_PREFIX MPLBACKEND JUPYTER_PATH
+export PYTHONNOUSERSITE := 1
+
 .PHONY: figures test notebooks bench soak
 .DELETE_ON_ERROR:
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from datetime import timedelta
+from glob import glob
 from pathlib import Path
 
 import joblib
@@ -84,26 +85,44 @@ def share_work(
     return work(None, False)
 
 
-def _survey(cohort: Path, table: Path | None = None) -> pd.DataFrame:
-    """Say how many subjects of what kind a folder holds, and what is missing."""
-    files = layouts.find_volumes(cohort)
+def _read_layout(
+    cohort: Path, table: Path | None, id: str | None, **names: str | None
+) -> tuple[pd.DataFrame, pd.DataFrame | None]:
+    """Say what a folder holds; return its volumes, and its people (None without their table)."""
+    people = None
     try:
-        people = tables.read_people(table or tables.find_people(cohort))
+        people = tables.read_people(table := table or tables.find_people(cohort), **names)
+        families = people["group"].notna().sum() if "group" in people else 0
+        print(f"people: {table}, {len(people)}; the families of {families} are known")
     except FileNotFoundError as error:
         print(f"no table of people: {error}")
-        people = None
+    known = () if people is None else people.index
+    files = layouts.find_volumes(cohort, pattern=id, known=known)
     print(layouts.summarise_layout(files, people).to_string())
-    return files
+    if len(ignored := files.loc[files["modality"] == "", "path"]):
+        print(f"ignored: {len(ignored)} volumes, as {ignored.iloc[0]} (--match would take them)")
+    return files, people
+
+
+def _survey(cohort: Path, table: Path | None, **names: str | None) -> None:
+    """Say what a folder holds, what is missing, what to run next, and what it will take."""
+    files, _ = _read_layout(cohort, table, **names)
+    print(f"morphometry: {tables.find_table(cohort) or 'none'}")
+    print("next, and what it takes here without a GPU, roughly:")
+    print(*layouts.next_commands(files, joblib.cpu_count()), sep="\n")
 
 
 def _convert(cohort: Path, out: Path | None, table: Path | None, **settings: object) -> None:
     """Turn a folder's volumes and its table of people into tensors.npy."""
     choice = {name: settings.pop(name) for name in ("kind", "session", "match")}
-    table, out = table or tables.find_people(cohort), out or cohort
-    source = layouts.choose_volumes(_survey(cohort, table), **choice)
+    names = {name: settings.pop(name) for name in ("subject", "sex", "id")}
+    table = table or tables.find_people(cohort)
+    files, people = _read_layout(cohort, table, session=choice["session"], **names)
+    source, out = layouts.choose_volumes(files, **choice), out or cohort
+    print(f"taken: {', '.join(source['kind'].value_counts().index[:3])}")
     if settings["mask"]:
         source["mask"] = layouts.match_masks(cohort, settings["mask"], source["Subject"])
-    volumes.convert(source, table, out, **settings)
+    volumes.convert(source, people, out, **settings)
     if (cohort / "SYNTHETIC").is_file():
         storage.write_text(out / "SYNTHETIC", (cohort / "SYNTHETIC").read_text())
 
@@ -141,19 +160,22 @@ def _masks(cohort: Path, networks: Path, out: Path, seed: int, overwrite: bool) 
     print(table[["before", "after", "volume"]].describe().loc[["mean", "min", "max"]].to_string())
 
 
-def _predict(network: Path, volumes: Sequence[Path]) -> None:
+def _predict(network: Path, volumes: Sequence[Path], **options: str | None) -> None:
     """Print the probability of man for new volumes, as CSV."""
-    table = predict_files(network, volumes)
+    table = predict_files(network, volumes, **options)
     table.to_csv(sys.stdout, index=False)
     if table["probability_of_man"].isna().all():
         raise ValueError(f"not one of {len(table)} volumes could be used; see their reasons")
 
 
-def predict_files(checkpoint: str | Path, paths: Sequence[Path]) -> pd.DataFrame:
-    """Predict the sex of NIfTI volumes at native resolution, prepared as the training cohort was.
+def predict_files(
+    checkpoint: str | Path, paths: Sequence[Path], mask: str | None = None, id: str | None = None
+) -> pd.DataFrame:
+    """Predict the sex of volumes at native resolution, prepared as the training cohort was.
 
-    ``run.json`` beside the checkpoint (``fold-K.pt``) names the cohort's grid and modality; without
-    it they are FA of any field of view.
+    ``run.json`` beside the checkpoint (``fold-K.pt``) says how that was; without it they are FA of
+    any field of view. Folders and unexpanded wildcards among the paths stand for what they hold;
+    `mask` is a glob pattern of masks, and `id` one of `layouts.name_subjects`.
 
     Returns a row a volume: path, Subject, and probability_of_man, or the reason why it has none.
     """
@@ -161,15 +183,19 @@ def predict_files(checkpoint: str | Path, paths: Sequence[Path]) -> pd.DataFrame
     if record.is_file():
         grid = storage.read_json(record).get("train", {}).get("grid", grid)
     grid = check_grid(grid, record)
-    network, rows = networks.load(checkpoint, grid["shape"]), []
-    for path in tqdm(paths, "predict", unit="volume"):
-        row = {"path": path, "Subject": layouts.subject_of(path), "probability_of_man": np.nan}
+    network, rows, files = networks.load(checkpoint, grid["shape"]), [], []
+    for path in paths:
+        if path.is_dir():
+            found = layouts.find_volumes(path, pattern=id)
+            files += list(layouts.choose_volumes(found, kind=grid["modality"])["path"])
+        else:
+            files += sorted(map(Path, glob(str(path), recursive=True))) or [path]
+    subjects = layouts.name_subjects(files, pattern=id)
+    masks = layouts.match_masks(".", mask, subjects) if mask else [None] * len(files)
+    for path, subject, own in zip(tqdm(files, "predict", unit="volume"), subjects, masks):
+        row = {"path": path, "Subject": subject, "probability_of_man": np.nan}
         try:
-            volume, affine, _ = volumes.prepare(path, grid["modality"], grid["normalised"])
-            small, affine = volumes.resample(volume, affine, network.shape)
-            if grid["affine"] is not None and not np.allclose(affine, grid["affine"], atol=1e-3):
-                problem = f"found another, of affine {affine.round(3).tolist()}"
-                raise ValueError(f"{path}: expected the training cohort's field of view, {problem}")
+            small, *_ = volumes.prepare_like(path, grid | grid["preparation"], own)
             row["probability_of_man"] = training.predict(network, small[None])[0, 1]
         except (ValueError, OSError) as error:
             row["reason"] = str(error)
@@ -184,13 +210,14 @@ OPTIONS = {  # the default of --effect is the function's own: 1 for synthesize, 
     "cohort": {"type": Path, "help": "a layout of DATA_ACCESS.md; once converted, its cohort"},
     "network": {"type": Path, "help": "fold-K.pt, or a published state dict"},
     "networks": {"type": Path, "help": "folder that train wrote"},
-    "volumes": {"type": Path, "nargs": "+", "help": "<ID>.nii.gz"},
+    "volumes": {"type": Path, "nargs": "+", "help": "files, folders or wildcards"},
     "out": {"type": Path},
     "--out": {"type": Path, "help": "where tensors.npy goes; COHORT by default"},
     "--subjects": {"type": int, "default": 200, "help": "how many have a volume"},
     "--spacing": {"type": float, "default": 2.5, "help": "mm; 1.25 is HCP's grid"},
     "--head-size": {"type": float, "default": 0.12, "help": "men's over women's, minus one"},
     "--effect": {"type": float, "default": argparse.SUPPRESS, "help": "a factor; plant: Cohen's d"},
+    "--diffusion": {"type": int, "default": 0, "help": "how many have a diffusion series"},
     "--seed": {"type": int, "default": 0, "help": "of all random draws"},
     "--workers": {"type": int, "help": "at once; as many as cores by default (memory: README)"},
     "--overwrite": {"action": "store_true", "help": "start anew, also with other settings"},
@@ -198,9 +225,12 @@ OPTIONS = {  # the default of --effect is the function's own: 1 for synthesize, 
     "--bmax": {"type": float, "default": 1500, "help": "largest shell, s/mm²"},
     "--b0": {"type": float, "default": 50, "help": "no diffusion weighting up to it, s/mm²"},
     "--table": {"type": Path, "help": "of people; the one in COHORT by default"},
-    "--kind": {"choices": layouts.VOLUME_KINDS, "help": "of volumes, where there are several"},
-    "--session": {"help": "BIDS's, where subjects came twice"},
-    "--match": {"metavar": "GLOB", "help": "of file names, where there are several"},
+    "--subject": {"help": "column of IDs, where its name does not tell"},
+    "--sex": {"help": "column of sex, likewise"},
+    "--id": {"metavar": "REGEX", "help": "that finds a subject's ID in a path"},
+    "--kind": {"choices": tuple(layouts.NAMES), "help": "of volumes, where there are both"},
+    "--session": {"help": "of volumes and rows, where subjects came twice"},
+    "--match": {"metavar": "GLOB", "help": "of names or paths, where there are several"},
     "--regrid": {"action": "store_true", "help": "resample volumes on other grids"},
     "--normalised": {"action": "store_true", "help": "bring all brains to one size"},
     "--leave-out-qc": {"action": "store_true", "help": "leave out subjects with a QC_Issue"},
@@ -218,16 +248,16 @@ OPTIONS = {  # the default of --effect is the function's own: 1 for synthesize, 
 COMMANDS = {  # name: the function, and its arguments
     "synthesize": (
         synthetic.write_cohort,
-        "folder --subjects --spacing --head-size --effect --seed --workers --overwrite",
+        "folder --subjects --spacing --head-size --effect --diffusion --seed --workers --overwrite",
     ),
     "plant": (synthetic.plant, "cohort out --effect --seed --overwrite"),
     "extract": (archives.extract, "source target --member --workers --overwrite"),
     "fa": (diffusion.fit_folder, "source target --bmax --b0 --workers --overwrite"),
-    "survey": (_survey, "cohort --table"),
+    "survey": (_survey, "cohort --table --subject --sex --id"),
     "convert": (
         _convert,
-        "cohort --out --table --kind --session --match --regrid --normalised --leave-out-qc "
-        "--mask --align --workers --overwrite",
+        "cohort --out --table --subject --sex --id --kind --session --match --mask --align "
+        "--regrid --normalised --leave-out-qc --workers --overwrite",
     ),
     "train": (
         _train,
@@ -235,20 +265,11 @@ COMMANDS = {  # name: the function, and its arguments
         "--no-neutral --seed --workers --overwrite",
     ),
     "masks": (_masks, "cohort networks out --seed --overwrite"),
-    "predict": (_predict, "network volumes"),
+    "predict": (_predict, "network volumes --mask --id"),
 }
-EXAMPLES = """from HCP's packages to masks:
-  python -m brainsex fa data/hcp data/hcp/fa --workers 4
-  python -m brainsex survey data/hcp
-  python -m brainsex convert data/hcp
-  python -m brainsex train data/hcp results/hcp/cnn3d --workers 2
-  python -m brainsex masks data/hcp results/hcp/cnn3d results/hcp/masks
-  python -m brainsex predict results/hcp/cnn3d/fold-0.pt some_FA.nii.gz
-T1 of whole heads instead: convert data/ixi --mask 'masks/*' --align rigid
-without HCP, or from archives of FA maps:
-  python -m brainsex synthesize data/synthetic
-  python -m brainsex extract data/synthetic data/synthetic/fa
-  python -m brainsex plant data/ixi data/ixi-planted --effect 1.5
+EXAMPLES = """which commands, in which order, and what they take: python -m brainsex survey data/hcp
+without HCP: python -m brainsex synthesize data/synthetic
+T1 of whole heads: python -m brainsex convert data/ixi --mask 'masks/*' --align rigid
 """
 
 
@@ -279,7 +300,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with process_group() if launched else nullcontext(True) as is_first:
             lock = storage.folder_lock(folder) if is_first and folder else nullcontext()
             with lock, redirect_stdout(sys.stdout if is_first else None):
-                COMMANDS[command][0](**options)
+                table = COMMANDS[command][0](**options)
+        if isinstance(table, pd.DataFrame) and (table["status"] == "rejected").all():
+            reason = table["reason"].iloc[0]
+            raise ValueError(f"nobody could be used (see rejected.csv); the first as: {reason}")
     except KeyboardInterrupt:
         print("stopped: the same command goes on from what is finished", file=sys.stderr)
         sys.exit(130)  # as of any program that Ctrl-C ends
@@ -287,6 +311,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         full = getattr(error, "errno", None) in archives.DISK_FULL
         advice = "; make room and run again: what is finished is kept" if full else ""
         sys.exit(f"error: {' '.join(str(error).split())}{advice}")
+    except RuntimeError as error:  # of CUDA: a GPU that is too old, too full, or broken
+        if networks.device().type == "cpu":
+            raise
+        sys.exit(f"error: the GPU failed ({error!s:.200}); BRAINSEX_DEVICE=cpu does without it")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """A converted cohort and its loader: volumes, sex, subjects, families and affine."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +10,7 @@ import pandas as pd
 from brainsex import storage, tables
 
 MODALITIES = {"fa": "FA", "t1": "T1w (brain's median 0.5)"}  # and how figures label the values
+PREPARATION = ("mask", "align", "regrid", "native")  # in grid.json, where a cohort has them
 CONVERT_AGAIN = "run `python -m brainsex convert` again"
 
 
@@ -27,6 +28,7 @@ class Cohort:
     table: pd.DataFrame  # subjects.csv, rows in the same order
     modality: str = "fa"  # a key of MODALITIES
     normalised: bool = False  # all brains have one size; else head size is in the volumes
+    preparation: dict = field(default_factory=dict)  # what else `volumes.prepare_like` needs
 
     def __len__(self) -> int:
         return len(self.sex)
@@ -92,7 +94,7 @@ def digest(cohort: Cohort) -> str:
 
 
 def check_grid(grid: dict, path: Path) -> dict:
-    """Return shape, affine (4, 4), modality and normalised of a record, or raise ValueError."""
+    """Return the fields of a `Cohort` that a record holds, and its shape, or raise ValueError."""
     with storage.reading(path, "shape, modality and affine of a cohort", CONVERT_AGAIN):
         modality, affine = grid.get("modality", "fa"), grid.get("affine")
         if affine is not None:
@@ -101,7 +103,11 @@ def check_grid(grid: dict, path: Path) -> dict:
                 raise ValueError(f"found affine {affine.tolist()}")
         if modality not in MODALITIES:
             raise ValueError(f"found modality {modality!r:.100}")
-        checked = {"shape": tuple(map(int, grid["shape"])), "affine": affine}
+        more = {name: grid[name] for name in PREPARATION if grid.get(name)}
+        if "native" in more:
+            native_shape, native_affine = more["native"]
+            more["native"] = [list(map(int, native_shape)), np.float64(native_affine).tolist()]
+        checked = {"shape": tuple(map(int, grid["shape"])), "affine": affine, "preparation": more}
         return checked | {"modality": modality, "normalised": bool(grid.get("normalised", False))}
 
 

@@ -24,33 +24,11 @@ def confound_matrix(table: pd.DataFrame, names: Sequence[str]) -> np.ndarray:
     for name in columns:
         if columns[name].isna().any() or columns[name].nunique() < 2:
             counts = f"{columns[name].isna().sum()} blanks and {columns[name].nunique()} values"
-            raise ValueError(
-                f"expected confound {name} without blanks, of several values, found {counts}"
-            )
+            raise ValueError(f"expected confound {name} complete and varied, found {counts}")
         numbers = pd.to_numeric(columns[name], errors="coerce")
         if numbers.notna().all():
             columns[name] = numbers
     return pd.get_dummies(columns, drop_first=True).to_numpy(float)
-
-
-class _Regression:
-    """Linear regression of values (N, …), read a chunk at a time, on standardised confounds."""
-
-    def __init__(self, confounds: np.ndarray, values: np.ndarray, rows: np.ndarray) -> None:
-        training = confounds[rows]
-        spread = training.std(0)
-        varies = spread > 1e-9 * np.abs(training).max(0)  # or its spread is rounding
-        self.mean, self.scale = training.mean(0), np.where(varies, spread, np.inf)
-        design = np.column_stack([np.ones(len(rows)), (training - self.mean) / self.scale])
-        solve, self.coefficients = np.linalg.pinv(design)[1:], 0.0  # (K, N), (K, P)
-        for part in np.array_split(np.arange(len(rows)), -(-len(rows) // CHUNK)):
-            chunk = np.asarray(values[rows[part]], float).reshape(len(part), -1)
-            self.coefficients = self.coefficients + solve[:, part] @ chunk
-
-    def residuals(self, confounds: np.ndarray, values: np.ndarray) -> np.ndarray:
-        """Values less what their confounds explain; the mean over the training rows stays."""
-        explained = (confounds - self.mean) / self.scale @ self.coefficients
-        return values - explained.reshape(values.shape)
 
 
 class ConfoundRegressor(TransformerMixin, BaseEstimator):
@@ -67,14 +45,14 @@ class ConfoundRegressor(TransformerMixin, BaseEstimator):
     def fit(self, X: np.ndarray, y: np.ndarray | None = None) -> "ConfoundRegressor":
         """Learn coefficients from confounds and features (N, count + P)."""
         confounds, features = X[:, : self.count], X[:, self.count :]
-        self.regression_ = _Regression(confounds, features, np.arange(len(X)))
-        spread = self.regression_.residuals(confounds, features).std(0)
+        self.regression_ = RegressedVolumes(features, confounds, np.arange(len(X)))
+        spread = self.regression_.residuals(features, confounds).std(0)
         self.rounding_ = spread < 1e-6 * features.std(0)
         return self
 
     def transform(self, X: np.ndarray) -> np.ndarray:
         """Return the features (N, P) less what their confounds explain."""
-        residuals = self.regression_.residuals(X[:, : self.count], X[:, self.count :])
+        residuals = self.regression_.residuals(X[:, self.count :], X[:, : self.count])
         residuals[:, self.rounding_] = 0
         return residuals
 
@@ -89,15 +67,28 @@ class RegressedVolumes:
     def __init__(self, values: np.ndarray, confounds: np.ndarray, train: np.ndarray) -> None:
         self.values, self.shape = values, values.shape
         self.confounds = np.asarray(confounds, float).reshape(len(values), -1)
-        self.regression = _Regression(self.confounds, values, train)
+        training = self.confounds[train]
+        spread = training.std(0)
+        varies = spread > 1e-9 * np.abs(training).max(0)  # or its spread is rounding
+        self.mean, self.scale = training.mean(0), np.where(varies, spread, np.inf)
+        design = np.column_stack([np.ones(len(train)), (training - self.mean) / self.scale])
+        solve, self.coefficients = np.linalg.pinv(design)[1:], 0.0  # (K, N), (K, P)
+        for part in np.array_split(np.arange(len(train)), -(-len(train) // CHUNK)):
+            chunk = np.asarray(values[train[part]], float).reshape(len(part), -1)
+            self.coefficients = self.coefficients + solve[:, part] @ chunk
 
     def __len__(self) -> int:
         return len(self.values)
 
     def __getitem__(self, rows: int | slice | np.ndarray) -> np.ndarray:
         values = np.asarray(self.values[rows])
-        residuals = self.regression.residuals(self.confounds[rows], values)
+        residuals = self.residuals(values, self.confounds[rows])
         return residuals.astype(np.result_type(values, np.float32))
+
+    def residuals(self, values: np.ndarray, confounds: np.ndarray) -> np.ndarray:
+        """Return any values less what their confounds explain; the training rows' mean stays."""
+        explained = (confounds - self.mean) / self.scale @ self.coefficients
+        return values - explained.reshape(values.shape)
 
 
 def matched_rows(

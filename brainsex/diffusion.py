@@ -8,12 +8,11 @@ the tensor fitted with the nominal g is (I + L)ᵀ D (I + L), from which D is re
 import gzip
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import BinaryIO
 
 import nibabel as nib
 import numpy as np
@@ -21,6 +20,7 @@ import pandas as pd
 from nibabel.arrayproxy import ArrayProxy
 
 from brainsex import archives, storage
+from brainsex.archives import File
 from brainsex.storage import MAX_VOXELS
 
 DATA, MASK, DEVIATIONS = "data.nii.gz", "nodif_brain_mask.nii.gz", "grad_dev.nii.gz"
@@ -30,7 +30,6 @@ MAX_VALUES = 1 << 28  # voxels by volumes kept in memory; HCP's series has 1e8, 
 MAX_DEVIATION = 0.3  # largest element of L accepted (HCP's are below 0.1): I + L has an inverse
 SLAB = 2000  # voxels fitted at a time: DIPY's memory does not grow with the brain
 SEVEN_TESLA = re.compile(r"Diffusion_?7T|_7T_[^/]*\.zip")  # HCP has it beside the series at 3 T
-File = tuple[str, Callable[[], BinaryIO]]  # its name in messages, and what opens it
 
 
 def fit_folder(
@@ -75,13 +74,11 @@ def _find_series(paths: dict[str, Path], stack: ExitStack) -> dict[str, File]:
     names, files = (*NEEDED, DEVIATIONS), []
     for label, path in paths.items():
         if path.name == DATA:
-            for place in map(path.with_name, names):
-                if place.is_file() or place.is_symlink():  # what opens a broken link will name it
-                    name = label.removesuffix(DATA) + place.name
-                    files.append((name, partial(open, place, "rb")))
+            places = map(path.with_name, names)  # what opens a broken link will name it
+            places = [place for place in places if place.is_file() or place.is_symlink()]
+            files += [(label.removesuffix(DATA) + p.name, partial(open, p, "rb")) for p in places]
         else:
-            members = archives.find_members(path, label, names, stack, archives.MAX_INNER)
-            files += [(name, partial(archive.open, info)) for archive, info, name in members]
+            files += archives.find_members(path, label, names, stack, archives.MAX_INNER)
     folders: dict[str, dict[str, File]] = {}
     for file in files:
         folder, _, name = file[0].replace("\\", "/").rpartition("/")
@@ -98,24 +95,24 @@ def _fit_series(files: dict[str, File], path: Path, bmax: float, b0: float) -> N
     """Write the FA map of the files of a series: float32 in [0, 1], 0 outside the mask."""
     design, keep, count = _read_gradients(files, bmax, b0)
     grid, (mask,) = _read_nifti(files[MASK])
-    voxels, deviations = np.flatnonzero(mask > 0), None  # X fastest
+    voxels = np.flatnonzero(mask > 0)  # X fastest
     if not 0 < len(voxels) * len(keep) <= MAX_VALUES:
         expected = f"expected 1 to {MAX_VALUES // len(keep)} voxels above 0"
         raise ValueError(f"{files[MASK][0]}: {expected}, found {len(voxels)}")
+    stored = np.zeros((9, len(voxels)), np.float32)
     if DEVIATIONS in files:
         stored = np.float32(_read_nifti(files[DEVIATIONS], grid, voxels, range(9), 9)[1])
         if np.nanmax(np.abs(stored)) > MAX_DEVIATION:
             raise ValueError(f"{files[DEVIATIONS][0]}: expected fractions, found more than 0.3")
-        deviations = stored.T.reshape(-1, 3, 3).swapaxes(1, 2)  # HCP stores L by columns
+    deviations = stored.T.reshape(-1, 3, 3).swapaxes(1, 2)  # HCP stores L by columns
     volumes = _read_nifti(files[DATA], grid, voxels, keep, count)[1]
     fa = np.zeros(mask.size, np.float32)
     for start in range(0, len(voxels), SLAB):
         slab = slice(start, start + SLAB)
         signal = np.stack([volume[slab] for volume in volumes]).T
-        local = None if deviations is None else deviations[slab]
-        fa[voxels[slab]] = _fractional_anisotropy(signal, design, local)
-    image = nib.Nifti1Image(fa.reshape(grid.get_data_shape(), order="F"), None, grid)
-    image.set_data_dtype(np.float32)
+        fa[voxels[slab]] = _fractional_anisotropy(signal, design, deviations[slab])
+    fa = fa.reshape(grid.get_data_shape(), order="F")
+    image = nib.Nifti1Image(fa, None, grid, dtype=np.float32)
     with storage.atomic_path(path) as partial_path:
         partial_path.write_bytes(gzip.compress(image.to_bytes(), 6, mtime=0))
 
@@ -123,10 +120,7 @@ def _fit_series(files: dict[str, File], path: Path, bmax: float, b0: float) -> N
 def _read_gradients(
     files: dict[str, File], bmax: float, b0: float
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """Return DIPY's design matrix (fitted, 7), the indices of the volumes to fit, and how many are.
-
-    Raises ValueError unless the shells up to `bmax` determine a tensor.
-    """
+    """Return DIPY's design matrix (fitted, 7), the volumes to fit, and how many there are."""
     from dipy.core.gradients import gradient_table
     from dipy.reconst import dti
 
@@ -138,32 +132,27 @@ def _read_gradients(
         directions = table.bvecs[keep][bvals[keep] > b0]
         dyads = (directions[:, :, None] * directions[:, None, :]).reshape(-1, 9)
         if np.linalg.matrix_rank(dyads, tol=1e-2) < 6 or not 0 <= bvals.min() <= b0:
-            counts = f"{len(directions)} volumes there, b from {bvals.min():g} to {bvals.max():g}"
-            raise ValueError(f"found {counts}")
+            raise ValueError(
+                f"{len(directions)} volumes, b from {bvals.min():g} to {bvals.max():g}"
+            )
     return dti.design_matrix(table)[keep], keep, len(bvals)
 
 
 def _fractional_anisotropy(
-    signal: np.ndarray, design: np.ndarray, deviations: np.ndarray | None
+    signal: np.ndarray, design: np.ndarray, deviations: np.ndarray
 ) -> np.ndarray:
-    """Fit FA to the signal of voxels, by DIPY's weighted least squares (Chung et al. 2006).
+    """Fit FA to the signal (N, volumes) of voxels, by DIPY's weighted least squares.
 
-    Takes the signal (N, volumes) of any scale, DIPY's design matrix (volumes, 7), and L (N, 3, 3)
-    of each voxel in the frame of bvecs, as FSL writes both; its g is (I + L)g, its b is
-    b |(I + L)g|² (Bammer et al. 2003). Returns (N,) float32 in [0, 1], 0 where a signal or a
-    deviation is not finite.
+    `deviations` is L (N, 3, 3) of each voxel in the frame of bvecs, as FSL writes both. Returns
+    (N,) float32 in [0, 1], 0 where a signal or a deviation is not finite.
     """
     from dipy.reconst import dti
 
-    finite = np.isfinite(signal).all(axis=1)
-    if deviations is not None:
-        finite &= np.isfinite(deviations).all(axis=(1, 2))
+    finite = np.isfinite(signal).all(axis=1) & np.isfinite(deviations).all(axis=(1, 2))
     signal = np.maximum(signal[finite].astype(float), dti.MIN_POSITIVE_SIGNAL)
     coefficients, _ = dti.wls_fit_tensor(design, signal, return_lower_triangular=True)
-    tensors = dti.from_lower_triangular(coefficients[:, :6])
-    if deviations is not None:
-        undo = np.linalg.inv(np.eye(3) + deviations[finite])
-        tensors = undo.swapaxes(1, 2) @ tensors @ undo
+    undo = np.linalg.inv(np.eye(3) + deviations[finite])
+    tensors = undo.swapaxes(1, 2) @ dti.from_lower_triangular(coefficients[:, :6]) @ undo
     least = 1e-6 / -design.min()  # where DIPY clips eigenvalues
     eigenvalues, _ = dti.decompose_tensor(tensors, min_diffusivity=least)
     fa = np.zeros(len(finite), np.float32)
@@ -176,7 +165,8 @@ def _read_numbers(file: File) -> np.ndarray:
     with storage.reading(file[0], "rows of as many numbers each"), file[1]() as stream:
         if len(text := stream.read(MAX_TEXT + 1)) > MAX_TEXT:
             raise ValueError(f"more than {MAX_TEXT} bytes")
-        return np.array([row.split() for row in text.decode().splitlines() if row.strip()], float)
+        rows = text.decode("utf-8-sig").splitlines()
+        return np.array([row.split() for row in rows if row.strip()], float)
 
 
 def _read_nifti(
@@ -205,9 +195,8 @@ def _read_nifti(
                 f"{label}: expected shape {expected} on the grid of {MASK}, at most {MAX_VOXELS} "
                 f"real voxels, found {shape} of {dtype} from byte {start}, affine {affine.tolist()}"
             )
-        stored, values = ArrayProxy(stream, header).reshape((*shape[:3], count)), []
-        for number in keep:
-            values.append(np.asarray(stored[..., number]).ravel(order="F")[voxels])
+        stored = ArrayProxy(stream, header).reshape((*shape[:3], count))
+        values = [np.asarray(stored[..., number]).ravel(order="F")[voxels] for number in keep]
         while stream.read(archives.CHUNK):  # to its end
             pass
     return header, values

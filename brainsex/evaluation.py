@@ -27,9 +27,7 @@ def folds(
     sex = np.asarray(sex)
     fewest = min(*np.bincount(sex, minlength=2), len(sex if groups is None else set(groups)))
     if not 2 <= folds <= fewest:
-        raise ValueError(
-            f"expected 2 to {fewest} folds (subjects of a sex, families), got {folds}."
-        )
+        raise ValueError(f"expected 2 to {fewest} folds (subjects of a sex, families), got {folds}")
     splitter = StratifiedKFold if groups is None else StratifiedGroupKFold
     splits = splitter(folds, shuffle=True, random_state=seed).split(sex, sex, groups)
     assignment = np.empty(len(sex), np.int64)
@@ -49,7 +47,7 @@ def wilson_interval(correct: int, n: int) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
-def corrected_t_interval(scores: np.ndarray, *, folds: int) -> tuple[float, float, float]:
+def _corrected_t_interval(scores: np.ndarray, *, folds: int) -> tuple[float, float, float]:
     """Return the mean of folds' scores (J,), repeated or not, and its 95 % resampled-t interval.
 
     Folds share training subjects, so their scores' variance is inflated by n_test / n_train, which
@@ -109,11 +107,15 @@ def score(sex: np.ndarray, decisions: np.ndarray, assignment: np.ndarray) -> dic
     tested = labels[0][np.unique(np.concatenate([subjects for _, subjects in fold_rows]))]
     if len(samples) == 1:
         low, high = wilson_interval(round(accuracy[0] * len(tested)), len(tested))
-        half = _auc_half_width(auc[0], *np.bincount(tested, minlength=2))
-        auc_low, auc_high = auc[0] - half, auc[0] + half
+        area, (women, men) = auc[0], np.bincount(tested, minlength=2)
+        above, below = area / (2 - area), 2 * area**2 / (1 + area)
+        variance = area * (1 - area) + (men - 1) * (above - area**2)
+        variance += (women - 1) * (below - area**2)
+        half = float(norm.ppf(0.975) * math.sqrt(variance / (women * men)))
+        auc_low, auc_high = area - half, area + half
     else:
-        _, low, high = corrected_t_interval(accuracy, folds=count)
-        _, auc_low, auc_high = corrected_t_interval(auc, folds=count)
+        _, low, high = _corrected_t_interval(accuracy, folds=count)
+        _, auc_low, auc_high = _corrected_t_interval(auc, folds=count)
     return {
         "accuracy": float(np.mean(accuracy)),
         "low": max(low, 0.0),
@@ -133,13 +135,6 @@ def score_table(
     """Tabulate `score` of each classifier's decisions, one row each, under ``classifier``."""
     scores = {name: score(sex, values, assignment) for name, values in decisions.items()}
     return pd.DataFrame.from_dict(scores, orient="index").rename_axis("classifier").reset_index()
-
-
-def _auc_half_width(auc: float, women: int, men: int) -> float:
-    """Half the 95 % interval of one sample's AUC, by Hanley and McNeil."""
-    above, below = auc / (2 - auc), 2 * auc**2 / (1 + auc)
-    variance = auc * (1 - auc) + (men - 1) * (above - auc**2) + (women - 1) * (below - auc**2)
-    return float(norm.ppf(0.975) * math.sqrt(variance / (women * men)))
 
 
 def _tested_folds(
@@ -176,13 +171,10 @@ def paired_test(
     first, second = np.atleast_2d(first), np.atleast_2d(second)
     fold_rows, count = _tested_folds(np.isfinite(first) & np.isfinite(second), assignment)
     labels = np.broadcast_to(sex, first.shape)
-
-    def measure(decisions: np.ndarray, rows: tuple[np.ndarray, ...]) -> float:
-        truth, values = labels[rows], decisions[rows]
-        return roc_auc_score(truth, values) if auc else np.mean((values > 0) == truth)
-
-    gains = [measure(first, rows) - measure(second, rows) for rows in fold_rows]
-    mean, low, high = corrected_t_interval(gains, folds=count)
+    measure = roc_auc_score if auc else lambda truth, values: np.mean((values > 0) == truth)
+    samples = [(labels[rows], first[rows], second[rows]) for rows in fold_rows]
+    gains = [measure(truth, one) - measure(truth, other) for truth, one, other in samples]
+    mean, low, high = _corrected_t_interval(gains, folds=count)
     error = (high - mean) / t.ppf(0.975, len(gains) - 1)
     p = 2 * t.sf(abs(mean) / error, len(gains) - 1) if error else mean == 0
     return {"difference": float(mean), "low": float(low), "high": float(high), "p": float(p)}

@@ -58,28 +58,32 @@ def explain(
     networks_folder, out = Path(networks_folder), Path(out)
     rows = np.arange(len(cohort)) if rows is None else np.asarray(rows, int)
     folds, used = held_out_folds(networks_folder, cohort.subjects), _used_options(methods, options)
-    sources, suffix = _sources(cohort, networks_folder), "-random" * random_weights
+    if cohort.affine is None:
+        raise ValueError("cohort has no affine to save maps with; pass cohort.load(…, affine=…)")
+    checksum = hashlib.sha256((networks_folder / "folds.csv").read_bytes())
+    for path in sorted(networks_folder.glob("fold-*.pt")):
+        checksum.update(path.read_bytes())
+    sources = {"networks": checksum.hexdigest()[:16], "cohort": digest(cohort)[:16]}
+    suffix, missing = "-random" * random_weights, {}
     for method, values in used.items():
         drawn = random_weights or METHODS[method].compute is None
         settings = sources | values | ({"seed": seed} if drawn else {})
         results = [f"{method}{suffix}/*"] + ["persistence/*"] * (method + suffix == "mask")
         options = {"overwrite": overwrite, "results": results}
         storage.start_run(out, f"explain {method}{suffix}", settings, **options)
-    with tqdm(total=len(used) * len(rows), desc="explain", unit="map") as bar:
-        for fold in np.unique(folds[rows]):
-            fold_rows = rows[folds[rows] == fold]
-            missing = {m: _missing_rows(out / (m + suffix), cohort, fold_rows) for m in used}
-            bar.update(len(used) * len(fold_rows) - sum(map(len, missing.values())))
-            missing = {method: left for method, left in missing.items() if len(left)}
-            if not missing:
-                continue
+        paths = (out / (method + suffix) / f"{name}.nii.gz" for name in cohort.subjects[rows])
+        missing[method] = rows[[not path.is_file() for path in paths]]
+    with tqdm(total=sum(map(len, missing.values())), desc="explain", unit="map") as bar:
+        for fold in sorted({folds[row] for left in missing.values() for row in left}):
+            of_fold = {method: left[folds[left] == fold] for method, left in missing.items()}
             network = explained = fold_network(networks_folder, fold, cohort)
             if random_weights:
                 *_, (_, explained) = randomised_layers(network, seed=100 * seed + fold)
-            needed = any(METHODS[method].reference for method in missing)
+            needed = any(METHODS[method].reference for method in of_fold if len(of_fold[method]))
             means = training_means(cohort, folds, fold) if needed else None
-            for method, left in missing.items():
-                for chunk in np.split(left, range(CHUNK, len(left), CHUNK)):
+            for method, left in of_fold.items():
+                for start in range(0, len(left), CHUNK):
+                    chunk = left[start : start + CHUNK]
                     volumes, values = np.array(cohort.volumes[chunk]), used[method]
                     target = saliency.predicted_classes(network, volumes)
                     settings = {"target": target, "seed": seed, "progress": False} | values
@@ -92,12 +96,6 @@ def explain(
     return table.iloc[rows].join(_mask_records(table, out), on="Subject").reset_index(drop=True)
 
 
-def _missing_rows(folder: Path, cohort: Cohort, rows: np.ndarray) -> np.ndarray:
-    """Return those of the rows whose map is not in the folder."""
-    paths = (folder / f"{name}.nii.gz" for name in cohort.subjects[rows])
-    return rows[[not path.is_file() for path in paths]]
-
-
 def _used_options(methods: Sequence[str], options: dict) -> dict[str, dict]:
     """Each method's options, with their defaults."""
     if unknown := set(methods) - set(METHODS):
@@ -108,16 +106,6 @@ def _used_options(methods: Sequence[str], options: dict) -> dict[str, dict]:
     for values in used.values():
         values |= {name: options[name] for name in values if name in options}
     return used
-
-
-def _sources(cohort: Cohort, networks_folder: Path) -> dict[str, str]:
-    """Digests of the cohort and of the networks, for the run's record."""
-    if cohort.affine is None:
-        raise ValueError("cohort has no affine to save maps with; pass cohort.load(…, affine=…)")
-    checksum = hashlib.sha256((networks_folder / "folds.csv").read_bytes())
-    for path in sorted(networks_folder.glob("fold-*.pt")):
-        checksum.update(path.read_bytes())
-    return {"networks": checksum.hexdigest()[:16], "cohort": digest(cohort)[:16]}
 
 
 def _save_chunk(
@@ -190,8 +178,7 @@ def t_map(
     values = np.array([volume[brain] for volume in smooth], np.float32)
     if not all(np.isfinite(part).all() for part in (values, confounds) if part is not None):
         raise ValueError("expected finite volumes and confounds, found blanks; leave those out.")
-    options = {"n_perm": permutations, "random_state": seed}
-    options["n_jobs"] = PERMUTATION_JOBS if permutations else 1
+    options = {"n_perm": permutations, "random_state": seed, "n_jobs": PERMUTATION_JOBS}
     statistics = permuted_ols(np.asarray(sex, float)[:, None], values, confounds, **options)
     maps, varies = np.zeros((2, *brain.shape), np.float32), np.ptp(values, axis=0) > 0
     maps[0][brain] = np.where(varies, statistics["t"][0], 0)
@@ -208,10 +195,7 @@ def held_out_folds(networks_folder: str | Path, subjects: Sequence[str]) -> np.n
     path = Path(networks_folder) / "folds.csv"
     if not path.is_file():
         raise FileNotFoundError(f"{networks_folder}: no folds.csv. Run notebook 04_cnn_3d first.")
-    with storage.reading(path, "columns Subject and fold", "train again"):
-        folds = pd.read_csv(path, dtype={"Subject": str}).set_index("Subject")["fold"]
-    if folds.dtype.kind not in "iu":
-        raise ValueError(f"{path}: expected whole numbers as folds, found {set(folds[:9])}")
+    folds = pd.read_csv(path, dtype={"Subject": str}).set_index("Subject")["fold"]
     if unknown := sorted(set(subjects) - set(folds.index)):
         raise ValueError(f"{networks_folder}: folds.csv does not know {', '.join(unknown[:10])}.")
     return folds[subjects].to_numpy()
@@ -219,8 +203,7 @@ def held_out_folds(networks_folder: str | Path, subjects: Sequence[str]) -> np.n
 
 def fold_network(networks_folder: str | Path, fold: int, cohort: Cohort) -> nn.Module:
     """Load a fold's network for the cohort's volumes; raises as `networks.load`."""
-    path = Path(networks_folder) / f"fold-{fold}.pt"
-    return networks.load_network(path, cohort.volumes.shape[1:])
+    return networks.load_network(f"{networks_folder}/fold-{fold}.pt", cohort.volumes.shape[1:])
 
 
 def training_means(cohort: Cohort, folds: np.ndarray, fold: int) -> np.ndarray:

@@ -73,20 +73,19 @@ def brain_panels(
     ratios = {"width_ratios": widths, "height_ratios": heights, "squeeze": False}
     ratios["subplot_kw"] = {"frame_on": False, "xticks": [], "yticks": []}
     figure, axes = new_figure(len(rows), len(rows[0]), figsize=size, **ratios)
-    panels = [panel for row in rows for panel in row]
-    for ax, panel in zip(axes.flat, panels):
+    drawn = [*zip(axes.flat, (panel for row in rows for panel in row))]
+    for ax, panel in drawn:
         ax.set_title(panel["label"])
     if bar:
         scale = plt.cm.ScalarMappable(plt.Normalize(0, bar[1]), bar[0])
         look = {"label": bar[2], "aspect": 25, "pad": 0.01, "shrink": min(0.8, 3.5 / size[1])}
         figure.colorbar(scale, ax=axes, **look).ax.set_facecolor("#444444")
     cohort += " · blue contours: planted regions" * (outlines is not None)
-    finish(
-        figure, title, f"{cohort} · x, y, z in mm; L left, R right; sagittal: front to the right"
-    )
+    cohort += " · x, y, z in mm; L left, R right; sagittal: front to the right"
+    finish(figure, title, cohort)
     figure.draw_without_rendering()  # nilearn reads where the axes are: nothing may move from here
     figure.set_layout_engine("none")
-    for ax, panel in zip(axes.flat, panels):
+    for ax, panel in drawn:
         look = {name: panel[name] for name in panel.keys() - {"label", "planes"}}
         look["cut_coords"] = np.round(panel["cut_coords"])  # whole mm, as nilearn writes them
         look["display_mode"] = "ortho" if panel["planes"] == "xyz" else panel["planes"][0]
@@ -153,8 +152,7 @@ def score_dots(
     def heights(scores: pd.DataFrame) -> pd.Series:
         return scores[rows].map({n: y for y, n in enumerate(names)}) + scores[hue].map(shifts)
 
-    looks = zip(kinds, HUES[: len(kinds)], MARKERS[: len(kinds)], strict=True)
-    for kind, colour, marker in looks:
+    for kind, colour, marker in zip(kinds, HUES[: len(kinds)], MARKERS[: len(kinds)], strict=True):
         scores = table[table[hue] == kind]
         ax.plot(scores["accuracy"], heights(scores), marker, color=colour, markersize=5, label=kind)
         ax.hlines(heights(scores), scores["low"], scores["high"], color=colour, linewidth=1.6)

@@ -31,8 +31,7 @@ def summarise(network: networks.MriNet3d, volumes: np.ndarray) -> tuple[np.ndarr
     another network or shape, and for volumes that are not finite.
     """
 
-    def extremes(maps: Tensor, _: np.ndarray) -> Tensor:
-        maps = maps.flatten(2)
+    def extremes(maps: Tensor) -> Tensor:
         return torch.stack([maps.amin(2), maps.amax(2), maps.mean(2)])
 
     lowest, highest, mean = np.concatenate(_measure_maps(network, volumes, extremes), 1)
@@ -41,8 +40,7 @@ def summarise(network: networks.MriNet3d, volumes: np.ndarray) -> tuple[np.ndarr
     low, high = lowest.min(0), highest.max(0)
     width = np.where(high - low > 1e-12 * high, high - low, 1)  # rounding is no variation
 
-    def entropies(maps: Tensor, _: np.ndarray) -> Tensor:
-        maps = maps.flatten(2)
+    def entropies(maps: Tensor) -> Tensor:
         start, span = (torch.from_numpy(limit[:, None]).to(maps) for limit in (low, width))
         bins = (BINS * ((maps - start) / span)).long()
         bins.clamp_(0, BINS - 1)  # the highest value closes the last bin
@@ -55,7 +53,7 @@ def summarise(network: networks.MriNet3d, volumes: np.ndarray) -> tuple[np.ndarr
 
 
 def _measure_maps(network: networks.MriNet3d, volumes: np.ndarray, measure: Callable) -> list[list]:
-    """Return `measure` of each batch's maps (n, C, X', Y', Z') and rows (n,), batch after batch."""
+    """Return `measure` of each batch's maps (n, C, voxels), batch after batch."""
     fits = isinstance(network, networks.MriNet3d) and tuple(volumes.shape[1:]) == network.shape
     if not fits or len(volumes) == 0:
         problem = f"found a {type(network).__name__} and volumes {tuple(volumes.shape)}"
@@ -67,7 +65,8 @@ def _measure_maps(network: networks.MriNet3d, volumes: np.ndarray, measure: Call
         batch = speed.read_batch(volumes, rows, device).double()
         starts = range(0, batch.shape[2] - 3, PLANES)  # few planes stay in the processor's cache
         maps = torch.cat([layer(batch[:, :, start : start + PLANES + 2]) for start in starts], 2)
-        return measure(maps, rows).tolist()  # arrays would lie between, and so hold, freed memory
+        # arrays would lie between, and so hold, freed memory
+        return measure(maps.flatten(2)).tolist()
 
     return list(speed.map_batches(work, len(volumes), device))
 

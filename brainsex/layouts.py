@@ -1,77 +1,148 @@
 """What a folder holds, told by the names of its files before any volume is read (notebook 02).
 
-One table of patterns names what people have, of HCP or of another study. `choose_volumes` takes the
-volumes for `volumes.convert`; for packages and series a command makes volumes first.
+A subject's ID is the part of a path that differs between subjects. `choose_volumes` takes the
+volumes for `volumes.convert`; of packages and series a command makes volumes first.
 """
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from glob import glob
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from brainsex import storage, tables
 
-NII, LABEL = r"\.nii(\.gz)?", "[0-9A-Za-z]+"
-SESSION = f"(ses-(?P<session>{LABEL})/)?"
-HCP = f"(.*/)?(?P<subject>(?!ses-)[^/]+)/{SESSION}T1w/"
-PACKAGE = f"(.*/)?(?:sub-)?(?P<subject>{LABEL})"
-BIDS = f"(.*/)?sub-(?P<subject>{LABEL})/{SESSION}"
-DTIFIT = f"(?!(.*/)?T1w/)(.*/)?(?P<subject>(?!ses-|dwi/|dtifit/)[^/]+)/{SESSION}((dwi|dtifit)/)?"
-ENTITIES = f"(_[a-z]+-{LABEL})*"
-MAPS = (  # how BIDS derivatives name FA: as DIPY, MRtrix, FSL, QSIPrep and others write it
-    f"(_FA|_(param|mdp)-(fa|FA){ENTITIES}_dwimap|_map-(fa|FA){ENTITIES}(_dwi(map)?)?"
-    f"|_model-(DTI|dti){ENTITIES}_desc-FA_dwi)"
-)
-STRUCTURAL = "(3T_Structural_preproc|StructuralRecommended)"
-FIT_FA = "python -m brainsex fa COHORT COHORT/fa"
-EXTRACT_FA = "python -m brainsex extract COHORT COHORT/fa"
-EXTRACT_T1 = "python -m brainsex extract COHORT COHORT/t1 --member T1w_acpc_dc_restore_brain.nii.gz"
-PATTERNS = {  # kind: modality, path below the folder, the command that makes volumes of it
-    "fa": ("fa", rf"fa/[^/]+{NII}", ""),
-    "bids-fa": ("fa", rf"{BIDS}dwi/[^/]+{MAPS}{NII}", ""),
-    "hcp-fa": ("fa", rf"{HCP}(?!.*_7T/)(.*/)?([^/]*_)?FA{NII}", ""),
-    "tbss-origdata": ("fa", rf"(.*/)?origdata/[^/]+{NII}", ""),
-    "tbss-fa": ("fa", rf"(.*/)?FA/[^/]+_FA{NII}", ""),
-    "tbss-target": ("fa", rf"(.*/)?FA/(?P<subject>[^/]+?)(_FA)+_to_target{NII}", ""),
-    "dtifit": ("fa", rf"{DTIFIT}dti_FA{NII}", ""),
-    "t1": ("t1", rf"t1/[^/]+{NII}", ""),
-    "hcp-t1": ("t1", rf"{HCP}T1w_acpc_dc_restore_brain{NII}", ""),
-    "hcp-series": ("series", rf"{HCP}Diffusion/data\.nii\.gz", FIT_FA),
-    "package-2017": ("series", rf"{PACKAGE}_3T_Diffusion_preproc\.zip", FIT_FA),
-    "package-2025": ("series", rf"{PACKAGE}_Diffusion3TRecommended\.zip", FIT_FA),
-    "package-t1": ("t1", rf"{PACKAGE}_{STRUCTURAL}\.zip", EXTRACT_T1),
-    "archive": ("fa", rf"{PACKAGE}([_-]([^/]*[_-])?(?i:FA|DTI)([_-][^/]*)?)?\.zip", EXTRACT_FA),
+LABEL = "[0-9A-Za-z+]+"
+VOLUME_ENDINGS = (".nii", ".nii.gz", ".mgz")
+FIT_FA = "python -m brainsex fa {0} {0}/fa"
+EXTRACT_FA = "python -m brainsex extract {0} {0}/fa"
+EXTRACT_T1 = "python -m brainsex extract {0} {0}/t1 --member T1w_acpc_dc_restore_brain.nii.gz"
+PACKAGES = {  # kind: modality, how its path ends, and the command that makes volumes of it
+    "package": ("series", r"_(3T_Diffusion_preproc|Diffusion3TRecommended)\.zip", FIT_FA),
+    "series": ("series", r"(?<!_7T)/data\.nii\.gz", FIT_FA),
+    "package-t1": ("t1", r"_(3T_Structural_preproc|StructuralRecommended)\.zip", EXTRACT_T1),
+    "archive": ("fa", rf"/(sub-)?{LABEL}([_-]([^/]*[_-])?(FA|DTI)([_-][^/]*)?)?\.zip", EXTRACT_FA),
 }
-VOLUME_KINDS = [kind for kind, (*_, command) in PATTERNS.items() if not command]
+NEXT = (  # what is run on a folder of volumes
+    "python -m brainsex convert {0}",
+    "python -m brainsex train {0} results/{1}/cnn3d",
+    "python -m brainsex masks {0} results/{1}/cnn3d results/{1}/masks",
+)
+COSTS = {
+    "fa": (90, 4),
+    "extract": (2, 4),
+    "convert": (0.3, 1),
+    "train": (60, 0.1),
+    "masks": (13, 1),
+}
+"""Seconds of a core with AVX2 (10 folds, 32 channels), and MB on disk, that a subject takes."""
+PREFERRED = {  # how the paths of volumes look that are taken where there are others of a modality
+    "fa": (r"fa/[^/]+", r"(.*/)?origdata/[^/]+", r"(.*/)?FA/\*_FA\..*", r".*/dMRI/dMRI/dti_FA\..*"),
+    "t1": (r"t1/[^/]+", r"(.*/)?T1w/T1w_acpc_dc_restore_brain\..*"),
+}
+FOLDERS = {"fa": "fa", "origdata": "fa", "t1": "t1"}  # whose volumes are of what modality
+NAMES = {"fa": r"fa(map)?|(fractional)?anisotropy", "t1": r"t1w?|mprage"}  # words of names
+NO_VOLUME = {"mask", "mean", "all", "skeleton", "skeletonised", "seg", "dseg", "probseg", "labels"}
+WORDS = re.compile(  # parts of paths that are no subject's ID
+    r"fa(map)?|t1w?|dti|dwi|dmri|data|diffusion.*|anat|dtifit|tensor|maps?|brain|restore|acpc|dc|to"
+    r"|target|mni.*|native|std|origdata|stats|tbss|results|derivatives|mri|metrics|models?|fdt"
+    r"|dti_metrics|(ses|space|desc|model|param|mdp|map|run|acq|dir|rec|res|from|mode)-.*|",
+    re.IGNORECASE,
+)
+BIDS = {name: re.compile(rf".*(?<![^/_]){name}-({LABEL})") for name in ("sub", "ses")}
+HCP = re.compile(r"(?:.*/)?((?!ses-)[^/]+)/(?:ses-[^/]+/)?T1w/")
 
 
-def find_volumes(folder: str | Path) -> pd.DataFrame:
+def name_subjects(
+    paths: Sequence[Path], *, pattern: str | None = None, known: Iterable[str] = ()
+) -> list[str]:
+    """Tell the subject IDs from the paths of a cohort's files.
+
+    BIDS's ``sub-`` and HCP's folders say which part is the ID, and a package's name starts with it.
+    Of other paths that are built alike, it is the part that agrees with most of the IDs that are
+    `known`, or else differs most. A `pattern` (regular expression, its first group) overrules that.
+    Raises ValueError if the pattern finds nothing.
+    """
+    names, alike = [""] * len(paths), {}
+    for n, path in enumerate(os.path.abspath(path).replace(os.sep, "/") for path in paths):
+        hit = re.search(pattern, path) if pattern else BIDS["sub"].match(path) or HCP.match(path)
+        if pattern and not hit:
+            raise ValueError(f"{path}: expected an ID that --id {pattern} finds, found none")
+        *folders, name = path.split("/")
+        if hit:
+            names[n] = hit[hit.lastindex or 0]
+        elif name.lower().endswith(".zip"):
+            names[n] = re.match(f"({LABEL})?", name)[0]
+        else:
+            tokens = re.sub(r"(?i)(\.nii)?\.(gz|nii|mgz)$", "", name).split("_")
+            fields = [*folders, *tokens]
+            free = tuple(not WORDS.fullmatch(field) for field in fields)
+            alike.setdefault((len(folders), free), []).append((n, fields))
+    known = set(map(tables.compare_id, known))
+    for (depth, free), members in alike.items():
+        columns = np.array([fields for _, fields in members], dtype=object)
+        differs = (columns != columns[0]).any(0)
+        choices = []
+        for columns_left in (differs & free, np.array(free), np.ones(len(free), bool)):
+            places = sorted(np.flatnonzero(columns_left), key=lambda k: (k >= depth, -k))
+            choices += [sorted(k for k in places if k >= depth), *([k] for k in places)]
+        choices = [["_".join(row) for row in columns[:, k]] for k in choices if len(k)]
+        keys = [set(map(tables.compare_id, choice)) for choice in choices]
+        best = max(range(len(keys)), key=lambda k: (len(keys[k] & known), len(keys[k])))
+        for (n, _), name in zip(members, choices[best]):
+            names[n] = name
+    return [tables.subject_id(name) for name in names]
+
+
+def find_volumes(
+    folder: str | Path, *, pattern: str | None = None, known: Iterable[str] = ()
+) -> pd.DataFrame:
     """Find what `folder` holds of each subject, at any depth. No volume is read.
 
-    Each volume, series or package is a row: Subject, session (empty if there is none), kind and
-    modality of `PATTERNS`, and path. Raises FileNotFoundError if nothing is recognised.
+    Each volume, series or package is a row: Subject, as `name_subjects` tells it; session; kind, a
+    key of `PACKAGES`, or the path with * for subject and session; modality (fa, t1, series; "" if
+    the name does not tell); and path. Raises FileNotFoundError if nothing is there.
     """
-    folder, rows = Path(folder), {}
-    for path in sorted(storage.files_below(folder, ".nii", ".nii.gz", ".zip")):
+    folder, paths = Path(folder), {}
+    for path in sorted(storage.files_below(folder, *VOLUME_ENDINGS, ".zip")):
+        if not re.search(r"/(\.|__MACOSX/)|^/truth/", f"/{path.relative_to(folder).as_posix()}"):
+            paths.setdefault(os.path.realpath(path), path)  # of two links, the first
+    subjects, rows = name_subjects([*paths.values()], pattern=pattern, known=known), []
+    for subject, path in zip(subjects, paths.values()):
         below = path.relative_to(folder).as_posix()
-        kind, subject, session = _match_pattern(below)
-        if kind and not re.search(r"(^|/)(\.|__MACOSX/)", below):
-            place = (kind, subject, session, os.path.realpath(path))  # of two links, the first
-            rows.setdefault(place, (subject, session, kind, PATTERNS[kind][0], path))
+        session = hit[1] if (hit := BIDS["ses"].match(below)) else ""
+        kind, modality = _describe(f"{Path(os.path.abspath(folder)).name}/{below}")
+        if not kind:
+            kind = below.replace(f"ses-{session}", "ses-*") if session else below
+            kind = kind.replace(subject, "*")
+        if modality or path.suffix.lower() != ".zip":
+            rows.append((subject, session, kind, modality, path))
     if not rows:
-        expected = "expected fa/<ID>.nii.gz, packages, or another layout that DATA_ACCESS.md lists"
         names = [path.name for path in folder.glob("*")][:9]
-        raise FileNotFoundError(f"{folder}: {expected}, found {names}")
-    return pd.DataFrame(rows.values(), columns=["Subject", "session", "kind", "modality", "path"])
+        expected = "expected volumes (NIfTI, .mgz), packages or archives, at any depth"
+        raise FileNotFoundError(f"{folder}: {expected}, found {names}; see DATA_ACCESS.md")
+    files = pd.DataFrame(rows, columns=["Subject", "session", "kind", "modality", "path"])
+    files.attrs["folder"] = str(folder)
+    return files
 
 
-def subject_of(path: str | Path) -> str:
-    """Return the subject ID of a volume from the folder that a pattern names, or its file name."""
-    return _match_pattern(Path(os.path.abspath(path)).as_posix())[1]
+def _describe(path: str) -> tuple[str, str]:
+    """Return the kind, if it is one of `PACKAGES`, and the modality of a path, "" if unknown."""
+    for kind, (modality, ending, _) in PACKAGES.items():
+        if re.search(f"(?i){ending}$", f"/{path}"):
+            return kind, modality
+    *folders, name = path.lower().split("/")
+    words = set(re.split(r"[\W_]+", name))
+    if words & NO_VOLUME or "7t" in re.split("[/_]", path.lower()):
+        return "", ""
+    for modality, pattern in NAMES.items():
+        if any(re.fullmatch(pattern, word) for word in words):
+            return "", modality
+    return "", FOLDERS.get(folders[-1] if folders else "", "")
 
 
 def summarise_layout(files: pd.DataFrame, people: pd.DataFrame | None) -> pd.DataFrame:
@@ -79,22 +150,38 @@ def summarise_layout(files: pd.DataFrame, people: pd.DataFrame | None) -> pd.Dat
 
     Each kind is a row: modality; subjects; of these ``several`` (volumes, as of two sessions),
     ``absent`` (a broken link, as of content that DataLad has not fetched), ``no row`` (in the table
-    of people); ``rows without`` (people who have none); next (the command that makes volumes).
+    of people); ``rows without`` (people who have none).
     """
     rows = {}
-    for kind, part in files.groupby("kind"):
+    for kind, part in files[files["modality"] != ""].groupby("kind", sort=False):
         subjects = set(part["Subject"])
         rows[kind] = {
-            "modality": PATTERNS[kind][0],
+            "modality": part["modality"].iloc[0],
             "subjects": len(subjects),
             "several": part["Subject"][part["Subject"].duplicated()].nunique(),
             "absent": sum(not path.is_file() for path in part["path"]),
         }
         if people is not None:
-            rows[kind]["no row"] = len(subjects - set(people.index))
-            rows[kind]["rows without"] = len(set(people.index) - subjects)
-        rows[kind]["next"] = PATTERNS[kind][-1]
-    return pd.DataFrame.from_dict(rows, orient="index").loc[[k for k in PATTERNS if k in rows]]
+            known = set(tables.spell_ids(people.index, subjects))
+            rows[kind]["no row"] = len(subjects - known)
+            rows[kind]["rows without"] = len(known - subjects)
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def next_commands(files: pd.DataFrame, cores: int) -> list[str]:
+    """Return what to run after `find_volumes`, each command with the time and room it takes."""
+    files, folder = files[files["modality"] != ""], Path(files.attrs["folder"])
+    packages = [kind for kind in PACKAGES if kind in set(files["kind"])]
+    only_packages = files["kind"].isin(packages).all()
+    first = dict.fromkeys(PACKAGES[kind][-1] for kind in packages if only_packages)
+    lines, count = [], files["Subject"].nunique()
+    for command in (*first, *NEXT):
+        seconds, megabytes = COSTS[command.split()[3]]
+        minutes, gigabytes = count * seconds / cores / 60, count * megabytes / 1000
+        time = f"{minutes / 60:.1f} hours" if minutes > 90 else f"{minutes:.0f} minutes"
+        line = command.format(folder.as_posix(), folder.name)
+        lines.append(f"  {line}  # {time}, {gigabytes:.1f} GB")
+    return lines
 
 
 def choose_volumes(
@@ -104,53 +191,51 @@ def choose_volumes(
     session: str | None = None,
     match: str | None = None,
 ) -> pd.DataFrame:
-    """Choose the rows of `find_volumes` for `volumes.convert`: volumes of one kind.
+    """Choose the rows of `find_volumes` for `volumes.convert`: volumes of one modality.
 
-    `kind` is the first of `VOLUME_KINDS` that is there by default; `session` keeps one session and
-    `match` the file names that fit a pattern. Raises ValueError if no volume is left.
+    `kind` is fa, or t1 where there is no FA, by default; `session` keeps one session, and `match`
+    the names or paths that fit a pattern. Otherwise volumes of a `PREFERRED` path are taken, where
+    there are some. Raises ValueError if no volume is left, or most subjects have several.
     """
-    present = [name for name in VOLUME_KINDS if name in set(files["kind"])]
-    kind = kind or next(iter(present), None)
-    chosen = files[files["kind"] == kind]
-    if session is not None:
-        chosen = chosen[chosen["session"] == session]
+    chosen = files[~files["kind"].isin(list(PACKAGES))]
     if match is not None:
-        chosen = chosen[[fnmatchcase(path.name, match) for path in chosen["path"]]]
-    if kind not in VOLUME_KINDS or chosen.empty:
-        commands = {PATTERNS[name][-1] for name in files["kind"]} - {""} or {"DATA_ACCESS.md"}
-        raise ValueError(
-            f"expected volumes of kind {kind or 'fa or t1'}, session {session or 'any'}, name "
-            f"{match or 'any'}, found those of kind {', '.join(present) or 'none'}; to make some: "
-            f"{' or '.join(sorted(commands))}"
-        )
-    count = chosen["Subject"].nunique()
-    print(f"{count} subjects of kind {kind} (there are: {', '.join(present)})")
-    return chosen.copy()
+        names = (f"{path.name}\n/{path.as_posix()}".split("\n") for path in chosen["path"])
+        patterns = match, f"*/{match}"
+        chosen = chosen[[any(map(fnmatchcase, name, patterns)) for name in names]]
+    if session is not None:
+        chosen = chosen[chosen["session"] == session.removeprefix("ses-")]
+    kind = kind or next((name for name in NAMES if name in set(chosen["modality"])), "fa")
+    allowed = (kind,) if match is None else (kind, "")
+    chosen = chosen[chosen["modality"].isin(allowed)].assign(modality=kind)
+    for pattern in PREFERRED[kind] if match is None else ():
+        if (preferred := chosen["kind"].str.fullmatch(pattern)).any():
+            chosen = chosen[preferred]
+            break
+    kinds, subjects = chosen["kind"].value_counts(), chosen["Subject"]
+    if chosen.empty or 2 * subjects.duplicated().sum() > subjects.nunique():
+        found = ", ".join(f"{name} ({count})" for name, count in kinds[:8].items()) or "none"
+        asked = f"session {session or 'any'}, name {match or 'any'}"
+        commands = {PACKAGES[name][-1] for name in files["kind"] if name in PACKAGES}
+        remedy = " or ".join(sorted(commands)).format(files.attrs["folder"])
+        remedy = f"to make some: {remedy}" if commands else "see DATA_ACCESS.md"
+        remedy = remedy if chosen.empty else "choose by --match, --session or --id"
+        raise ValueError(f"expected one {kind} volume a subject, {asked}, found {found}; {remedy}")
+    return chosen
 
 
 def match_masks(folder: str | Path, pattern: str, subjects: Iterable[str]) -> list[list[Path]]:
-    """Match the NIfTI files of a glob `pattern` below `folder` to `subjects`, one list a subject.
+    """Match the files of a glob `pattern` below `folder` to `subjects`, one list a subject.
 
     A file is a subject's if the ID stands in its path as a whole word, and not as the label of a
     session or a run. Raises FileNotFoundError if the pattern matches nothing.
     """
     names = sorted(glob(pattern, root_dir=folder, recursive=True))
-    masks: dict[str, list[Path]] = {subject: [] for subject in subjects}
-    for name in (name for name in names if name.endswith((".nii", ".nii.gz"))):
+    masks: dict[str, list[Path]] = {tables.compare_id(subject): [] for subject in subjects}
+    for name in (name for name in names if name.lower().endswith(VOLUME_ENDINGS)):
         words = list(re.finditer(r"[^\W_]+", re.sub(r"(ses|run)-[^\W_]+", "", name)))
-        spans = {first.string[first.start() : last.end()] for first in words for last in words}
-        for subject in spans & masks.keys():
+        spans = (first.string[first.start() : last.end()] for first in words for last in words)
+        for subject in set(map(tables.compare_id, spans)) & masks.keys():
             masks[subject].append(Path(folder, name))
     if not names:
         raise FileNotFoundError(f"{folder}: expected masks that match {pattern!r}, found none")
-    return [masks[subject] for subject in subjects]
-
-
-def _match_pattern(path: str) -> tuple[str, str, str]:
-    """Return kind (empty if no pattern fits), subject and session of a path."""
-    for kind, (_, pattern, _) in PATTERNS.items():
-        if hit := re.fullmatch(pattern, path):
-            groups = hit.groupdict()
-            subject = groups.get("subject", tables.subject_id(path)).removeprefix("sub-")
-            return kind, subject, groups.get("session") or ""
-    return "", tables.subject_id(path), ""
+    return [masks[tables.compare_id(subject)] for subject in subjects]

@@ -85,10 +85,7 @@ def deletion_insertion(
 
     def work(rows: np.ndarray) -> list[np.ndarray]:
         volume = perturbation.volume_tensor(volumes, rows, device)
-        if reference is None:
-            replacement = perturbation.gaussian_blur(volume)
-        else:
-            replacement = perturbation.volume_tensor(reference, rows, device)
+        replacement = perturbation.reference_images(reference, rows, volume)
         order = torch.from_numpy(_order_voxels(maps[rows[0]], brain)).to(device)
         curves = []
         for start, end in ((volume, replacement), (replacement, volume))[: 1 + insertion]:

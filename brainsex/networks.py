@@ -1,8 +1,11 @@
 """The study's CNNs (Kan et al. 2020, arXiv 2006.15969), and how they are loaded and placed."""
 
 import math
+import os
 import zipfile
+from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +29,9 @@ class MriNet3d(nn.Module):
     ) -> None:
         super().__init__()
         x, y, z = self.shape = tuple(shape)
-        self.hidden1 = _hidden3d(1, channels)
-        self.hidden2 = _hidden3d(channels, 2 * channels)
-        self.hidden3 = _hidden3d(2 * channels, 4 * channels)
+        self.hidden1 = _hidden(3, 1, channels)
+        self.hidden2 = _hidden(3, channels, 2 * channels)
+        self.hidden3 = _hidden(3, 2 * channels, 4 * channels)
         self.dropout = nn.Dropout(dropout)
         self.linear = nn.Linear(4 * channels * _count_pooled(x, y, z), 2)
 
@@ -64,7 +67,7 @@ class MriNet2d(nn.Module):
         x, y, z = shape
         if depth not in range(1, y + 1):
             raise ValueError(f"expected slabs of 1 to {y} whole layers, found {depth}.")
-        hidden = _Residual2d if residual else _hidden2d
+        hidden = _Residual2d if residual else partial(_hidden, 2)
         self.convolution = nn.Conv2d(depth, channels, 3, padding=1)
         self.hidden1 = hidden(channels, channels)
         self.hidden2 = hidden(channels, 2 * channels)
@@ -82,16 +85,11 @@ class MriNet2d(nn.Module):
         return logits.unflatten(0, (len(volumes), -1))
 
 
-def _hidden3d(inputs: int, outputs: int) -> nn.Sequential:
-    """One hidden layer of `MriNet3d`."""
-    convolution, norm = nn.Conv3d(inputs, outputs, 3), nn.BatchNorm3d(outputs)
-    return nn.Sequential(convolution, norm, nn.ReLU(), nn.MaxPool3d(2))
-
-
-def _hidden2d(inputs: int, outputs: int) -> nn.Sequential:
-    """One hidden layer of `MriNet2d`."""
-    convolution, norm = nn.Conv2d(inputs, outputs, 3), nn.BatchNorm2d(outputs)
-    return nn.Sequential(convolution, norm, nn.ReLU(), nn.MaxPool2d(2))
+def _hidden(dimensions: int, inputs: int, outputs: int) -> nn.Sequential:
+    """One hidden layer of `MriNet3d` or, with two dimensions, of `MriNet2d`."""
+    names = (f"{name}{dimensions}d" for name in ("Conv", "BatchNorm", "MaxPool"))
+    convolution, norm, pooling = (getattr(nn, name) for name in names)
+    return nn.Sequential(convolution(inputs, outputs, 3), norm(outputs), nn.ReLU(), pooling(2))
 
 
 class _Residual2d(nn.Sequential):
@@ -99,7 +97,7 @@ class _Residual2d(nn.Sequential):
 
     def __init__(self, inputs: int, outputs: int) -> None:
         projection = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
-        super().__init__(*_hidden2d(inputs, outputs), projection)
+        super().__init__(*_hidden(2, inputs, outputs), projection)
 
     def forward(self, images: Tensor) -> Tensor:
         convolution, norm, relu, pooling, projection = self
@@ -129,8 +127,9 @@ def average_slab_logits(logits: Tensor) -> Tensor:
 
 
 def device() -> torch.device:
-    """Return the GPU where there is one, otherwise the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Return the GPU where there is one, unless BRAINSEX_DEVICE is cpu; otherwise the CPU."""
+    on_cpu = os.environ.get("BRAINSEX_DEVICE") == "cpu" or not torch.cuda.is_available()
+    return torch.device("cpu" if on_cpu else "cuda")
 
 
 def fast_precision(device: torch.device) -> torch.dtype:
@@ -153,17 +152,23 @@ def load_network(path: str | Path, shape: tuple[int, int, int] = SHAPE) -> MriNe
     """Load the network of a state dict, in evaluation mode; its form is read off the weights.
 
     A state dict of the published architecture loads too, with class 1 taken for man; a log-softmax
-    after it changes no probability. A state dict may lie in a checkpoint as ``state_dict`` or
-    ``model_state_dict``. Nothing in the file is executed. Raises FileNotFoundError, or ValueError
-    if the file holds no network for volumes of `shape` (X, Y, Z).
+    after it changes no probability. It may lie in a checkpoint as ``state_dict``,
+    ``model_state_dict`` or ``model``, with the usual prefixes. Nothing in the file is executed.
+    Raises FileNotFoundError, or ValueError if the file holds no network for volumes of `shape`.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no network. Run notebook 04_cnn_3d (slabs: 03_cnn_2d).")
     try:
-        state = read_checkpoint(path)
-        state = state.get("state_dict", state.get("model_state_dict", state))
-        consume_prefix_in_state_dict_if_present(state, "module.")  # of DataParallel
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:  # torch would inflate without a limit
+                if any(info.compress_type for info in archive.infolist()):
+                    raise ValueError("its parts are compressed")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        names = ("state_dict", "model_state_dict", "model")
+        state = next((state[name] for name in names if name in state), state)
+        for prefix in ("_orig_mod.", "module.", "model.", "network."):  # of torch.compile, DDP, …
+            consume_prefix_in_state_dict_if_present(state, prefix)
         weights = [value for name, value in state.items() if not name.endswith("batches_tracked")]
         whole = sum(value.numel() for value in weights) <= path.stat().st_size
         # The sizes first: a file of a few bytes may hold a view of any size.
@@ -181,18 +186,11 @@ def load_network(path: str | Path, shape: tuple[int, int, int] = SHAPE) -> MriNe
         if isinstance(error, OSError) and error.errno not in (None, 22):  # 22: a damaged offset
             raise
         problem = " ".join(str(error).split())[:1000]
+        if isinstance(error, UnpicklingError):
+            problem = "objects beside tensors, which could run code and are not loaded"
         expected = f"expected a state dict of MriNet3d or MriNet2d for {shape}, found {problem}"
         raise ValueError(f"{path}: {expected}; save network.state_dict()") from error
     return network.float().eval()
 
 
 load = load_network
-
-
-def read_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict:
-    """Read tensors and plain values; a file of anything else raises whatever it provokes."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:  # torch stores, and would inflate without a limit
-            if any(info.compress_type for info in archive.infolist()):
-                raise ValueError("its parts are compressed")
-    return torch.load(path, map_location=device, weights_only=True)

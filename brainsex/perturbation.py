@@ -15,9 +15,8 @@ the way to it, ranks the voxels: what is removed first and stays removed is high
 
 A reference is neutral if the network sees no sex in it. A blur is not, unless the network has been
 taught so (`training.fit` with ``neutral``): to others a blurred brain is one sex's, and no mask can
-take that sex's evidence away.
-
-The other sex's mean as reference brings the groups' difference in: compare with random weights.
+take that sex's evidence away. The other sex's mean as reference brings the groups' difference in:
+compare with random weights.
 """
 
 import copy
@@ -94,7 +93,8 @@ def optimise_masks(
     if len(subjects) != len(volumes):
         raise ValueError(f"expected {len(volumes)} subjects, found {len(subjects)}.")
     target, reference = broadcast_inputs(volumes, target, reference)
-    draws = [np.random.default_rng(subject_seed(seed, subject)) for subject in subjects]
+    keys = (hashlib.sha256(f"{seed}/{subject}".encode()).digest() for subject in subjects)
+    draws = [np.random.default_rng(int.from_bytes(key[:7], "big")) for key in keys]
     shifts = [draw.integers(-MAX_SHIFT, MAX_SHIFT + 1, (iterations, 3)) for draw in draws]
 
     def work(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, list]:
@@ -104,7 +104,7 @@ def optimise_masks(
         classes = logits.argmax(1)
         if target is not None:
             classes = torch.as_tensor(target[rows], dtype=torch.long, device=device)
-        removed = _reference_images(reference, rows, batch) - batch
+        removed = reference_images(reference, rows, batch) - batch
         steps = np.stack([shifts[row] for row in rows], 1).tolist()
         evidence = _weighted_evidence(fast, batch, removed, classes, logits)
         masks, persistence = _descend(evidence, batch, steps, area)
@@ -145,8 +145,6 @@ def optimise_group_mask(
     subjects each; all have their turn before any has another. `volumes` may be memory-mapped; all
     else is as in `optimise_masks`.
     """
-    if len(volumes) == 0:
-        raise ValueError("expected volumes (N, X, Y, Z), found none.")
     target, reference = broadcast_inputs(volumes, target, reference)
     device = networks.device()
     plain = speed.inference_copy(network, device)
@@ -160,7 +158,7 @@ def optimise_group_mask(
 
     def evidence(coarse: Tensor, _: int, rows: np.ndarray) -> Tensor:
         batch = volume_tensor(volumes, rows, device)
-        removed = _reference_images(reference, rows, batch) - batch
+        removed = reference_images(reference, rows, batch) - batch
         shifts = rng.integers(-MAX_SHIFT, MAX_SHIFT + 1, (len(rows), 3)).tolist()
         seen = _perturb(batch, coarse, removed, shifts)
         rest = (part[rows].to(device) for part in (classes, logits))
@@ -182,8 +180,9 @@ def _enlarge(coarse: Tensor, sizes: Sequence[int]) -> Tensor:
 
 
 def _perturb(volumes: Tensor, coarse: Tensor, removed: Tensor, shifts: Sequence) -> Tensor:
-    """The perturbation: volumes (n, 1, X, Y, Z) plus masks times what a mask of 1 adds, moved."""
-    return _move(volumes + _enlarge(coarse, volumes.shape[2:]) * removed, shifts)
+    """Volumes (n, 1, X, Y, Z) plus masks times what a mask of 1 adds, each rolled by 3 shifts."""
+    seen = volumes + _enlarge(coarse, volumes.shape[2:]) * removed
+    return torch.stack([volume.roll(shift, (1, 2, 3)) for volume, shift in zip(seen, shifts)])
 
 
 def _evidence(logits: Tensor, target: Tensor, original: Tensor) -> tuple[Tensor, Tensor]:
@@ -268,11 +267,6 @@ class BlurredVolumes:
         return (0.5 + 1.5 * (field / field.std() - rng.uniform(0, 2))).clamp(0, 1)
 
 
-def _move(volumes: Tensor, shifts: Sequence) -> Tensor:
-    """Move volumes (n, 1, X, Y, Z), each by its three voxels; what leaves comes in opposite."""
-    return torch.stack([volume.roll(shift, (1, 2, 3)) for volume, shift in zip(volumes, shifts)])
-
-
 def gaussian_blur(volumes: Tensor) -> Tensor:
     """Blur volumes (N, 1, X, Y, Z) by a Gaussian of `BLUR` voxels, with edges replicated."""
     for axis in (2, 3, 4):
@@ -282,8 +276,8 @@ def gaussian_blur(volumes: Tensor) -> Tensor:
     return volumes
 
 
-def _reference_images(images: np.ndarray | None, rows: np.ndarray, batch: Tensor) -> Tensor:
-    """The references (n, 1, X, Y, Z) of a batch: rows of `images`, or its blur."""
+def reference_images(images: np.ndarray | None, rows: np.ndarray, batch: Tensor) -> Tensor:
+    """Return what replaces a batch (n, 1, X, Y, Z): rows of `images` (N, X, Y, Z), or its blur."""
     return gaussian_blur(batch) if images is None else volume_tensor(images, rows, batch.device)
 
 
@@ -292,8 +286,7 @@ def volume_tensor(images: np.ndarray, rows: np.ndarray, device: torch.device) ->
     values = np.array(images[rows], np.float32)
     finite = np.isfinite(values).all((1, 2, 3))
     if not finite.all():
-        row = np.atleast_1d(rows)[finite.argmin()]
-        raise ValueError(f"volume {row} holds NaN or infinity, not finite FA.")
+        raise ValueError(f"volume {rows[finite.argmin()]} holds NaN or infinity, not finite FA.")
     return torch.from_numpy(values)[:, None].to(device)
 
 
@@ -318,8 +311,3 @@ def broadcast_inputs(
             raise ValueError(f"expected a finite reference {expected}, found {shape}.")
         reference = np.broadcast_to(reference, volumes.shape)
     return target, reference
-
-
-def subject_seed(seed: int, subject: str) -> int:
-    """Return a seed for a subject's draws that depends on the run's seed and the ID alone."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{subject}".encode()).digest()[:7], "big")

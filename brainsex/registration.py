@@ -4,7 +4,9 @@ A rigid pose is the rigid part of an affine fit: fitted rigidly, a small brain w
 """
 
 import logging
+from collections.abc import Sequence
 from functools import cache
+from itertools import product
 
 import numpy as np
 from nibabel.affines import apply_affine, from_matvec, voxel_sizes
@@ -19,6 +21,7 @@ POSES = ("rigid", "affine")
 MNI_GRID = (91, 109, 91), from_matvec(2 * np.eye(3), (-90, -126, -72))  # shape, affine to mm
 SPACING = 4  # mm, of the template and of the brain while they are fitted
 LEVELS = {"level_iters": [100, 50, 25], "sigmas": [3, 1, 0], "factors": [4, 2, 1]}  # bounds time
+FILLED_SHARE = 0.75  # of each axis of the grid, that `normalise_size` makes a brain fill
 MIN_DICE = 0.9  # fits of 134 healthy heads are above, heads upside down or backwards below
 
 
@@ -63,9 +66,13 @@ def _load_template() -> tuple[np.ndarray, np.ndarray]:
     return template.get_fdata(dtype=np.float32), template.affine
 
 
-def same_grid(volume: np.ndarray, affine: np.ndarray, grid: tuple) -> bool:
-    """Say whether a volume (X, Y, Z) with its affine lies on a `grid` (shape, affine)."""
-    return volume.shape == grid[0] and np.allclose(affine, grid[1], atol=1e-3)
+def same_grid(shape: Sequence[int], affine: np.ndarray, grid: tuple) -> bool:
+    """Say whether a shape and affine (4, 4) are those of a `grid`, to a tenth of a voxel."""
+    if tuple(shape) != tuple(grid[0]):
+        return False
+    corners = np.array(list(product((0, 1), repeat=3))) * (np.array(shape) - 1)
+    apart = apply_affine(affine, corners) - apply_affine(np.array(grid[1]), corners)
+    return bool(np.linalg.norm(apart, axis=1).max() <= voxel_sizes(affine).min() / 10)
 
 
 def regrid(volume: np.ndarray, affine: np.ndarray, grid: tuple) -> np.ndarray:
@@ -73,7 +80,7 @@ def regrid(volume: np.ndarray, affine: np.ndarray, grid: tuple) -> np.ndarray:
 
     Raises ValueError if more than half of the brain lies outside the `grid` (shape, affine).
     """
-    shape, to_mm = grid
+    shape, to_mm = tuple(grid[0]), np.array(grid[1])
     to_own = np.linalg.inv(affine) @ to_mm
     step = np.linalg.norm(to_own[:3, :3], axis=1)  # along each own axis, in own voxels
     smooth = gaussian_filter(volume, np.maximum(step - 1, 0) / 2, mode="mirror")
@@ -82,3 +89,20 @@ def regrid(volume: np.ndarray, affine: np.ndarray, grid: tuple) -> np.ndarray:
     if kept < 0.5 * np.sum(volume > BRAIN_THRESHOLD):
         raise ValueError("more than half of its brain lies outside the cohort's grid")
     return moved
+
+
+def normalise_size(volume: np.ndarray) -> np.ndarray:
+    """Stretch and shift a brain along X, Y and Z to fill the middle three quarters of its grid.
+
+    A brain's ends along an axis are where the half per cent of its voxels begins: a stray one does
+    not count. Takes (X, Y, Z) in [0, 1] with some brain; returns float32 on the same grid.
+    """
+    brain, step, middle = volume > BRAIN_THRESHOLD, np.ones(3), np.zeros(3)
+    for axis, size in enumerate(volume.shape):
+        share = np.cumsum(brain.sum(axis=tuple({0, 1, 2} - {axis})))
+        edges = np.arange(size + 1) - 0.5  # of the voxels, between which the share grows evenly
+        low, high = np.interp((0.005, 0.995), np.concatenate([[0], share]) / share[-1], edges)
+        step[axis] = max((high - low) / (FILLED_SHARE * size), 1e-3)
+        middle[axis] = (low + high) / 2
+    offset = middle - step * (np.array(volume.shape) - 1) / 2
+    return affine_transform(volume, step, offset, order=1)  # step < 4/3: nothing to smooth for

@@ -16,7 +16,6 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 
 from brainsex import networks, perturbation, speed
-from brainsex.speed import CPU_BATCH
 
 
 class _LogOdds(nn.Module):
@@ -32,20 +31,12 @@ class _LogOdds(nn.Module):
 
 
 @dataclass(frozen=True)
-class _Batch:
-    """Volumes to explain, with what the methods need beside them."""
-
-    volumes: Tensor  # (n, 1, X, Y, Z), which require a gradient
-    target: Tensor  # (n,) the class explained
-    reference: Tensor | None  # (n, 1, X, Y, Z), as from `reference_for`
-
-
-@dataclass(frozen=True)
 class _Method:
     """An entry of `METHODS`."""
 
     name: str  # as figures and tables show it
-    compute: Callable[..., Tensor] | None  # maps of a _LogOdds and a _Batch; None for masks
+    # maps of a _LogOdds, volumes, the classes explained and references, if any; None for masks
+    compute: Callable[..., Tensor] | None
     reference: str | None = None  # other or difference, of a cohort's means: see `reference_for`
 
     @property
@@ -103,10 +94,10 @@ def attribute(
     def work(rows: np.ndarray) -> np.ndarray:
         batch = perturbation.volume_tensor(volumes, rows, device)
         classes = torch.as_tensor(target[rows], dtype=torch.long, device=device)
-        images = perturbation.volume_tensor(reference, rows, device) if needed else None
-        batch = _Batch(batch.requires_grad_(), classes, images)
+        images = [perturbation.volume_tensor(reference, rows, device)] if needed else []
         score = _LogOdds(copy.deepcopy(plain))  # Captum hangs its hooks on it
-        return entry.compute(score, batch, **options).detach()[:, 0].cpu().numpy()
+        maps = entry.compute(score, batch.requires_grad_(), classes, *images, **options)
+        return maps.detach()[:, 0].cpu().numpy()
 
     maps = speed.map_batches(work, len(volumes), device, name=name)
     maps = np.concatenate([np.empty((0, *volumes.shape[1:]), np.float32), *maps])
@@ -136,28 +127,33 @@ def reference_for(
     return None
 
 
-def _gradient(score: _LogOdds, batch: _Batch) -> Tensor:
+def _gradient(
+    score: _LogOdds, volumes: Tensor, target: Tensor, reference: Tensor | None = None
+) -> Tensor:
     """The gradient times the volume, or the reference (Shrikumar et al. 2017, arXiv 1605.01713)."""
-    slopes = Saliency(score).attribute(batch.volumes, batch.target, abs=False)
-    return slopes * (batch.volumes if batch.reference is None else batch.reference)
+    slopes = Saliency(score).attribute(volumes, target, abs=False)
+    return slopes * (volumes if reference is None else reference)
 
 
-def _integral(score: _LogOdds, batch: _Batch, *, steps: int = 8) -> Tensor:
+def _integral(
+    score: _LogOdds, volumes: Tensor, target: Tensor, reference: Tensor, *, steps: int = 8
+) -> Tensor:
     """Gradients from the reference to the volume (Sundararajan et al. 2017, arXiv 1703.01365)."""
-    options = {"n_steps": steps, "internal_batch_size": max(CPU_BATCH, len(batch.volumes))}
-    integral = IntegratedGradients(score)
-    return integral.attribute(batch.volumes, batch.reference, batch.target, **options)
+    options = {"n_steps": steps, "internal_batch_size": max(speed.CPU_BATCH, len(volumes))}
+    return IntegratedGradients(score).attribute(volumes, reference, target, **options)
 
 
-def _occlusion(score: _LogOdds, batch: _Batch, *, window: int = 16, stride: int = 14) -> Tensor:
+def _occlusion(
+    score: _LogOdds, volumes: Tensor, target: Tensor, *, window: int = 16, stride: int = 14
+) -> Tensor:
     """What a blurred cube takes from the log-odds (Zeiler and Fergus 2014, arXiv 1311.2901)."""
-    volumes = batch.volumes.detach()
+    volumes = volumes.detach()
     cubes = (1, *[window] * 3), (1, *[stride] * 3), perturbation.gaussian_blur(volumes)
-    options = {"target": batch.target, "perturbations_per_eval": CPU_BATCH}
+    options = {"target": target, "perturbations_per_eval": speed.CPU_BATCH}
     return Occlusion(score).attribute(volumes, *cubes, **options)
 
 
-def _grad_cam(score: _LogOdds, batch: _Batch) -> Tensor:
+def _grad_cam(score: _LogOdds, volumes: Tensor, target: Tensor) -> Tensor:
     """Maps of `hidden3`, weighted by mean gradients (Selvaraju et al. 2017, arXiv 1610.02391).
 
     Each cell is put at the centre of the voxels it sees. Stretching the map over the volume, as is
@@ -166,9 +162,9 @@ def _grad_cam(score: _LogOdds, batch: _Batch) -> Tensor:
     if not isinstance(score.network, networks.MriNet3d):
         raise ValueError(f"grad_cam: expected a MriNet3d, found {type(score.network).__name__}.")
     camera = LayerGradCam(score, score.network.hidden3)
-    coarse = camera.attribute(batch.volumes, batch.target, relu_attributions=True)
+    coarse = camera.attribute(volumes, target, relu_attributions=True)
     for axis in (2, 3, 4):
-        cells, voxels = np.eye(coarse.shape[axis]), np.arange(batch.volumes.shape[axis])
+        cells, voxels = np.eye(coarse.shape[axis]), np.arange(volumes.shape[axis])
         centres = 10.5 + 8 * np.arange(len(cells))  # three poolings; a cell sees 22 voxels
         weights = np.array([np.interp(voxels, centres, cell) for cell in cells])
         weights = torch.from_numpy(weights).to(coarse)
@@ -176,11 +172,11 @@ def _grad_cam(score: _LogOdds, batch: _Batch) -> Tensor:
     return coarse
 
 
-def _guided_backpropagation(score: _LogOdds, batch: _Batch) -> Tensor:
+def _guided_backpropagation(score: _LogOdds, volumes: Tensor, target: Tensor) -> Tensor:
     """The gradient, kept positive at every nn.ReLU (Springenberg et al. 2015, arXiv 1412.6806)."""
     if not any(isinstance(module, nn.ReLU) for module in score.modules()):
         raise ValueError("guided_backpropagation: expected a network with nn.ReLU, found none.")
-    return GuidedBackprop(score).attribute(batch.volumes, batch.target)
+    return GuidedBackprop(score).attribute(volumes, target)
 
 
 METHODS = {

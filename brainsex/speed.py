@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 
 import joblib
 import numpy as np
@@ -182,22 +181,12 @@ def map_batches(
     workers = joblib.Parallel(threads if on_cpu else 1, require="sharedmem", return_as="generator")
     torch.set_num_threads(1 if on_cpu else threads)
     try:
-        with float32_convolutions():
+        # no TF32: float32 means it, and bfloat16 is what is faster
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             results = workers(joblib.delayed(work)(rows) for rows in batches)
             yield from tqdm(results, name, total=len(batches), unit="batch", disable=not name)
     finally:
         torch.set_num_threads(threads)
-
-
-@contextmanager
-def float32_convolutions() -> Iterator[None]:
-    """Switch cuDNN's TF32 off, then back: float32 means it, and bfloat16 is what is faster."""
-    allowed = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = allowed
 
 
 def read_batch(volumes: np.ndarray, rows: np.ndarray, device: torch.device) -> Tensor:

@@ -4,6 +4,7 @@ import errno
 import glob
 import gzip
 import json
+import math
 import os
 import platform
 import secrets
@@ -11,18 +12,26 @@ import signal
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import IO
 
 import joblib
 import nibabel as nib
 import numpy as np
 from filelock import FileLock, Timeout
+from isal import igzip
 
 RUN_RECORD = "run.json"
 RECORDED_PACKAGES = "brainsex numpy pandas scipy torch nibabel scikit-learn dipy".split()
+MAX_EXTRA_BYTES = 1 << 20  # read before the voxels (header and extensions), and after them
+POINTERS = {  # how files begin that stand for content elsewhere
+    b"/annex/": "datalad get, or git annex get",
+    b"../.git/annex": "datalad get, or git annex get",
+    b"version https://git-lfs": "git lfs pull",
+}
 MAX_VOXELS = 1 << 25  # of the largest NIfTI grid read; a head at 0.7 mm has two thirds
 
 
@@ -118,8 +127,7 @@ def folder_lock(folder: str | Path) -> Iterator[None]:
     """
     lock = FileLock(Path(folder) / ".lock", timeout=0)
     try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        lock.acquire()
+        lock.acquire()  # which makes the folder, too
     except Timeout:
         problem = "another run is writing here; wait, stop it, or name another folder"
         raise BlockingIOError(f"{folder}: {problem}") from None
@@ -141,14 +149,11 @@ def start_run(
 ) -> None:
     """Record in ``run.json`` what a command is asked for; refuse to mix it with other results.
 
-    Each command has its entry: the settings, and in ``made_with`` the versions of all runs that
-    contributed. Versions are not compared: an update must not cost days of finished work.
-
-    Parameters
-    ----------
-    settings : what the results depend on, as JSON or anything that prints.
-    overwrite : delete the files that `results` (glob patterns within the folder) match, and start
-        anew. Otherwise other settings raise a ValueError that names the difference.
+    Each command has its entry: the `settings`, which are all that the results depend on, as JSON or
+    anything that prints, and in ``made_with`` the versions of all runs that contributed. Versions
+    are not compared: an update must not cost days of finished work. Other settings than before
+    raise a ValueError that names the difference. With `overwrite`, the files that `results` (glob
+    patterns within the folder) match are deleted instead, and the command starts anew.
     """
     folder, path = Path(folder), Path(folder) / RUN_RECORD
     settings = json.loads(json.dumps(dict(settings), default=str))
@@ -158,21 +163,20 @@ def start_run(
     names = [name for name in {**settings, **before} if settings.get(name) != before.get(name)]
     if before and names and not overwrite:
         wanted, present = (values.get(names[0]) for values in (settings, before))
-        raise ValueError(
-            f"{folder}: expected results of {command} with {names[0]} = {wanted!r:.80}, found "
-            f"those with {present!r:.80}; name another folder, or start anew with --overwrite"
-        )
+        problem = f"with {names[0]} = {wanted!r:.80}, found those with {present!r:.80}"
+        remedy = "name another folder, or start anew with --overwrite"
+        raise ValueError(f"{folder}: expected results of {command} {problem}; {remedy}")
     made_with = [] if names else made_with
     for pattern in results if overwrite else ():
         for stale in folder.glob(pattern):
             stale.unlink()
-    if environment() not in made_with:
-        entry = settings | {"made_with": [*made_with, environment()]}
+    if _environment() not in made_with:
+        entry = settings | {"made_with": [*made_with, _environment()]}
         write_text(path, json.dumps(record | {command: entry}, indent=1) + "\n")
 
 
 @cache
-def environment() -> dict:
+def _environment() -> dict:
     """Return versions of Python, platform and packages."""
     versions = {"python": platform.python_version(), "platform": platform.platform()}
     versions["cores"] = joblib.cpu_count()
@@ -195,3 +199,71 @@ def exit_with_parent(parent_pid: int) -> None:
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=watch, daemon=True).start()
+
+
+def _read_header(path: Path, file: IO[bytes]) -> nib.spatialimages.SpatialHeader:
+    """Read the header at the start of a file, of the format that its first bytes tell."""
+    start = file.read(nib.Nifti2Header.sizeof_hdr)
+    for pointer, remedy in POINTERS.items():
+        if start.startswith(pointer):
+            problem = "expected a volume, found a pointer to content that is not here"
+            raise ValueError(f"{path}: {problem}; {remedy}")
+    if start[:4] == b"\0\0\0\1":
+        file.seek(0)
+        return nib.MGHImage.header_class.from_fileobj(file)
+    size = {int.from_bytes(start[:4], order) for order in ("little", "big")}
+    header = nib.Nifti2Header if nib.Nifti2Header.sizeof_hdr in size else nib.Nifti1Header
+    return header(start[: header.sizeof_hdr])
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[tuple]:
+    """Open a volume, compressed or not whatever its name says: its header, (3D) shape, and file."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such volume; DATA_ACCESS.md says how to get the data")
+    expected = f"a whole file (NIfTI or .mgz) of 3D real voxels, at most {MAX_VOXELS}"
+    with reading(path, expected), path.open("rb") as raw:
+        packed = raw.read(2) == b"\x1f\x8b"
+        raw.seek(0)
+        with igzip.open(raw) if packed else nullcontext(raw) as file:
+            header = _read_header(path, file)
+            shape, dtype = header.get_data_shape(), header.get_data_dtype()
+            offset, bounded = header.get_data_offset(), 0 < math.prod(shape) <= MAX_VOXELS
+            bounded &= 0 <= offset <= MAX_EXTRA_BYTES
+            if len(shape) < 3 or set(shape[3:]) - {1} or not bounded or dtype.kind not in "iuf":
+                raise ValueError(f"found {shape} of {dtype} from byte {offset}")
+            affine = header.get_best_affine()
+            codes = [header[name] for name in ("sform_code", "qform_code") if name in header]
+            known = not codes or any(codes)
+            if not known or not np.isfinite(affine).all() or abs(np.linalg.det(affine)) < 1e-6:
+                problem = f"expected an affine that tells left from right, found {affine.tolist()}"
+                raise ValueError(f"{path}: {problem} of no known meaning; set its sform")
+            yield header, shape[:3], affine, file
+
+
+def read_grid(path: str | Path) -> tuple[tuple[int, ...], np.ndarray]:
+    """Return the grid of a volume, in RAS orientation, from its header: shape and affine (4, 4)."""
+    with _opened(path) as (_, shape, affine, _):
+        axes = nib.io_orientation(affine)
+        turned = affine @ nib.orientations.inv_ornt_aff(axes, shape)
+        return tuple(np.array(shape)[np.argsort(axes[:, 0])].tolist()), turned
+
+
+def load_volume(path: str | Path, *, contiguous: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    """Read a NIfTI or .mgz volume whole, with gzip's checksum verified, in RAS orientation.
+
+    Returns a volume (X, Y, Z) float32, its axes closest to right, anterior, superior, and its
+    affine (4, 4) to mm; unless `contiguous`, a view in the file's memory order, whose axes may run
+    backwards. Raises FileNotFoundError; ValueError for anything but one real 3D volume.
+    """
+    with _opened(path) as (header, shape, affine, file):
+        offset, dtype = header.get_data_offset(), header.get_data_dtype()
+        file.seek(0)
+        content = file.read(offset + dtype.itemsize * math.prod(shape))
+        file.read(MAX_EXTRA_BYTES)  # to its end, where gzip compares the checksum
+        voxels = np.ndarray(shape, dtype, content, offset, order="F")  # a view, not a copy
+        voxels = nib.volumeutils.apply_read_scaling(voxels, *header.get_slope_inter())
+        voxels = voxels.astype(np.float32, copy=False)
+        image = nib.as_closest_canonical(nib.Nifti1Image(voxels, affine))
+    return np.ascontiguousarray(image.dataobj) if contiguous else image.dataobj, image.affine

@@ -1,10 +1,13 @@
-"""Tables of people and measures, read as text and joined by subject ID."""
+"""Tables of people and measures, of any encoding and naming, and IDs in one form everywhere."""
 
 import csv
 import json
 import os
 import re
 import warnings
+from collections.abc import Iterable
+from contextlib import suppress
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -14,22 +17,53 @@ from brainsex import LABELS, storage
 
 MAX_TABLE_BYTES, MAX_COLUMNS = 1 << 31, 50_000  # UK Biobank's tables have some 30,000 columns
 INVALID_ID_CHARACTERS, MAX_ID_LENGTH = r"[/\\\x00-\x1f\x7f]", 200  # IDs become file names
-COMPANION_TABLES = {  # file beside the table of people: its columns, and the names used here
-    "unrestricted_hcp_freesurfer.csv": {
-        "FS_InterCranial_Vol": "intracranial_volume_ml",  # in mm³ in the file
-        "FS_IntraCranial_Vol": "intracranial_volume_ml",
-    },
-    "restricted.csv": {"Family_ID": "group", "Age_in_Yrs": "age"},
+SYNONYMS = {  # of HCP's columns, in any case, as BIDS, UK Biobank, OASIS, FreeSurfer … name them
+    "Subject": r"(sub|subj|subject|participant)([ _.]?(id|key|code|name|label|number))?|eid|id|iid"
+    r"|ptid|ixi_id|src_subject_id|measure:.*|[lr]h\.aparc\S*",
+    "Gender": r"(sex|gender)([ _.]?(id|code|name|label))?( ?\(.*\))?|m/f|f/m|(f\.|p)?31([-.]0\.0)?",
+    "Age": r"(f\.|p)?21003([-_.]\w+\.?\d*)?"
+    r"|age([ _.]?(at|in)?[ _.]?(scan|years|yrs|y))?( ?\(.*\))?",
+    "session": r"(ses|session)([ _.]?(id|name|label))?|visit([ _.]?(id|name|label))?",
 }
-SYNONYMS = {"Subject": ("participant_id", "eid"), "Gender": ("sex",)}  # of HCP, BIDS, UK Biobank
+PEOPLE_NAMES = (  # of tables of people, the likeliest first
+    "unrestricted_behavioral.csv",
+    r"(HCP_YA_subjects_|unrestricted_(?!.*freesurfer)).*\.csv",
+    "participants.tsv",
+)
+PEOPLE = {"Age": "age", "QC_Issue": "qc_issue"}  # columns, and the names used here
+BESIDE = {  # columns that HCP ships in tables of their own, beside the table of people or in it
+    "Family_ID": "group",
+    "Age_in_Yrs": "age",  # known in years, it replaces HCP's age bands
+    "FS_InterCranial_Vol": "intracranial_volume_ml",  # in mm³ in the file
+    "FS_IntraCranial_Vol": "intracranial_volume_ml",
+}
+NO_VOLUME = "a row, but no volume"
+TABLE_NAMES = ("unrestricted_hcp_freesurfer.csv", "morphometry.csv")  # of measures
+OWN_TABLES = ("subjects.csv", "rejected.csv")  # what convert leaves
 SEX_WORDS = {"f": 0, "female": 0, "w": 0, "woman": 0, "m": 1, "male": 1, "man": 1}
 SEX_CODES = ({"0": 0, "1": 1}, {"1": 1, "2": 0}, SEX_WORDS)  # UK Biobank, ISO 5218, or words
 
 
-def subject_id(name: str | Path) -> str:
-    """Return the subject ID in a path, a file name or an ID: ``sub-01_FA.nii.gz`` gives ``01``."""
-    stem = Path(name).name.removesuffix(".gz").removesuffix(".nii")
-    return re.sub("(_FA)+$|_T1w?$", "", stem).removeprefix("sub-")
+def subject_id(text: object) -> str:
+    """Return an ID as it is meant: without blanks, ``sub-``, and a spreadsheet's decimals.
+
+    ``sub-01`` gives ``01``; ``900106.0`` and ``9.00106E+05`` give ``900106``.
+    """
+    name = re.sub(r"(?i)^sub[-_](?=.)", "", str(text).strip().rstrip("/"))
+    number = re.fullmatch(r"\d+\.0*|\d(\.\d+)?[eE]\+\d\d?", name) and Decimal(name)
+    return str(int(number)) if number and number == int(number) else name
+
+
+def compare_id(text: object) -> str:
+    """Return the form in which IDs are compared: `subject_id` in small letters, without zeros."""
+    name = subject_id(text).casefold()
+    return name.lstrip("0") or "0" if name.isdecimal() else name
+
+
+def spell_ids(ids: Iterable[object], others: Iterable[str]) -> list[str]:
+    """Spell IDs as `others` do where they mean the same subjects; else as `subject_id` does."""
+    spelling = {compare_id(other): other for other in others}
+    return [spelling.get(compare_id(name), subject_id(name)) for name in ids]
 
 
 def cohort_name(folder: str | Path) -> tuple[str, bool]:
@@ -43,37 +77,108 @@ def cohort_name(folder: str | Path) -> tuple[str, bool]:
 
 
 def find_people(folder: str | Path) -> Path:
-    """Find a cohort's one table of people, under its usual names, or raise FileNotFoundError."""
-    patterns = ("unrestricted_behavioral.csv", "unrestricted_*.csv", "participants.tsv")
-    for pattern in patterns:
-        paths = sorted(Path(folder).glob(pattern))
-        if names := [path.name for path in paths if "freesurfer" not in path.name.lower()]:
-            break
-    if len(names) != 1:
-        problem = f"expected one table of people, {' or '.join(patterns)}, found {names or 'none'}"
-        raise FileNotFoundError(f"{folder}: {problem}. DATA_ACCESS.md says where to get it.")
-    return Path(folder) / names[0]
+    """Find a cohort's one table of people: HCP's, BIDS's, or the only one with IDs and sexes.
+
+    Raises FileNotFoundError if there is none, or several.
+    """
+    headers, paths = _find_headers(folder), []
+    for name in PEOPLE_NAMES:
+        paths = paths or [p for p in headers if re.fullmatch(name, p.name)]
+    for path, columns in {} if paths else headers.items():
+        if match_columns(columns, "Subject") and match_columns(columns, "Gender"):
+            paths.append(path)
+    if len(paths) != 1:
+        names = [path.name for path in paths or sorted(Path(folder).glob("*.xls*"))]
+        problem = f"expected one table of people, with IDs and sexes, found {names or 'none'}"
+        remedy = "name one by --table, saved as CSV; DATA_ACCESS.md says where to get it"
+        raise FileNotFoundError(f"{folder}: {problem}. {remedy}.")
+    return paths[0]
 
 
-def read_people(table: str | Path) -> pd.DataFrame:
-    """Read a table of people, and join the `COMPANION_TABLES` beside it.
+def find_table(cohort: str | Path, table: str | Path | None = None) -> Path | None:
+    """Return `table` if one is named, or the first of `TABLE_NAMES` in a cohort's folder."""
+    paths = [Path(cohort) / name for name in TABLE_NAMES]
+    return Path(table) if table else next((path for path in paths if path.is_file()), None)
 
-    The result is indexed by Subject (str) and has Gender (F, M) and, where known, ``age`` (years,
-    or HCP's age band), ``qc_issue``, ``intracranial_volume_ml`` and ``group`` (family ID). Raises
-    FileNotFoundError, or ValueError if Subject or Gender is missing or a subject has two rows.
+
+def read_people(
+    table: str | Path,
+    *,
+    subject: str | None = None,
+    sex: str | None = None,
+    session: str | None = None,
+) -> pd.DataFrame:
+    """Read a table of people, and the columns `BESIDE` of it and of the tables in its folder.
+
+    `subject` and `sex` name its columns where `SYNONYMS` do not; `session` chooses among rows. The
+    result is indexed by Subject (str) and has Gender (F, M) and, where known, ``age`` (years, or
+    HCP's age band), ``qc_issue``, ``intracranial_volume_ml`` and ``group`` (family ID). The codes
+    of sex are printed. Raises FileNotFoundError, or ValueError if a column is missing or a subject
+    has two rows.
     """
     table = Path(table)
-    people = _read_columns(table, {"Gender": "Gender", "Age": "age", "QC_Issue": "qc_issue"})
-    people["Gender"] = read_sex(people["Gender"]).map({0: "F", 1: "M"}).fillna(people["Gender"])
-    for name in COMPANION_TABLES:
-        companion, path = _read_companion(table.parent, name), table.parent / name
-        if (volume := "intracranial_volume_ml") in companion:
-            with storage.reading(path, "numbers as intracranial volumes", "correct the cells"):
-                companion[volume] = companion[volume].astype(float) / 1000
-        for column, values in companion.reindex(people.index).items():
-            band = people.get(column, values)  # of age, stays where years are unknown
-            people[column] = values.combine_first(band)
+    rows = _index_subjects(table, read_text_table(table, session), subject or "Subject")
+    cells = rows[find_column(table, rows, sex or "Gender")]
+    codes = read_sex(cells)
+    letters = codes.map({0: "F", 1: "M"})
+    taken = dict(zip(cells[codes.notna()], letters.dropna()))
+    print(f"{table.name}: sex:", ", ".join(f"{code} is {letter}" for code, letter in taken.items()))
+    people = pd.DataFrame({"Gender": letters.fillna(cells)})
+    _add_columns(people, table, rows, PEOPLE | BESIDE)
+    return join_beside(people, table.parent, table)
+
+
+def join_beside(people: pd.DataFrame, folder: Path, table: Path | None = None) -> pd.DataFrame:
+    """Join the columns `BESIDE` of the tables in a folder, but `table`, to people, by ID.
+
+    A table that knows fewer than half of the people is named in a line. Raises ValueError if two
+    tables have the same column, or one has a column that cannot be used.
+    """
+    headers = {path: names for path, names in _find_headers(folder).items() if path != table}
+    for column, name in BESIDE.items():
+        paths = [path for path, names in headers.items() if match_columns(names, column)]
+        if len(paths) > 1:
+            found = [path.name for path in paths]
+            raise ValueError(f"{folder}: expected one table with {column}, found {found}: keep one")
+        for path in paths:
+            rows = _index_subjects(path, read_text_table(path), "Subject")
+            rows.index = spell_ids(rows.index, people.index)
+            _add_columns(people, path, rows, {column: name})
+            known = people.index.isin(rows.index).sum()
+            if 2 * known < len(people):
+                problem = f"{column} is known of {known} of {len(people)} people: compare the IDs"
+                print(f"WARNING: {path.name}: {problem}")
     return people
+
+
+def _add_columns(people: pd.DataFrame, table: Path, rows: pd.DataFrame, columns: dict) -> None:
+    """Add those columns of rows (by Subject) that there are, under their new names, to people."""
+    for column, name in columns.items():
+        if len(found := match_columns(rows, column)) > 1:
+            print(f"{table.name}: {', '.join(found)}: several columns {column}, not read")
+        elif found:
+            values = rows[found[0]].reindex(people.index)
+            if name == "intracranial_volume_ml":
+                with storage.reading(table, "numbers as intracranial volumes", "correct the cells"):
+                    values = values.astype(float) / 1000
+            people[name] = values.combine_first(people.get(name, values))
+
+
+def _index_subjects(table: Path, rows: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Index rows by the IDs of a column, without those of nobody, and one of those that repeat."""
+    column = find_column(table, rows, column)
+    rows = rows.dropna(subset=column).drop_duplicates()
+    return rows.set_index(check_subject_ids(table, rows[column])).rename_axis("Subject")
+
+
+def _find_headers(folder: str | Path) -> dict[Path, pd.Series]:
+    """Return the columns of each table in a folder that people may have put there."""
+    headers, endings = {}, (".csv", ".tsv", ".txt")
+    for path in sorted(Path(folder).glob("[!.]*")):
+        if path.suffix.lower() in endings and path.name not in OWN_TABLES:
+            with suppress(ValueError, OSError):
+                headers[path] = _read_header(path)[0]
+    return headers
 
 
 def match_subjects(
@@ -85,7 +190,7 @@ def match_subjects(
     accepted, rejected = {}, {}
     for subject in sorted({*files, *people.index}):
         if subject not in files:
-            rejected[subject] = "a row, but no volume"
+            rejected[subject] = NO_VOLUME
         elif subject not in people.index:
             rejected[subject] = "a volume, but no row in the table"
         elif len(paths := files[subject]) > 1:
@@ -102,43 +207,64 @@ def match_subjects(
     return accepted, rejected
 
 
-def read_families(folder: str | Path, subjects: np.ndarray) -> np.ndarray | None:
-    """Read family IDs (N,) as `fill_missing_families` does, from a folder's restricted table."""
-    families = _read_companion(Path(folder), "restricted.csv").reindex(subjects)
-    return fill_missing_families(families["group"]) if "group" in families else None
-
-
 def fill_missing_families(families: pd.Series) -> np.ndarray | None:
     """Return family IDs (N,) str, own ones where unknown, of a Series by subject; None if empty."""
     own_ids = pd.Series("subject " + families.index.astype(str), families.index)
     return None if families.isna().all() else families.fillna(own_ids).to_numpy(str)
 
 
-def read_text_table(table: str | Path) -> pd.DataFrame:
+def _read_header(table: Path) -> tuple[pd.Series, dict]:
+    """Return a table's columns and how pandas reads it; a repeated name gets " (2)" appended."""
+    with table.open("rb") as file:
+        encoding = "utf-16" if file.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    try:
+        with table.open(encoding=encoding) as file:
+            while file.read(1 << 24):
+                pass
+    except UnicodeDecodeError:
+        encoding = "cp1252"  # as Excel saves in western Europe and America
+    with table.open(encoding=encoding) as file:
+        header, skipped = file.readline(1000 * MAX_COLUMNS), 0
+        if header.lower().startswith("sep="):  # Excel's own line
+            header, skipped = file.readline(1000 * MAX_COLUMNS), 1
+    separator = max(",;\t", key=header.count)
+    names = pd.Series(next(csv.reader([header], delimiter=separator), []), dtype=str).str.strip()
+    if names.empty or len(names) > MAX_COLUMNS or table.stat().st_size > MAX_TABLE_BYTES:
+        raise ValueError(f"no header, or over {MAX_COLUMNS} columns or {MAX_TABLE_BYTES} bytes")
+    repeats = names.groupby(names).cumcount() + 1
+    names = names.where(repeats == 1, names + " (" + repeats.astype(str) + ")")
+    return names, {"sep": separator, "encoding": encoding, "header": skipped, "names": names}
+
+
+def read_text_table(table: str | Path, session: str | None = None) -> pd.DataFrame:
     """Read a table's cells as text, NaN where blank; a repeated column name gets " (2)" appended.
 
-    The separator is the commonest in the header: comma, semicolon (decimal commas) or tab. Raises
-    FileNotFoundError, or ValueError if the file is not text in columns.
+    The separator is the commonest in the header: comma, semicolon (decimal commas) or tab; the
+    encoding UTF-8, UTF-16 or Windows' (cp1252). Of HCP's columns of the left cerebellum that stand
+    twice, the second is named as the right one's. Of a table with sessions, a `session` keeps its
+    rows. Raises FileNotFoundError, or ValueError if the file is not text in columns.
     """
     table = Path(table)
     if not table.is_file():
         raise FileNotFoundError(f"{table}: no such table. DATA_ACCESS.md says where to get it.")
     with storage.reading(table, "a CSV table", "export it again"):
-        with table.open(encoding="utf-8-sig") as file:
-            header = file.readline(1000 * MAX_COLUMNS)
-        separator = max(",;\t", key=header.count)
-        columns = next(csv.reader([header], delimiter=separator), [])
-        if not columns or len(columns) > MAX_COLUMNS or table.stat().st_size > MAX_TABLE_BYTES:
-            raise ValueError(f"no header, or over {MAX_COLUMNS} columns or {MAX_TABLE_BYTES} bytes")
-        names = pd.Series(columns, dtype=str).str.strip()
-        repeats = names.groupby(names).cumcount() + 1
-        names = names.where(repeats == 1, names + " (" + repeats.astype(str) + ")")
-        options = {"names": names, "header": 0, "index_col": False, "skip_blank_lines": False}
+        _, options = _read_header(table)
+        options |= {"index_col": False, "skip_blank_lines": False}
         with warnings.catch_warnings():  # cells beyond the header are only warned of
             warnings.simplefilter("error", pd.errors.ParserWarning)
-            rows = pd.read_csv(table, sep=separator, dtype=str, **options)
-    if separator == ";":
+            rows = pd.read_csv(table, dtype=str, **options)
+    if options["sep"] == ";":
         rows = rows.replace(r"^\s*([-+]?\d*),(\d+(?:[eE][-+]?\d+)?)\s*$", r"\1.\2", regex=True)
+    right = rows.columns.str.replace(r"^FS_L_(Cerebellum\w*) \(2\)$", r"FS_R_\1", regex=True)
+    if (mistaken := right.isin(rows.columns).sum()) < len(right) and right.is_unique:
+        said = f"{len(right) - mistaken} columns FS_L_Cerebellum… stand twice, by HCP's mistake"
+        print(f"{table.name}: {said}: the second is taken for the right side, FS_R_Cerebellum…")
+        rows.columns = right
+    if session is not None:
+        column = find_column(table, rows, "session")
+        rows = rows[
+            rows[column].str.strip().str.removeprefix("ses-") == session.removeprefix("ses-")
+        ]
     return rows
 
 
@@ -159,14 +285,16 @@ def read_output_table(path: str | Path, *columns: str) -> pd.DataFrame:
 
 
 def check_subject_ids(path: str | Path, column: pd.Series) -> np.ndarray:
-    """Return a column's IDs (N,) str, stripped; ValueError if blank, repeated or no file name."""
-    names = column.fillna("").str.strip()
+    """Return a column's `subject_id` (N,) str; ValueError if blank, repeated or no file name."""
+    names = column.fillna("").map(subject_id).astype(str)
     invalid = names.str.contains(INVALID_ID_CHARACTERS) | ~names.str.len().between(1, MAX_ID_LENGTH)
-    if (invalid | names.duplicated()).any():
-        line = names.index[invalid | names.duplicated()][0]
+    repeated = names.map(compare_id).duplicated() & ~invalid
+    if (invalid | repeated).any():
+        line = names.index[invalid | repeated][0]
         expected = f"{column.name} of 1 to {MAX_ID_LENGTH} characters without / and \\"
         problem = f"expected {expected}, in no more than one row, found {names[line]!r:.100}"
-        raise ValueError(f"{path}: line {line + 2}: {problem}")
+        advice = "; of several visits, choose one by --session" if repeated[line] else ""
+        raise ValueError(f"{path}: line {line + 2}: {problem}{advice}")
     return names.to_numpy(str)
 
 
@@ -177,36 +305,20 @@ def read_sex(column: pd.Series) -> pd.Series:
     return cells.map(next((codes for codes in SEX_CODES if present <= set(codes)), SEX_WORDS))
 
 
+def match_columns(columns: Iterable[str], name: str) -> list[str]:
+    """Return the columns of that name, in any case; where there are none, its `SYNONYMS`."""
+    names = pd.Series([*columns], dtype=str)
+    plain = names.str.replace(r" \(\d+\)$", "", regex=True)  # of repeated columns
+    exact, alike = plain == name, plain.str.lower() == name.lower()
+    other = plain.str.fullmatch(SYNONYMS.get(name, re.escape(name)), case=False)
+    return names[next((found for found in (exact, alike) if found.any()), other)].to_list()
+
+
 def find_column(table: Path, rows: pd.DataFrame, name: str) -> str:
     """Return the column `name`, or its only synonym; ValueError if there is none, or several."""
-    names = rows.columns.str.replace(r" \(\d+\)$", "", regex=True)  # of repeated columns
-    matches = rows.columns[names == name]
-    if not len(matches):
-        matches = rows.columns[names.str.lower().isin([name.lower(), *SYNONYMS.get(name, ())])]
+    matches = match_columns(rows, name)
     if len(matches) != 1:
-        present = ", ".join(map("{:.100}".format, matches if len(matches) else rows.columns[:20]))
-        raise ValueError(f"{table}: expected one column {name}, found {present}; name it")
+        present = ", ".join(map("{:.100}".format, matches or rows.columns[:20]))
+        remedy = "name it (--subject, --sex)"
+        raise ValueError(f"{table}: expected one column {name}, found {present}; {remedy}")
     return matches[0]
-
-
-def _read_companion(folder: Path, name: str) -> pd.DataFrame:
-    """Read a companion table under the project's name, or the restricted one as HCP exports it."""
-    paths = [path for path in (folder / name,) if path.is_file()]
-    if not paths and name == "restricted.csv":
-        paths = sorted(folder.glob("RESTRICTED_*.csv"))
-    if len(paths) > 1:
-        names = [path.name for path in paths]
-        raise ValueError(f"{folder}: expected one restricted table, found {names}: keep one.")
-    return _read_columns(paths[0], COMPANION_TABLES[name]) if paths else pd.DataFrame()
-
-
-def _read_columns(table: Path, columns: dict[str, str]) -> pd.DataFrame:
-    """Read those columns that there are, Gender if wanted, under their new names, by Subject."""
-    rows = read_text_table(table)
-    names, present = {}, {"subject", "gender", *rows.columns.str.lower()}
-    for name, new_name in ({"Subject": "Subject"} | columns).items():
-        if name.lower() in present:
-            names[find_column(table, rows, name)] = new_name
-    rows = rows[list(names)].rename(columns=names).dropna(subset="Subject")
-    rows["Subject"] = check_subject_ids(table, rows["Subject"].str.strip().str.removeprefix("sub-"))
-    return rows.set_index("Subject")

@@ -3,8 +3,8 @@
 Imputing, scaling and the choice of k or C happen inside the training folds.
 """
 
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,6 @@ from brainsex import BRAIN_THRESHOLD, evaluation, tables
 from brainsex.confounds import ConfoundRegressor, RegressedVolumes
 
 SEXES = "M, F or words, or 0 and 1 (men), or 1 (men) and 2"
-TABLE_NAMES = ("unrestricted_hcp_freesurfer.csv", "morphometry.csv")
 # HCP's (an export spells it FS_InterCranial_Vol), FreeSurfer's own, and other programs' names, mm³.
 HEAD_SIZE_COLUMNS = ("FS_IntraCranial_Vol", "EstimatedTotalIntraCranialVol", "eTIV", "ICV", "TIV")
 NEIGHBOURS = (1, 3, 5, 9, 15, 25, 39, 59, 99)  # the k among which the inner folds choose
@@ -45,32 +44,48 @@ class Table:
         return len(self.sex)
 
 
-def find_table(cohort: str | Path, table: str | Path | None = None) -> Path | None:
-    """Return `table` if one is named, or the first of `TABLE_NAMES` in a cohort's folder."""
-    paths = [Path(cohort) / name for name in TABLE_NAMES]
-    return Path(table) if table else next((path for path in paths if path.is_file()), None)
-
-
 def load_table(
-    csv: str | Path, *, cohort: Path | None = None, subject: str = "Subject", sex: str = "Gender"
+    csv: str | Path,
+    *,
+    cohort: Path | None = None,
+    subject: str = "Subject",
+    sex: str = "Gender",
+    session: str | None = None,
 ) -> Table:
     """Load a morphometry table: HCP's FreeSurfer CSV as exported, or any other.
 
     Name and families are those of the folder `cohort`, by default the one that holds the table.
-    Columns of text, or blank or the same for everybody, and subjects without a sex or measure are
-    dropped, which is printed. Infinite values become blanks. HCP's, BIDS's and UK Biobank's columns
-    of IDs and sex need not be named. Sexes are M and F, male and female, 0 and 1 (men), or 1 (men)
-    and 2. Raises FileNotFoundError, or ValueError for a missing column, an unknown code of sex, a
-    repeated subject, text among a column's numbers, one sex only, or no subject of `cohort`.
+    IDs, sex and `session` are read as by `tables.read_people`; a table without a column of sex, as
+    FreeSurfer writes them, takes it from the folder's people. Columns of text, or blank or the same
+    for everybody, and subjects without a sex or measure are dropped, which is printed. Infinite
+    values become blanks. Raises FileNotFoundError, or ValueError for a missing column, an unknown
+    code of sex, a repeated subject, text among a column's numbers, one sex only, or no subject of
+    `cohort`.
     """
-    csv = Path(csv)
-    rows = tables.read_text_table(csv).dropna(how="all")  # the index still counts lines
-    subject, sex = (tables.find_column(csv, rows, name) for name in (subject, sex))
+    csv, folder = Path(csv), cohort or Path(csv).parent
+    rows = tables.read_text_table(csv, session).dropna(how="all")  # the index still counts lines
+    subject = tables.find_column(csv, rows, subject)
+    rows[subject] = tables.check_subject_ids(csv, rows[subject])
+    has_sex = sex != "Gender" or bool(tables.match_columns(rows, sex))
+    table = folder / "subjects.csv"  # who was converted
+    with nullcontext() if cohort is not None else suppress(FileNotFoundError):
+        table = table if table.is_file() else tables.find_people(folder)
+    if (cohort is not None or not has_sex) and table.is_file():
+        people = tables.read_people(table)
+        rows[subject] = tables.spell_ids(rows[subject], people.index)
+        if not people.index.isin(rows[subject]).any():
+            expected = f"subjects of {folder}, found none among {len(rows)}"
+            first = f"{rows[subject].iloc[0]}, …; name the table of this cohort"
+            raise ValueError(f"{csv}: expected {expected}: {first}.")
+        if not has_sex:
+            rows[sex] = rows[subject].map(people["Gender"])
+            print(f"{csv.name}: sex is that of {table.name}")
+    sex = tables.find_column(csv, rows, sex)
     labels = tables.read_sex(rows[sex])
-    synonyms = (*tables.SYNONYMS, *chain(*tables.SYNONYMS.values()))
-    no_features = {name.lower() for name in (subject, sex, "Release", *synonyms)}
-    names = rows.columns.str.replace(r" \(\d+\)$", "", regex=True)  # of repeated columns
-    cells = rows.loc[:, ~names.str.lower().isin(no_features)]
+    named = rows.columns.str.replace(r" \(\d+\)$", "", regex=True)  # of repeated columns
+    no_features = named.str.fullmatch("|".join(tables.SYNONYMS.values()), case=False)
+    no_features |= rows.columns.isin([subject, sex, "Release"])
+    cells = rows.loc[:, ~no_features]
     values = cells.apply(pd.to_numeric, errors="coerce").astype(float)
     unknown = labels.isna() & (rows[sex].str.strip().fillna("") != "")
     text = (cells.notna() & values.isna()).loc[:, values.notna().any()]
@@ -93,20 +108,14 @@ def load_table(
     print(f"  lines without a sex or measure: {len(lines)}", *lines[:3])
     if HEAD_SIZE_COLUMNS[0] not in features:
         features = features.rename(columns={"FS_InterCranial_Vol": HEAD_SIZE_COLUMNS[0]})
-    rows, folder = rows.loc[features.index], cohort or csv.parent
-    subjects = tables.check_subject_ids(csv, rows[subject].str.strip().str.removeprefix("sub-"))
-    path = folder / "subjects.csv"  # who was converted
-    if cohort is not None:
-        people = tables.read_people(path if path.is_file() else tables.find_people(folder))
-        if not people.index.isin(subjects).any():
-            expected = f"subjects of {folder}, found none among {len(subjects)}: {subjects[0]}, …"
-            raise ValueError(f"{csv}: expected {expected}; name the table of this cohort.")
+    rows = rows.loc[features.index]
+    families = tables.join_beside(rows[[subject]].set_index(subject), folder).get("group")
     return Table(
         name=tables.cohort_name(folder)[0],
         features=features.reset_index(drop=True),
         sex=labels.to_numpy(),
-        subjects=subjects,
-        groups=tables.read_families(folder, subjects),
+        subjects=rows[subject].to_numpy(str),
+        groups=None if families is None else tables.fill_missing_families(families),
         release=rows["Release"].fillna("").to_numpy(str) if "Release" in rows else None,
     )
 
@@ -171,9 +180,10 @@ def cross_val_decisions(
 def compare(table: Table, *, folds: int = 10, seed: int = 0) -> pd.DataFrame:
     """Score the nested classifiers on the same folds, which keep families together."""
     assignment = evaluation.folds(table.sex, groups=table.groups, folds=folds, seed=seed)
+    largest = len(table) * (folds - 1) // folds * 4 // 5 - 1  # of an inner training fold
     decisions = {
         name: cross_val_decisions(classifier, table.features, table.sex, assignment)
-        for name, classifier in make_classifiers(nested=True).items()
+        for name, classifier in make_classifiers(nested=True, largest=largest).items()
     }
     return evaluation.score_table(table.sex, decisions, assignment)
 

@@ -1,7 +1,4 @@
-"""Fitting, prediction and cross-validation, after the study: Adam, cross-entropy, k folds.
-
-An epoch's random draws come from (seed, epoch): an interrupted run goes on to the same weights.
-"""
+"""Fitting, prediction and cross-validation, after the study: Adam, cross-entropy, k folds."""
 
 import copy
 import hashlib
@@ -43,7 +40,6 @@ def fit(
     neutral: bool = False,
     seed: int = 0,
     precision: torch.dtype | None = None,
-    checkpoint: str | Path | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
     """Fit a network in place; the weights kept are those of the last epoch.
@@ -58,7 +54,6 @@ def fit(
     weight_decay : of Adam, decoupled (Loshchilov and Hutter 2019, arXiv 1711.05101).
     neutral : learn the linear layer of a `MriNet3d` anew at the end, by `learn_neutral_layer`.
     precision : torch.bfloat16 or float32; by default the machine's faster one.
-    checkpoint : file to save to after each epoch, and to resume the same call from.
 
     Returns a row an epoch: epoch, train_loss, train_accuracy, validation_loss and -_accuracy.
     """
@@ -72,19 +67,24 @@ def fit(
     networks.to_device(network, device)
     optimiser = torch.optim.AdamW(network.parameters(), lr, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimiser, list(milestones))
-    parts = {"network": network, "optimiser": optimiser, "schedule": schedule}
-    if checkpoint is not None and Path(checkpoint).is_file():
-        with storage.reading(checkpoint, "a checkpoint of the same call of fit", "delete it"):
-            saved = networks.read_checkpoint(checkpoint, device)
-            history = saved["history"]
-            for name, part in parts.items():
-                part.load_state_dict(saved[name])
-    left = range(len(history), epochs)
-    bar = tqdm(left, "fit", epochs, initial=left.start, disable=not progress)
-    with bar, torch.random.fork_rng(), speed.float32_convolutions():
+    bar = tqdm(range(epochs), "fit", disable=not progress)
+    # no TF32: float32 means it, and bfloat16 is what is faster
+    with bar, torch.random.fork_rng(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         for epoch in bar:
             torch.manual_seed((seed << 20) + epoch)
-            row = _fit_epoch(network, optimiser, volumes, labels, batch_size, dtype)
+            network.train()
+            loss_sum = correct_sum = 0
+            for rows in torch.randperm(len(sex)).tensor_split(-(-len(sex) // batch_size)):
+                batch = speed.read_batch(volumes, rows.numpy(), device)
+                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                    logits = speed.training_forward(network, batch).float()
+                loss, correct = _score_logits(logits, labels[rows])
+                optimiser.zero_grad()
+                loss.backward()
+                optimiser.step()
+                loss_sum += loss.item() * len(rows)
+                correct_sum += correct
+            row = {"train_loss": loss_sum / len(sex), "train_accuracy": correct_sum / len(sex)}
             if not np.isfinite(row["train_loss"]):
                 raise FloatingPointError(f"epoch {epoch + 1}: the loss is not finite. Lower lr.")
             schedule.step()
@@ -94,9 +94,6 @@ def fit(
                 row["validation_loss"] = loss.item()
                 row["validation_accuracy"] = correct / len(logits)
             history.append({"epoch": epoch + 1, **row})
-            if checkpoint is not None:
-                states = {name: part.state_dict() for name, part in parts.items()}
-                _save(checkpoint, {"history": history, **states})
             bar.set_postfix({name: f"{value:.3f}" for name, value in row.items()})
     network.eval()
     if neutral:
@@ -138,42 +135,12 @@ def learn_neutral_layer(
         layer.bias.copy_(torch.tensor([-offset, offset]))
 
 
-def _fit_epoch(
-    network: nn.Module,
-    optimiser: torch.optim.Optimizer,
-    volumes: np.ndarray,
-    labels: Tensor,
-    batch_size: int,
-    dtype: torch.dtype,
-) -> dict[str, float]:
-    """Take a step for each batch, in random order; return running loss and accuracy."""
-    network.train()
-    loss_sum = correct_sum = 0
-    for rows in torch.randperm(len(labels)).tensor_split(-(-len(labels) // batch_size)):
-        batch = speed.read_batch(volumes, rows.numpy(), labels.device)
-        with torch.autocast(labels.device.type, dtype, enabled=dtype != torch.float32):
-            logits = speed.training_forward(network, batch).float()
-        loss, correct = _score_logits(logits, labels[rows])
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        loss_sum += loss.item() * len(rows)
-        correct_sum += correct
-    return {"train_loss": loss_sum / len(labels), "train_accuracy": correct_sum / len(labels)}
-
-
 def _score_logits(logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
     """Return the mean cross-entropy, of all slabs, and how many subjects are classified right."""
     targets = labels.long().repeat_interleave(logits[0].numel() // 2)
     loss = nn.functional.cross_entropy(logits.reshape(-1, 2), targets)
     correct = networks.average_slab_logits(logits).argmax(1) == labels
     return loss, correct.sum().item()
-
-
-def _save(path: str | Path, content: dict) -> None:
-    """Write whole, and with an OSError if the disk is full, as `torch.save` to a path is not."""
-    with storage.atomic_path(path) as partial, partial.open("wb") as file:
-        torch.save(content, file)
 
 
 def predict(network: nn.Module, volumes: np.ndarray) -> np.ndarray:
@@ -231,9 +198,22 @@ def cross_validate(
     jobs = max(1, min(len(only), workers or cores)) if on_cpu else 1
     threads = torch.get_num_threads() if jobs == 1 else max(1, cores // jobs)
     table = pd.DataFrame({"Subject": cohort.subjects, "fold": assignment, "sex": cohort.sex})
+    with torch.random.fork_rng():
+        network = str(make_network())
+    affine = None if cohort.affine is None else cohort.affine.tolist()
+    grid = {"modality": cohort.modality, "normalised": cohort.normalised, "affine": affine}
+    grid |= {"shape": cohort.volumes.shape[1:]} | cohort.preparation
+    numbers = (*assignment, *(() if confounds is None else np.ravel(confounds)))
+    facts = {"network": network, "grid": grid, "cohort": digest(cohort)}
+    facts["assignment"] = hashlib.sha256(repr(numbers).encode()).hexdigest()
+    stale = {"overwrite": overwrite, "results": ("fold-*.pt", "fold-*.json")}
     with tempfile.TemporaryDirectory() as temporary:
-        run = _Run(Path(out or temporary), cohort, assignment, make_network, confounds, settings)
-        _start(run, overwrite)
+        out = Path(out or temporary)
+        storage.start_run(out, "train", settings | facts, **stale)
+        path, text = out / "folds.csv", table[["Subject", "fold"]].to_csv(index=False)
+        if not path.is_file() or path.read_text("utf-8", "replace") != text:
+            storage.write_text(path, text)  # by one process of torchrun alone
+        run = _Run(out, cohort, assignment, make_network, confounds, settings)
         results = joblib.Parallel(jobs, return_as="generator")(
             joblib.delayed(_fit_fold)(run, fold, threads, os.getpid()) for fold in only
         )
@@ -258,24 +238,6 @@ class _Run:
     settings: dict
 
 
-def _start(run: _Run, overwrite: bool) -> None:
-    """Write what the folds depend on to ``run.json``, and who is in which to ``folds.csv``."""
-    with torch.random.fork_rng():
-        network = str(run.make_network())
-    cohort, confounds = run.cohort, () if run.confounds is None else np.ravel(run.confounds)
-    affine = None if cohort.affine is None else cohort.affine.tolist()
-    grid = {"modality": cohort.modality, "normalised": cohort.normalised, "affine": affine}
-    grid["shape"] = cohort.volumes.shape[1:]
-    assignment = hashlib.sha256(repr((*run.assignment, *confounds)).encode()).hexdigest()
-    facts = {"network": network, "grid": grid, "cohort": digest(cohort), "assignment": assignment}
-    stale = ("fold-*.pt", "fold-*.json", ".fold-*")
-    storage.start_run(run.out, "train", run.settings | facts, overwrite=overwrite, results=stale)
-    path, table = run.out / "folds.csv", pd.DataFrame({"Subject": cohort.subjects})
-    text = table.assign(fold=run.assignment).to_csv(index=False)
-    if not path.is_file() or path.read_text("utf-8", "replace") != text:  # torchrun: by one alone
-        storage.write_text(path, text)
-
-
 def _fit_fold(run: _Run, fold: int, threads: int, parent_pid: int) -> dict:
     """Fit and test one fold, or read its record if it is finished."""
     storage.exit_with_parent(parent_pid)
@@ -288,15 +250,15 @@ def _fit_fold(run: _Run, fold: int, threads: int, parent_pid: int) -> dict:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         network = run.make_network()
-    volumes, checkpoint = run.cohort.volumes, run.out / f".fold-{fold}.checkpoint"
+    volumes = run.cohort.volumes
     if run.confounds is not None:
         volumes = RegressedVolumes(volumes, run.confounds, train)
     seen, held_out = ((VolumeRows(volumes, rows), run.cohort.sex[rows]) for rows in (train, test))
-    options = {"progress": False, **run.settings, "seed": seed, "checkpoint": checkpoint}
+    options = {"progress": False, **run.settings, "seed": seed}
     history = fit(network, *seen, validation=held_out, **options).assign(fold=fold)
     probability = predict(network, held_out[0])[:, 1].tolist()
     record = {"probability": probability, "history": history.to_dict("records")}
-    _save(weights, network.state_dict())
+    with storage.atomic_path(weights) as partial, partial.open("wb") as file:
+        torch.save(network.state_dict(), file)  # to a path, a full disk would be no OSError
     storage.write_text(path, json.dumps(record))
-    checkpoint.unlink(missing_ok=True)
     return record

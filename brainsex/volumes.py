@@ -6,9 +6,10 @@ voxels against aliasing, then linear interpolation; here, a small matrix for eac
 
 import hashlib
 import json
-import math
+import re
 import shutil
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -17,50 +18,20 @@ import joblib
 import nibabel as nib
 import numpy as np
 import pandas as pd
-from isal import igzip
-from scipy.ndimage import affine_transform, gaussian_filter1d, zoom
+from scipy.ndimage import gaussian_filter1d, zoom
 from tqdm.auto import tqdm
 
 from brainsex import BRAIN_THRESHOLD, LABELS, SHAPE, registration, storage, tables
-from brainsex.storage import MAX_VOXELS
+from brainsex.registration import normalise_size
+from brainsex.storage import load_volume, read_grid
+from brainsex.tables import NO_VOLUME
 
-MAX_EXTRA_BYTES = 1 << 20  # read before the voxels (header and extensions), and after them
-MAX_OUT_OF_RANGE = 0.01  # share of the voxels beyond [0, 1] that an FA map may have
-FILLED_SHARE = 0.75  # of each axis of the grid, that `normalise_size` makes a brain fill
+SCALES = (100, 255, 1000, 10000)  # by which programs multiply FA to store whole numbers
+MAX_OUT_OF_RANGE = 0.25  # share of the brain beyond [0, 1], as by ringing, that an FA map may have
 MAX_BRAIN_ML = 2500  # a T1-weighted volume with more of it is a head with its skull
 MEASURES = ["brain_volume_ml", "non_finite", "negative", "above_one"]
+VOLUME = re.compile(r"(?i)(.+?)(_FA)*\.(nii(\.gz)?|mgz)")  # <ID>.nii.gz, and how else it is named
 RESULTS = ("subjects.csv", "labels.npy", "rejected.csv", "grid.json", "tensors.npy")
-
-
-def load_volume(path: str | Path, *, contiguous: bool = True) -> tuple[np.ndarray, np.ndarray]:
-    """Read a NIfTI volume (.nii, .nii.gz) whole, with its checksum verified, in RAS orientation.
-
-    Returns a volume (X, Y, Z) float32, its axes closest to right, anterior, superior, and its
-    affine (4, 4) to mm; unless `contiguous`, a view in the file's memory order, whose axes may run
-    backwards. Raises FileNotFoundError; ValueError for anything but one real 3D NIfTI-1 volume.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such volume; DATA_ACCESS.md says how to get the data")
-    with storage.reading(path, f"a whole NIfTI-1 file of 3D real voxels, at most {MAX_VOXELS}"):
-        with igzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            header = nib.Nifti1Header(file.read(nib.Nifti1Header.sizeof_hdr))
-            shape, dtype = header.get_data_shape(), header.get_data_dtype()
-            offset, bounded = header.get_data_offset(), 0 < math.prod(shape) <= MAX_VOXELS
-            bounded &= header.sizeof_hdr <= offset <= MAX_EXTRA_BYTES
-            if len(shape) != 3 or not bounded or dtype.kind not in "iuf":
-                raise ValueError(f"found {shape} of {dtype} from byte {offset}")
-            file.seek(0)
-            content = file.read(offset + dtype.itemsize * math.prod(shape))
-            file.read(MAX_EXTRA_BYTES)  # to its end, where gzip compares the checksum
-        affine, codes = header.get_best_affine(), (header["sform_code"], header["qform_code"])
-        if not (any(codes) and np.isfinite(affine).all() and abs(np.linalg.det(affine)) > 1e-6):
-            raise ValueError(f"no affine that tells left from right: {affine.tolist()}")
-        voxels = np.ndarray(shape, dtype, content, offset, order="F")  # a view, not a copy
-        voxels = nib.volumeutils.apply_read_scaling(voxels, *header.get_slope_inter())
-        voxels = voxels.astype(np.float32, copy=False)
-        image = nib.as_closest_canonical(nib.Nifti1Image(voxels, affine))
-    return np.ascontiguousarray(image.dataobj) if contiguous else image.dataobj, image.affine
 
 
 load = load_volume
@@ -116,7 +87,8 @@ def clean(volume: np.ndarray, modality: str = "fa") -> tuple[np.ndarray, dict[st
     brain, that being what is above a tenth of the 99th percentile: white matter is then near 0.6.
 
     Returns the volume, float32, and how many voxels were ``non_finite``, ``negative``,
-    ``above_one``. Raises ValueError if nothing is left, or more than 1 % of FA was out of range.
+    ``above_one``. Raises ValueError if nothing is left, or for what cannot be FA: of a median above
+    1, or with more than a quarter of the brain out of range.
     """
     counts = dict.fromkeys(MEASURES[1:], 0)
     if not np.isfinite(_range(volume)).all():
@@ -131,28 +103,15 @@ def clean(volume: np.ndarray, modality: str = "fa") -> tuple[np.ndarray, dict[st
     if low < 0 or high > 1:
         negative, above = np.count_nonzero(values < 0), np.count_nonzero(values > 1)
         counts |= {"negative": int(negative), "above_one": int(above)}
+        brain = np.abs(values[np.abs(values) > BRAIN_THRESHOLD])  # ringing around 0 is none of it
+        out = np.count_nonzero(values < -BRAIN_THRESHOLD) + above
+        if modality == "fa" and (np.median(brain) > 1 or out > MAX_OUT_OF_RANGE * len(brain)):
+            scale = next((scale for scale in SCALES if high <= scale), None)
+            remedy = f"divide by {scale}?" if low >= 0 and scale else "is it another kind of image?"
+            problem = f"found values from {low:.4g} to {high:.4g}: {remedy}"
+            raise ValueError(f"expected fractional anisotropy in [0, 1], {problem}")
         values = values.clip(0, 1)
-        if modality == "fa" and negative + above > MAX_OUT_OF_RANGE * np.count_nonzero(values):
-            problem = f"values from {low:.4g} to {high:.4g}: another kind of image, or scaled"
-            raise ValueError(f"expected fractional anisotropy in [0, 1], found {problem}")
     return values, counts
-
-
-def normalise_size(volume: np.ndarray) -> np.ndarray:
-    """Stretch and shift a brain along X, Y and Z to fill the middle three quarters of its grid.
-
-    A brain's ends along an axis are where the half per cent of its voxels begins: a stray one does
-    not count. Takes (X, Y, Z) in [0, 1] with some brain; returns float32 on the same grid.
-    """
-    brain, step, middle = volume > BRAIN_THRESHOLD, np.ones(3), np.zeros(3)
-    for axis, size in enumerate(volume.shape):
-        share = np.cumsum(brain.sum(axis=tuple({0, 1, 2} - {axis})))
-        edges = np.arange(size + 1) - 0.5  # of the voxels, between which the share grows evenly
-        low, high = np.interp((0.005, 0.995), np.concatenate([[0], share]) / share[-1], edges)
-        step[axis] = max((high - low) / (FILLED_SHARE * size), 1e-3)
-        middle[axis] = (low + high) / 2
-    offset = middle - step * (np.array(volume.shape) - 1) / 2
-    return affine_transform(volume, step, offset, order=1)  # step < 4/3: nothing to smooth for
 
 
 def brain_volume(volume: np.ndarray, affine: np.ndarray) -> float:
@@ -179,7 +138,7 @@ def prepare(
             names = ", ".join(map(str, masks)) or "none"
             raise ValueError(f"expected one mask, found {names}; see --mask")
         labels, mask_affine = load_volume(masks[0], contiguous=False)
-        if not registration.same_grid(labels, mask_affine, (volume.shape, affine)):
+        if not registration.same_grid(labels.shape, mask_affine, (volume.shape, affine)):
             raise ValueError(f"{masks[0]}: expected its volume's grid, found another")
         if not (inside := labels > 0).any():
             raise ValueError(f"{masks[0]}: expected labels above 0, found none")
@@ -190,6 +149,40 @@ def prepare(
         raise ValueError(f"expected a brain, without its skull, found {size:.0f} ml of it")
     volume = normalise_size(volume) if normalised else volume
     return volume, affine, {"brain_volume_ml": size, **counts}
+
+
+def prepare_like(
+    path: str | Path, grid: Mapping, masks: Sequence[Path] | None = None
+) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
+    """Read a volume and prepare it as those of a cohort, down to its small grid.
+
+    `grid` is what ``grid.json`` and a network's ``run.json`` hold: shape, modality, normalised and,
+    where the cohort had them, mask, align, regrid and the native grid (shape, affine). Returns the
+    volume, float32 in [0, 1], its affine (4, 4) and the record of `prepare`. Raises ValueError for
+    a volume that cannot be prepared so.
+    """
+    if ("mask" in grid) != (masks is not None):
+        found = "none" if masks is None else "one"
+        raise ValueError(f"expected masks as the cohort had them ({'mask' in grid}), found {found}")
+    volume, affine, record = prepare(path, grid["modality"], masks=masks)
+    if pose := grid.get("align"):
+        affine, record["alignment_dice"] = registration.align(volume, affine, pose)
+    native = grid.get("native")
+    if native and not registration.same_grid(volume.shape, affine, native):
+        if not (grid.get("regrid") or pose):
+            message = f"its grid is {volume.shape} {affine.round(3).tolist()}, not the cohort's"
+            raise ValueError(
+                f"{message} {(*native[0],)} {np.round(native[1], 3).tolist()}; --regrid"
+            )
+        volume, affine = registration.regrid(volume, affine, native), np.array(native[1])
+    volume = normalise_size(volume) if grid["normalised"] else volume
+    volume, affine = resample(volume, affine, tuple(grid["shape"]))
+    wanted = grid.get("affine")
+    if wanted is not None and not registration.same_grid(
+        volume.shape, affine, (volume.shape, wanted)
+    ):
+        raise ValueError(f"another field of view than the cohort's, {affine.round(3).tolist()}")
+    return volume, affine, record
 
 
 def convert(
@@ -209,34 +202,39 @@ def convert(
     """Turn volumes and a table of people into a cohort; return the path of its ``tensors.npy``.
 
     Memory does not depend on the number of subjects. A killed run goes on where it stopped; a
-    complete one is repeated only if files or people have changed. A bad subject is only left out.
+    complete one is repeated only if files or people have changed. A bad subject is only left out;
+    ValueError if that happens to more than half of them.
 
     Parameters
     ----------
     source : folder of FA ``<ID>.nii.gz`` or ``<ID>.nii``; or rows from `layouts.choose_volumes`.
-    table : of people, or the folder that holds it.
+    table : of people, the folder that holds it, or what `tables.read_people` returns.
     out_dir : gets ``tensors.npy`` (N, X, Y, Z) float32 in RAS, ``labels.npy`` (N,) int64,
         ``subjects.csv``, ``grid.json`` and ``rejected.csv``; subjects in the order of their IDs.
-    regrid : resample volumes on another grid than the first usable one's, instead of rejecting.
+    regrid : resample volumes on another grid than the commonest, instead of rejecting them.
     leave_out_qc : reject the subjects whose QC_Issue is not blank.
     mask : the pattern that the column ``mask`` of `source`, lists of paths, was matched by.
     align : ``rigid`` or ``affine``: register to MNI152; how well is ``alignment_dice``.
     overwrite : start anew in a folder made with other options, otherwise a ValueError.
     """
-    table, out_dir = Path(table), Path(out_dir)
+    out_dir = Path(out_dir)
     if not isinstance(source, pd.DataFrame):
-        if not (paths := sorted(Path(source).glob("[!.]*.nii*"))):
+        hits = [(VOLUME.fullmatch(path.name), path) for path in sorted(Path(source).glob("[!.]*"))]
+        rows = [(tables.subject_id(hit[1]), path, "fa") for hit, path in hits if hit]
+        if not rows:
             raise FileNotFoundError(f"{source}: expected <ID>.nii.gz, found none; run `extract`")
-        subjects = map(tables.subject_id, paths)
-        source = pd.DataFrame({"Subject": subjects, "path": paths, "modality": "fa"})
-    people = tables.read_people(tables.find_people(table) if table.is_dir() else table)
-    files = source.groupby("Subject")["path"].agg(list).to_dict()
+        source = pd.DataFrame(rows, columns=["Subject", "path", "modality"])
+    people, files = table, source.groupby("Subject")["path"].agg(list).to_dict()
+    if not isinstance(table, pd.DataFrame):
+        table = Path(table)
+        people = tables.read_people(tables.find_people(table) if table.is_dir() else table)
+    people = people.set_axis(tables.spell_ids(people.index, files)).rename_axis("Subject")
     accepted, rejected = tables.match_subjects(files, people, leave_out_qc)
     grid = {"shape": list(map(int, shape)), "modality": str(source["modality"].iloc[0])}
-    grid["normalised"] = normalised
-    grid |= {name: value for name, value in {"mask": mask, "align": align}.items() if value}
+    asked = {"mask": mask, "align": align, "regrid": regrid}
+    grid |= {"normalised": normalised} | {name: value for name, value in asked.items() if value}
     masks = source.set_index("Subject").get("mask", {})
-    settings = grid | {"regrid": regrid, "leave_out_qc": leave_out_qc}
+    settings = grid | {"leave_out_qc": leave_out_qc}
     results = (*RESULTS, ".parts/*.npz")
     storage.start_run(out_dir, "convert", settings, overwrite=overwrite, results=results)
     jobs = {subject: (path, masks.get(subject)) for subject, path in accepted.items()}
@@ -246,70 +244,74 @@ def convert(
     inputs = hashlib.sha256(inputs.encode()).hexdigest()
     whole = all((out_dir / name).is_file() for name in RESULTS)
     if not whole or storage.read_json(out_dir / "grid.json").get("inputs") != inputs:
-        settings["inputs"] = inputs
-        records = _convert_subjects(jobs, out_dir / ".parts", workers, settings)
+        mni = [list(registration.MNI_GRID[0]), registration.MNI_GRID[1].tolist()]
+        grid["native"] = mni if align else _commonest_grid(accepted.values())
+        part_of = json.loads(json.dumps(grid | {"inputs": inputs}))  # what a part is made of
+        records = _convert_subjects(jobs, out_dir / ".parts", workers, part_of)
         rejected |= {s: record["reason"] for s, record in records.items() if "reason" in record}
         grid["inputs"] = "" if any(record.get("retry") for record in records.values()) else inputs
-        _write_cohort(out_dir, grid, people, records, rejected)
+        _write_cohort(out_dir, grid, people, records, rejected, len(files))
     shutil.rmtree(out_dir / ".parts", ignore_errors=True)
     count, left_out = np.load(out_dir / "labels.npy").size, pd.read_csv(out_dir / "rejected.csv")
     print(f"{out_dir.name}: {count} subjects, {len(left_out)} left out (rejected.csv says why)")
     return out_dir / "tensors.npy"
 
 
+def _commonest_grid(paths: Iterable[Path]) -> list | None:
+    """Return the grid, shape and affine, that most volumes have, to a tenth of a voxel."""
+    grids = []
+    for path in paths:
+        with suppress(ValueError, OSError):  # `_convert_subject` says why
+            shape, affine = read_grid(path)
+            step = nib.affines.voxel_sizes(affine).min() / 10
+            grids.append(((shape, (affine / step).round().tobytes()), [shape, affine.tolist()]))
+    counts = Counter(key for key, _ in grids)
+    return dict(grids)[counts.most_common(1)[0][0]] if grids else None
+
+
 def _convert_subjects(
     jobs: dict[str, tuple], parts: Path, workers: int | None, settings: dict
 ) -> dict[str, dict]:
-    """Reduce each subject into ``parts/<ID>.npz``; the first usable one sets the cohort's grid."""
-    grid = registration.MNI_GRID if "align" in settings else None
-    for path, masks in jobs.values() if grid is None else ():
-        with suppress(ValueError, OSError):  # `_convert_subject` says why
-            volume, affine, _ = prepare(path, settings["modality"], masks=masks)
-            grid = volume.shape, affine
-            break
-    settings = settings | {"inputs": f"{settings['inputs']} {grid}"}  # what a part is made of
+    """Reduce each subject into ``parts/<ID>.npz``; return their records."""
     work = joblib.delayed(_convert_subject)
-    calls = (work(parts / f"{s}.npz", *job, grid, settings) for s, job in jobs.items())
+    calls = (work(parts / f"{subject}.npz", *job, settings) for subject, job in jobs.items())
     run = joblib.Parallel(workers or joblib.cpu_count(), "threading", return_as="generator")
     return dict(zip(jobs, tqdm(run(calls), "convert", total=len(jobs), unit="subject")))
 
 
-def _convert_subject(
-    part: Path, path: Path, masks: list[Path] | None, grid: tuple | None, settings: dict
-) -> dict:
-    """Write a volume of the cohort's native `grid` (shape, affine) to `part`; return its record."""
+def _convert_subject(part: Path, path: Path, masks: list[Path] | None, settings: dict) -> dict:
+    """Write a volume, prepared as the settings say, to `part`; return its record."""
     with suppress(Exception), np.load(part, allow_pickle=False) as saved:  # of a killed run
-        if (record := json.loads(str(saved["record"])))["inputs"] == settings["inputs"]:
+        if (record := json.loads(str(saved["record"])))["settings"] == settings:
             return record
     try:
-        volume, affine, record = prepare(path, settings["modality"], masks=masks)
-        if pose := settings.get("align"):
-            affine, record["alignment_dice"] = registration.align(volume, affine, pose)
-        if not registration.same_grid(volume, affine, grid):
-            if not (settings["regrid"] or pose):
-                message = f"its grid is {volume.shape} {affine.round(3).tolist()}, not the cohort's"
-                raise ValueError(f"{message} {grid[0]} {grid[1].round(3).tolist()}; see --regrid")
-            volume, affine = registration.regrid(volume, affine, grid), grid[1]
-        volume = normalise_size(volume) if settings["normalised"] else volume
-        volume, affine = resample(volume, affine, tuple(settings["shape"]))
+        volume, affine, record = prepare_like(path, settings, masks)
     except (ValueError, OSError) as error:  # OSError is the disk's fault: the next run tries again
         return {"reason": str(error), "retry": isinstance(error, OSError)}
-    record |= {"affine": affine.tolist(), "inputs": settings["inputs"]}
+    record |= {"affine": affine.tolist(), "settings": settings}
     with storage.atomic_path(part) as partial, partial.open("wb") as file:
         np.savez(file, volume=volume, record=json.dumps(record))
     return record
 
 
 def _write_cohort(
-    out_dir: Path, grid: dict, people: pd.DataFrame, records: dict[str, dict], rejected: dict
+    out_dir: Path, grid: dict, people: pd.DataFrame, records: dict, rejected: dict, count: int
 ) -> None:
-    """Write the cohort's files from its parts; ``tensors.npy``, without which none loads, last."""
+    """Write the cohort's files from its parts; ``tensors.npy``, without which none loads, last.
+
+    Raises ValueError if more than half of the `count` subjects who have a volume are left out.
+    """
     (out_dir / "tensors.npy").unlink(missing_ok=True)
     reasons = pd.DataFrame(sorted(rejected.items()), columns=["Subject", "reason"])
     storage.write_text(path := out_dir / "rejected.csv", reasons.to_csv(index=False))
     records = {s: record for s, record in records.items() if s not in rejected}
-    if not records:
-        raise ValueError(f"{path}: no usable volume, the last as: {[*rejected.values()][-1]}")
+    wanted = count - sum(reason.startswith("QC_Issue") for reason in rejected.values())
+    if not records or 2 * len(records) < wanted:
+        lost = [reason for reason in rejected.values() if reason != NO_VOLUME]
+        (start, most), *_ = Counter(reason[:30] for reason in lost).most_common(1)
+        example = next(reason for reason in lost if reason.startswith(start))
+        problem = f"expected volumes of most of {wanted} subjects, found {len(records)} usable"
+        raise ValueError(f"{path}: {problem}; {most} are left out as: {example}")
     measures = pd.DataFrame.from_dict(records, "index")
     measures = measures.reindex(columns=[*MEASURES, "alignment_dice"]).dropna(axis="columns")
     subjects = people.loc[list(records)].join(measures).reset_index()
@@ -319,12 +321,6 @@ def _write_cohort(
     storage.write_array(out_dir / "labels.npy", labels.shape, labels.dtype, [labels])
     grid = {"affine": next(iter(records.values()))["affine"], **grid}
     storage.write_text(out_dir / "grid.json", json.dumps(grid))
-    parts = (_load_part(out_dir / ".parts" / f"{subject}.npz") for subject in records)
+    parts = (np.load(out_dir / ".parts" / f"{subject}.npz")["volume"] for subject in records)
     shape = (len(records), *grid["shape"])
     storage.write_array(out_dir / "tensors.npy", shape, np.float32, parts)
-
-
-def _load_part(path: Path) -> np.ndarray:
-    """Load the reduced volume of one subject."""
-    with np.load(path, allow_pickle=False) as saved:
-        return saved["volume"]

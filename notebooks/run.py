@@ -22,6 +22,7 @@ from brainsex import speed, storage
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 TABLE_NOTEBOOKS = ("01_tabular_baselines", "08_confounds_and_families")
+OF_THE_USER = ("MPLBACKEND", "MATPLOTLIBRC", "JUPYTER_PATH", "PYTHONPATH")  # not for kernels
 LEFT_OUT = "left out: "  # how a line of output begins that says what a notebook skips, and why
 
 
@@ -111,7 +112,9 @@ def main() -> None:
     table = {"TABLE": relative_to_notebooks(arguments.table)} if arguments.table else {}
     settings |= {name: settings.get(name, {}) | table for name in TABLE_NOTEBOOKS}
 
-    os.environ.update(speed.MALLOC_ENVIRONMENT | os.environ)
+    for name in OF_THE_USER:
+        os.environ.pop(name, None)
+    os.environ.update(speed.MALLOC_ENVIRONMENT | os.environ | {"JUPYTER_PREFER_ENV_PATH": "1"})
     record = {"profile": arguments.profile, "settings": settings, **folders}
     try:
         with storage.folder_lock(out):

@@ -9,8 +9,8 @@ import pytest
 from scipy.stats import chisquare, t
 
 from brainsex.evaluation import (
+    _corrected_t_interval,
     bootstrap_interval,
-    corrected_t_interval,
     folds,
     paired_test,
     permuted_labels,
@@ -88,11 +88,11 @@ def test_wilson_is_the_textbooks(correct, n, low, high):
 def test_corrected_t_by_hand():
     """Mean .85, s² = .05 / 3; one repetition of 4 folds: error² = (1/4 + 1/3) s², t(3) = 3.1824."""
     half = 3.182446 * math.sqrt((1 / 4 + 1 / 3) * 0.05 / 3)
-    interval = corrected_t_interval([0.9, 0.8, 1.0, 0.7], folds=4)
+    interval = _corrected_t_interval([0.9, 0.8, 1.0, 0.7], folds=4)
     np.testing.assert_allclose(interval, (0.85, 0.85 - half, 0.85 + half), atol=1e-6)
     # twice: s² = .1 / 7, error² = (1/8 + 1/3) s², t(7) = 2.3646
     half = 2.364624 * math.sqrt((1 / 8 + 1 / 3) * 0.1 / 7)
-    interval = corrected_t_interval([0.9, 0.8, 1.0, 0.7] * 2, folds=4)
+    interval = _corrected_t_interval([0.9, 0.8, 1.0, 0.7] * 2, folds=4)
     np.testing.assert_allclose(interval, (0.85, 0.85 - half, 0.85 + half), atol=1e-6)
 
 
@@ -116,11 +116,11 @@ def test_bootstrap_within_strata_has_no_spread_between_them():
         (wilson_interval, (6, 5), "not be greater than n"),
         (wilson_interval, (0, 0), "not less than 1"),
         (
-            partial(corrected_t_interval, folds=10),
+            partial(_corrected_t_interval, folds=10),
             ([0.9],),
             "two scores and folds .*, got 1 and 10",
         ),
-        (partial(corrected_t_interval, folds=1), ([0.9, 0.8],), "or more, got 2 and 1"),
+        (partial(_corrected_t_interval, folds=1), ([0.9, 0.8],), "or more, got 2 and 1"),
         (bootstrap_interval, ([0.25, np.nan],), "finite values"),
         (bootstrap_interval, ([],), "finite values"),
     ],
@@ -169,7 +169,7 @@ def test_score_takes_each_repetitions_own_folds():
     right = (decisions > 0) == sex
     accuracy = [right[r][assignment[r] == fold].mean() for r in range(2) for fold in range(4)]
     scores = score(sex, decisions, assignment)
-    expected = corrected_t_interval(accuracy, folds=4)
+    expected = _corrected_t_interval(accuracy, folds=4)
     assert expected == pytest.approx([scores[name] for name in ("accuracy", "low", "high")])
     assert scores["n"] == 40
 
@@ -222,7 +222,7 @@ def test_the_interval_of_an_auc():
     assert scores["auc_high"] == pytest.approx(min(auc + 1.959964 * error, 1))
     fold = np.array([0, 0, 0, 1, 1, 1, 0, 0, 1, 1, 1])
     scores = score(sex, decisions, fold)
-    mean, low, high = corrected_t_interval([area(fold == n) for n in (0, 1)], folds=2)
+    mean, low, high = _corrected_t_interval([area(fold == n) for n in (0, 1)], folds=2)
     limits = [mean, max(low, 0), min(high, 1)]
     assert [scores[name] for name in ("auc", "auc_low", "auc_high")] == pytest.approx(limits)
 

@@ -16,7 +16,7 @@ ALLOWED = {
     "tables": "storage",
     "speed": "networks",
     "cohort": "storage tables",
-    "archives": "storage tables",
+    "archives": "layouts storage",
     "registration": "",
     "volumes": "registration storage tables",
     "layouts": "storage tables",

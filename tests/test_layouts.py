@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from brainsex import archives, cohort, layouts, volumes
+from brainsex import cohort, layouts, volumes
 
 SHAPE = (7, 9, 8)
 LAS = np.array([[-2.5, 0, 0, 29], [0, 2.25, 0, -31], [0, 0, 2.0, -24], [0, 0, 0, 1]])
@@ -30,16 +30,22 @@ def write(folder: Path, files: dict[str, int | str]) -> None:
 
 
 HCP, FITS = "HCP_1200/900001/T1w/Diffusion", "derivatives/fits"
-LAYOUTS = [  # kind, subjects, and files: subjects' volumes have seeds 1 and 2, others 9
-    ("fa", ["900001", "900002"], {"fa/900001.nii.gz": 1, "fa/900002.nii.gz": 2}),
+TBSS = (
+    {"FA/con-01_FA.nii.gz": 1, "FA/con-02_FA.nii.gz": 2, "stats/all_FA.nii.gz": 9}
+    | {"FA/con-01_FA_to_target.nii.gz": 9, "FA/con-01_FA_mask.nii.gz": 9}
+    | {"stats/mean_FA.nii.gz": 9, "stats/all_FA_skeletonised.nii.gz": 9}
+)
+UKB = "dMRI/dMRI/dti_FA.nii.gz", "dMRI/TBSS/FA/dti_FA.nii.gz", "dMRI/TBSS/FA/dti_FA_to_MNI.nii.gz"
+LAYOUTS = [  # options, subjects, and files: subjects' volumes have seeds 1 and 2, others 9
+    ({}, ["900001", "900002"], {"fa/900001.nii.gz": 1, "fa/900002.nii.gz": 2}),
     (  # as unpacked packages, S3 or DataLad lay it out, with FA beside the series it is of
-        "hcp-fa",
+        {},
         ["900001", "900002"],
         {f"{HCP}/dti_FA.nii.gz": 1, "HCP_1200/900002/T1w/Diffusion/dti_FA.nii.gz": 2}
         | {f"{HCP}{name}.nii.gz": 9 for name in ("/data", "/nodif_brain_mask", "_7T/dti_FA")},
     ),
     (
-        "bids-fa",
+        {},
         ["01", "A2"],
         {f"{FITS}/sub-01/ses-a/dwi/sub-01_ses-a_space-T1w_FA.nii.gz": 1}
         | {f"{FITS}/sub-A2/dwi/sub-A2_model-tensor_param-fa_dwimap.nii.gz": 2}
@@ -47,46 +53,51 @@ LAYOUTS = [  # kind, subjects, and files: subjects' volumes have seeds 1 and 2, 
         | {"sub-01/ses-a/anat/sub-01_ses-a_T1w.nii.gz": 9},
     ),
     (  # as FSL leaves it in a folder of each subject, under one name
-        "dtifit",
+        {},
         ["900001", "02"],
         {"all/900001/dtifit/dti_FA.nii.gz": 1, "all/sub-02/ses-1/dti_FA.nii.gz": 2}
         | {"all/900001/dtifit/dti_MD.nii.gz": 9},
     ),
-    (
-        "tbss-fa",
-        ["con-01", "con-02"],
-        {"FA/con-01_FA.nii.gz": 1, "FA/con-02_FA.nii.gz": 2, "stats/all_FA.nii.gz": 9}
-        | {"FA/con-01_FA_to_target.nii.gz": 9, "FA/con-01_FA_mask.nii.gz": 9}
-        | {"stats/mean_FA.nii.gz": 9, "stats/all_FA_skeletonised.nii.gz": 9},
-    ),
+    ({}, ["con-01", "con-02"], TBSS),
     (  # as tbss_1_preproc leaves it: what it moved, and beside it what it eroded
-        "tbss-origdata",
+        {},
         ["con-01", "con-02"],
         {"origdata/con-01.nii.gz": 1, "origdata/con-02_FA.nii.gz": 2}
         | {"FA/con-01_FA.nii.gz": 9, "FA/con-02_FA_FA.nii.gz": 9},
     ),
     (
-        "tbss-target",
+        {"match": "*_to_target.*"},
         ["con-01", "con-02"],
         {"FA/con-01_FA_to_target.nii.gz": 1, "FA/con-02_FA_FA_to_target.nii.gz": 2}
         | {"FA/target_to_MNI152.nii.gz": 9},
     ),
+    ({}, ["1001", "1002"], {f"{1001 + n}/{name}": n + 1 for name in UKB[:1] for n in (0, 1)}),
+    (
+        {"match": UKB[2]},
+        ["1001", "1002"],
+        {f"{1001 + n}/{name}": n + 1 if name == UKB[2] else 9 for name in UKB for n in (0, 1)},
+    ),
+    ({}, ["900001", "900002"], {"maps/900001_FA.nii.gz": 1, "maps/900002_FA.NII.GZ": 2}),
+    ({}, ["01", "02"], {f"out/sub-0{n}/DTI_Metrics/sub-0{n}__fa.nii.gz": n for n in (1, 2)}),
+    (
+        {},
+        ["S1_x", "S2_y"],
+        {"lab/S1_x/run/tensor_fa.nii.gz": 1, "lab/S2_y/run/tensor_fa.nii.gz": 2},
+    ),
+    ({"match": "best/*"}, ["p1", "p2"], {f"best/p{n}.nii.gz": n for n in (1, 2)}),
+    ({}, ["7", "8"], {"dti/A/wave1/7_FA.nii.gz": 1, "dti/B/wave1/8_FA.nii.gz": 2}),
 ]
 
 
-@pytest.mark.parametrize(("kind", "subjects", "files"), LAYOUTS)
-def test_a_folder_is_taken_as_people_have_it(tmp_path, capsys, kind, subjects, files):
+@pytest.mark.parametrize(("options", "subjects", "files"), LAYOUTS)
+def test_a_folder_is_taken_as_people_have_it(tmp_path, options, subjects, files):
     write(tmp_path / "c", files)
-    volumes_there = layouts.find_volumes(tmp_path / "c")
-    assert set(volumes_there["Subject"]) == set(subjects)
-    option = None if kind == "tbss-fa" else kind  # by default the first of the table
-    chosen = layouts.choose_volumes(volumes_there, kind=option)
+    chosen = layouts.choose_volumes(layouts.find_volumes(tmp_path / "c"), **options)
     assert chosen["Subject"].tolist() == subjects
     assert set(chosen["modality"]) == {"fa"}
     for path, seed in zip(chosen["path"], (1, 2), strict=True):
-        image = nib.load(path)
+        image = nib.Nifti1Image.from_bytes(gzip.decompress(path.read_bytes()))
         np.testing.assert_array_equal(image.get_fdata(dtype=np.float32), fa(seed))
-    assert f"2 subjects of kind {kind} (there are: " in capsys.readouterr().out
 
 
 def test_what_is_chosen_converts(tmp_path):
@@ -107,24 +118,21 @@ def test_packages_old_and_new_are_told_apart_and_led_to_the_next_command(tmp_pat
         *("900002_StructuralRecommended.zip", "900003_3T_Structural_preproc.zip"),
         *("deeper/900004.zip", "sub-01.zip", "900006_FA.zip", "900007_dti_maps.zip"),
         *("900008_7T_Diffusion_preproc.zip", "backup of 2019.zip"),
-        "900005/T1w/Diffusion/data.nii.gz",
+        *("900001_3T_Diffusion_preproc.zip.md5", "900005/T1w/Diffusion/data.nii.gz"),
     ]
     write(tmp_path, dict.fromkeys(names, ""))
     files = layouts.find_volumes(tmp_path)
-    assert files.groupby("kind")["Subject"].agg(list).to_dict() == {
-        "package-2017": ["900001"],
-        "package-2025": ["900002"],
+    assert files.groupby("kind")["Subject"].agg(sorted).to_dict() == {
+        "package": ["900001", "900002"],
         "package-t1": ["900002", "900003"],
-        "archive": ["900006", "900007", "900004", "01"],
-        "hcp-series": ["900005"],
+        "archive": ["01", "900004", "900006", "900007"],
+        "series": ["900005"],
     }
     people = pd.DataFrame({"Gender": list("FMF")}, ["900001", "900002", "900009"])
     summary = layouts.summarise_layout(files, people)
-    assert summary.loc["package-2017", "next"] == "python -m brainsex fa COHORT COHORT/fa"
-    assert "extract" in summary.loc["package-t1", "next"]
     assert summary.loc["package-t1", ["subjects", "no row", "rows without"]].tolist() == [2, 1, 2]
     assert "no row" not in layouts.summarise_layout(files, None)
-    message = "kind none; to make some: python -m brainsex extract COHORT"
+    message = f"found none; to make some: python -m brainsex extract {tmp_path}"
     with pytest.raises(ValueError, match=message):
         layouts.choose_volumes(files)
 
@@ -137,7 +145,7 @@ def test_names_of_fa_in_bids_derivatives(tmp_path):
     for name in (*names, "param-md_dwimap", "desc-FA_mask", "model-DTI_desc-FA_mask", "map-FAx"):
         write(tmp_path, {f"sub-01/dwi/sub-01_{name}.nii.gz": ""})
     files = layouts.find_volumes(tmp_path)
-    assert set(files["kind"]) == {"bids-fa"}
+    files = files[files["modality"] == "fa"]
     assert {path.name for path in files["path"]} == {f"sub-01_{name}.nii.gz" for name in names}
 
 
@@ -149,7 +157,8 @@ def test_the_summary_says_what_is_missing_before_a_volume_is_read(tmp_path):
     (tmp_path / "sub-09/dwi/sub-09_FA.nii.gz").symlink_to("not-fetched")
     people = pd.DataFrame({"Gender": list("FMF")}, ["01", "02", "03"])
     summary = layouts.summarise_layout(layouts.find_volumes(tmp_path), people)
-    assert summary.loc["bids-fa"].tolist() == ["fa", 2, 1, 1, 1, 2, ""]
+    assert summary.loc["sub-*/ses-*/dwi/sub-*_ses-*_FA.nii.gz"].tolist() == ["fa", 1, 1, 0, 0, 2]
+    assert summary.loc["sub-*/dwi/sub-*_FA.nii.gz"].tolist() == ["fa", 1, 0, 1, 1, 3]
 
 
 def test_of_several_sessions_or_spaces_one_is_chosen(tmp_path):
@@ -157,24 +166,27 @@ def test_of_several_sessions_or_spaces_one_is_chosen(tmp_path):
         name = f"sub-01/ses-{session}/dwi/sub-01_ses-{session}_space-{space}_FA.nii.gz"
         write(tmp_path, {name: ""})
     files = layouts.find_volumes(tmp_path)
-    assert len(layouts.choose_volumes(files)) == 3
     chosen = layouts.choose_volumes(files, session="a", match="*_space-T1w_*")
     assert [path.name for path in chosen["path"]] == ["sub-01_ses-a_space-T1w_FA.nii.gz"]
     for options, message in (
-        ({"match": "*_x"}, r"name \*_x, found those of kind bids-fa"),
-        ({"session": "c"}, "session c, name any, found those of kind bids-fa"),
-        ({"kind": "t1"}, "of kind t1, session any, name any, found those of kind bids-fa"),
+        (
+            {},
+            r"session any, name any, found sub-\*/ses-\*/.* \(2\), .*; choose by --match",
+        ),
+        ({"match": "*_x"}, r"name \*_x, found none"),
+        ({"session": "c"}, "session c, name any, found none"),
+        ({"kind": "t1"}, "one t1 volume a subject, session any, name any, found none"),
     ):
         with pytest.raises(ValueError, match=message):
             layouts.choose_volumes(files, **options)
 
 
-def test_nothing_recognised(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"that DATA_ACCESS\.md lists, found \[\]"):
+def test_nothing_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"at any depth, found \[\]; see DATA_ACCESS"):
         layouts.find_volumes(tmp_path / "nowhere")
     hidden = ".hidden/fa/1.nii.gz", "__MACOSX/900001/T1w/FA.nii.gz", "FA/._900001_FA.nii.gz"
-    write(tmp_path, dict.fromkeys(["T1.nii.gz", *hidden], ""))
-    with pytest.raises(FileNotFoundError, match=r"lists, found \[.*'T1\.nii\.gz'.*\]"):
+    write(tmp_path, dict.fromkeys(["readme.txt", *hidden], ""))
+    with pytest.raises(FileNotFoundError, match=r"depth, found \[.*'readme\.txt'.*\]"):
         layouts.find_volumes(tmp_path)
 
 
@@ -205,7 +217,24 @@ def test_what_two_links_lead_to_counts_once_a_subject(tmp_path):
         ("900001_3T_Diffusion_preproc.zip", "900001"),
     ],
 )
-def test_subject_of_a_path(tmp_path, path, subject):
-    assert layouts.subject_of(tmp_path / path) == subject
-    if path.endswith(("data.nii.gz", ".zip")):  # the same for the command fa
-        assert archives._subject_of(tmp_path / path) == subject
+def test_subject_of_a_path_alone(tmp_path, path, subject):
+    assert layouts.name_subjects([tmp_path / path]) == [subject]
+
+
+@pytest.mark.parametrize(
+    ("paths", "options", "subjects"),
+    [
+        (["a/01/x_FA.nii", "a/02/x_FA.nii"], {}, ["01", "02"]),
+        (["con/01/FA.nii", "pat/01/FA.nii"], {"pattern": r"([a-z]+/\d+)/FA"}, ["con/01", "pat/01"]),
+        (["s/T1/9_x.nii", "s/T2/8_x.nii"], {"known": ["9", "8"]}, ["9", "8"]),
+        (["s/A/1001.nii", "s/B/1002.nii"], {"known": ["a", "B"]}, ["A", "B"]),
+        (["IXI002-HH-01-T1.nii", "IXI012-G-07-T1.nii"], {"pattern": r"IXI(\d+)"}, ["002", "012"]),
+    ],
+)
+def test_the_part_that_differs_or_is_known_or_asked_for_is_the_id(paths, options, subjects):
+    assert layouts.name_subjects([Path("/data", path) for path in paths], **options) == subjects
+
+
+def test_a_pattern_that_finds_no_id_is_an_error():
+    with pytest.raises(ValueError, match=r"x_FA\.nii: expected an ID that --id S\(\\d\) finds"):
+        layouts.name_subjects([Path("x_FA.nii")], pattern=r"S(\d)")

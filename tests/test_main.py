@@ -2,6 +2,7 @@
 
 import errno
 import inspect
+import re
 from concurrent.futures.process import BrokenProcessPool
 
 import nibabel as nib
@@ -9,15 +10,17 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from brainsex import cohort, networks, perturbation, storage, training
+from brainsex import cohort, layouts, networks, perturbation, storage, training
 from brainsex.__main__ import COMMANDS, EXAMPLES, build_parser, main
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A cohort of ten that went through synthesize, extract and convert."""
+    """A cohort of ten that went HCP's way, by fa, and by extract and convert."""
+    pytest.importorskip("dipy")
     folder = tmp_path_factory.mktemp("data") / "synthetic"
-    main(["synthesize", str(folder), "--subjects", "10", "--spacing", "5"])
+    main(["synthesize", str(folder), *"--subjects 10 --spacing 5 --diffusion 2".split()])
+    main(["fa", str(folder), str(folder / "fa")])
     main(["extract", str(folder), str(folder / "fa")])
     main(["convert", str(folder)])
     return folder
@@ -44,8 +47,57 @@ def test_a_synthetic_cohort_converted_elsewhere_stays_one(folder, tmp_path, caps
     data = cohort.load_cohort(tmp_path / "other")
     assert (len(data), data.synthetic, data.normalised) == (10, True, True)
     assert not cohort.load_cohort(folder).normalised
+
+
+def test_survey_says_what_is_there_and_what_to_run_next(folder, capsys):
     main(["survey", str(folder)])
-    assert "archive" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"people: {folder / 'unrestricted_behavioral.csv'}, 1113; the families of 1113" in said
+    assert f"morphometry: {folder / 'unrestricted_hcp_freesurfer.csv'}" in said
+    assert f"python -m brainsex convert {folder.as_posix()}  # 0 minutes, 0.0 GB" in said
+    rows = {line.split()[0]: line.split()[2] for line in said.splitlines() if " fa  " in line}
+    assert rows == {"archive": "8", "fa/*.nii.gz": "10"}
+
+
+def test_nobody_who_can_be_used_is_an_error(folder, tmp_path):
+    packages = [path for path in folder.rglob("*.zip") if "preproc" in path.name]
+    (tmp_path / "hcp").mkdir()
+    for path in packages:
+        (tmp_path / "hcp" / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(SystemExit, match=r"error: nobody could be used.*HCP ships no FA map"):
+        main(["extract", str(tmp_path / "hcp"), str(tmp_path / "fa")])
+
+
+def test_predict_takes_folders_and_wildcards(folder, trained, capsys):
+    for paths in ([str(folder / "fa")], [str(folder / "fa/*.nii.gz")]):
+        capsys.readouterr()
+        main(["predict", str(trained / "fold-0.pt"), *paths])
+        assert len(capsys.readouterr().out.splitlines()) == 1 + 10
+
+
+def test_predict_prepares_as_the_cohort_was(folder, tmp_path, capsys):
+    """Of a cohort on several grids and with masks, all its own volumes, as they were."""
+    (tmp_path / "c/fa").mkdir(parents=True)
+    (tmp_path / "c/masks").mkdir()
+    (tmp_path / "c/people.csv").write_text((folder / "unrestricted_behavioral.csv").read_text())
+    for n, path in enumerate(sorted((folder / "fa").glob("*.nii.gz"))):
+        image = nib.load(path)
+        image = image.slicer[1:] if n % 4 == 0 else image
+        nib.save(image, tmp_path / "c/fa" / path.name)
+        mask = (np.arange(image.shape[2]) > 10) * np.ones(image.shape, np.uint8)
+        nib.save(nib.Nifti1Image(mask, image.affine), tmp_path / "c/masks" / path.name)
+    main(["convert", str(tmp_path / "c"), "--regrid", "--mask", "masks/*"])
+    options = "--channels 2 --folds 2 --epochs 1 --batch-size 5 --no-neutral --milestones".split()
+    main(["train", str(tmp_path / "c"), str(tmp_path / "cnn"), *options])
+    data, network = cohort.load(tmp_path / "c"), tmp_path / "cnn/fold-0.pt"
+    capsys.readouterr()
+    masks = str(tmp_path / "c/masks/*")
+    main(["predict", str(network), str(tmp_path / "c/fa"), "--mask", masks])
+    printed = [line.split(",") for line in capsys.readouterr().out.split()][1:]
+    expected = training.predict(networks.load(network), data.volumes[:])[:, 1]
+    np.testing.assert_allclose([float(row[2]) for row in printed], expected, atol=1e-6)
+    with pytest.raises(SystemExit, match="not one of 10 volumes"):
+        main(["predict", str(network), str(tmp_path / "c/fa")])
 
 
 def test_predict_prints_what_the_network_says_of_each_file(folder, trained, capsys):
@@ -145,10 +197,11 @@ def test_a_second_run_in_a_folder_is_refused(tmp_path):
         main(["extract", str(tmp_path), str(tmp_path / "fa")])
 
 
-def test_each_command_has_an_example_whose_arguments_its_function_takes():
-    prompt = "  python -m brainsex "
-    examples = [line.removeprefix(prompt) for line in EXAMPLES.splitlines() if prompt in line]
-    assert sorted(example.split()[0] for example in examples) == sorted(COMMANDS)
-    for example in examples:
-        options = vars(build_parser().parse_args(example.split()))
+def test_what_help_and_survey_tell_to_run_parses_and_is_taken():
+    commands = [package[-1] for package in layouts.PACKAGES.values()]
+    text = "\n".join([EXAMPLES, *commands, *layouts.NEXT]).format("data/hcp", "hcp")
+    told = re.findall(r"python -m brainsex (.*)", text.replace("'", ""))
+    assert {line.split()[0] for line in told} == COMMANDS.keys() - {"plant", "predict"}
+    for line in told:
+        options = vars(build_parser().parse_args(line.split()))
         inspect.signature(COMMANDS[options.pop("command")][0]).bind(**options)

@@ -64,7 +64,7 @@ def heads(folder, count=6):
 
 
 def test_voxels_outside_the_mask_are_0_and_bad_masks_leave_one_subject_out(tmp_path):
-    images, masks = heads(tmp_path), tmp_path / "masks"
+    images, masks = heads(tmp_path, 8), tmp_path / "masks"
     nib.save(nib.Nifti1Image(np.zeros(SHAPE, np.uint8), SCANNER), masks / "s-1_labels.nii.gz")
     shifted = SCANNER + np.outer([1, 0, 0, 0], [0, 0, 0, 2])
     nib.save(nib.Nifti1Image(np.ones(SHAPE, np.uint8), shifted), masks / "s-2_labels.nii.gz")
@@ -76,7 +76,7 @@ def test_voxels_outside_the_mask_are_0_and_bad_masks_leave_one_subject_out(tmp_p
     parts = ("labels above 0", "its volume's grid", "one mask, found none", "s-4_mask.nii")
     assert all(part in reason for part, reason in zip(parts, reasons, strict=True))
     table = pd.read_csv(tmp_path / "subjects.csv", index_col="Subject")
-    assert table["brain_volume_ml"].tolist() == [10 * 22 * 18 * 15 / 1000] * 2
+    assert table["brain_volume_ml"].tolist() == [10 * 22 * 18 * 15 / 1000] * 4
     assert "alignment_dice" not in table
     brain = np.where(np.arange(20)[:, None, None] < 10, images[5], 0)
     ras = nib.as_closest_canonical(nib.Nifti1Image(brain / 2 / np.median(images[5][:10]), SCANNER))

@@ -41,7 +41,7 @@ def inputs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, inputs):
-    """A folder of what each command leaves, with convert's parts and train's checkpoints."""
+    """A folder of what each command leaves, with convert's parts."""
     folder = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shutil, "rmtree", lambda *_, **__: None)
@@ -81,7 +81,7 @@ def test_no_hostile_file_stops_a_command_or_takes_more_than_it_may(every):
 def test_ctrl_c_ends_every_command_within_two_seconds(tmp_path):
     write_study(tmp_path, 720)
     cohort = synthetic.write_cohort(tmp_path / "cohort", subjects=16, spacing=5)
-    begun = {"convert": ".parts/*.npz", "train": ".fold-*.checkpoint", "masks": "run.json"}
+    begun = {"convert": ".parts/*.npz", "train": "folds.csv", "masks": "run.json"}
     begun |= {"train-by-two": begun["train"], "run.py": "02_*.ipynb"}
     options, seconds = {"cwd": ROOT, "stderr": subprocess.PIPE, "text": True}, {}
     for name in (*kills.KILLS, "run.py"):
@@ -143,7 +143,6 @@ def test_a_full_or_read_only_disk_is_named_and_then_a_command_goes_on(
         ("convert/grid.json", False, ""),
         ("convert/.parts/*.npz", True, "tensors.npy"),
         ("train/fold-0.json", False, ""),
-        ("train/.fold-0.checkpoint", False, "fold-0.json"),
         ("train/folds.csv", True, ""),
         ("masks/mask/*.json", False, ""),
     ],

@@ -141,9 +141,9 @@ def test_other_versions_go_on_and_are_on_record_beside_those_before(tmp_path, mo
         record = storage.read_json(tmp_path / "run.json")["train"]
         return [environment["torch"] for environment in record["made_with"]]
 
-    before = storage.environment()
+    before = storage._environment()
     storage.start_run(tmp_path, "train", {"seed": 1})
-    monkeypatch.setattr(storage, "environment", lambda: before | {"torch": "99"})
+    monkeypatch.setattr(storage, "_environment", lambda: before | {"torch": "99"})
     for _ in range(2):
         storage.start_run(tmp_path, "train", {"seed": 1})
         assert made_with() == [before["torch"], "99"]

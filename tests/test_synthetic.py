@@ -11,9 +11,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from brainsex import archives, volumes
-from brainsex.synthetic import head_size_alone, load_truth, people, template, write_cohort, writing
-from brainsex.synthetic.people import anatomical_draws, draw_people, freesurfer_table
+from brainsex import archives, diffusion, volumes
+from brainsex.synthetic import head_size_alone, load_truth, template, write_cohort, writing
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +50,24 @@ def image_in(path):
             return nib.Nifti1Image.from_bytes(gzip.decompress(archive.read(name)))
 
 
+def test_fa_is_fitted_back_from_the_diffusion_packages(cohort, tmp_path, coarse, monkeypatch):
+    pytest.importorskip("dipy")
+    monkeypatch.setattr(writing, "make_anatomy", lambda spacing: coarse)
+    write_cohort(tmp_path / "c", subjects=12, spacing=5, diffusion=1)
+    packages = sorted((tmp_path / "c/archives").glob("*_3T_Diffusion_preproc.zip"))
+    assert len(packages) == 1
+    subject = packages[0].name.split("_")[0]
+    with zipfile.ZipFile(packages[0]) as archive:
+        names = "data.nii.gz bvals bvecs nodif_brain_mask.nii.gz".split()
+        assert {*archive.namelist()} == {f"{subject}/T1w/Diffusion/{name}" for name in names}
+        bvals = archive.read(f"{subject}/T1w/Diffusion/bvals").split()
+    assert {*bvals} == {b"5", b"1000", b"2000", b"3000"}
+    diffusion.fit_folder(tmp_path / "c", tmp_path / "fa", workers=1)
+    fitted = volumes.load(tmp_path / "fa" / f"{subject}.nii.gz")[0]
+    image = nib.as_closest_canonical(image_in(cohort / f"archives/{subject}_3T_Diffusion_FA.zip"))
+    np.testing.assert_allclose(fitted, image.get_fdata(), atol=0.01)
+
+
 def make_pairs(anatomy, pairs, *, head_size=0.0, effect=1.0):
     """Women (pairs, X, Y, Z) and men who share every random draw, so that only sex differs."""
     images, _, affine = anatomy
@@ -58,7 +75,7 @@ def make_pairs(anatomy, pairs, *, head_size=0.0, effect=1.0):
     for sex, pair in np.ndindex(2, pairs):
         rng = np.random.default_rng([7, pair])
         draws = rng.standard_normal(writing.DRAWS)
-        head = people.head_volume(sex, head_size, draws[0])
+        head = writing._head_volume(sex, head_size, draws[0])
         positions = writing._template_positions(images.shape[1:], affine, head, draws)
         args = images, positions, draws, effect * (sex - 0.5), rng
         subjects[sex, pair] = writing._subject_volume(*args)
@@ -117,7 +134,7 @@ def test_a_killed_run_leaves_a_marker_and_no_table_of_people(cohort, tmp_path, m
 
 
 def test_refuses_a_folder_of_anything_else_or_of_other_options(cohort, tmp_path, monkeypatch):
-    monkeypatch.setattr(writing, "freesurfer_table", lambda people, **_: people[["Subject"]])
+    monkeypatch.setattr(writing, "_freesurfer_table", lambda people, **_: people[["Subject"]])
     (tmp_path / "unrestricted_behavioral.csv").write_text("Subject,Gender\n100000,M\n")
     before = checksums(tmp_path)
     with pytest.raises(ValueError, match="or a synthetic cohort"):
@@ -169,7 +186,7 @@ def test_the_tables_are_hcps(cohort):
 
 
 def test_families_and_twins_are_whole():
-    table = draw_people(200, 0)
+    table = writing._draw_people(200, 0)
     families = table.groupby("Family_ID")
     assert families.ngroups == pytest.approx(1113 / 2.51, rel=0.05)
     assert families.size().max() <= 6
@@ -182,7 +199,7 @@ def test_families_and_twins_are_whole():
     imaged = table["3T_dMRI_Compl"] == "true"
     assert (table["Gender"][imaged] == "M").sum() == round(200 * 507 / 1113)
     assert (imaged.groupby(table["Family_ID"]).nunique() > 1).sum() <= 2
-    more = draw_people(1200, 3)  # than HCP has
+    more = writing._draw_people(1200, 3)  # than HCP has
     assert (more["3T_dMRI_Compl"] == "true").sum() == len(more) == 1200
 
 
@@ -198,16 +215,16 @@ def test_families_and_twins_are_whole():
 def test_relatives_share_a_part_of_their_anatomy(kin, expected):
     """Correlations of the draws over pairs are the shares of variance that the module states."""
     kin = pd.DataFrame(kin)
-    draws = [anatomical_draws(person, 0, 3000) for _, person in kin.iterrows()]
-    for values in (draws, people._correlated_draws(kin, np.random.default_rng(0), 3000)):
+    draws = [writing._anatomical_draws(person, 0, 3000) for _, person in kin.iterrows()]
+    for values in (draws, writing._correlated_draws(kin, np.random.default_rng(0), 3000)):
         assert np.corrcoef(values)[0, 1] == pytest.approx(expected, abs=0.05)
         assert np.std(values, axis=1) == pytest.approx(1, abs=0.05)
-    np.testing.assert_array_equal(anatomical_draws(kin.loc[0], 0, 5), draws[0][:5])
+    np.testing.assert_array_equal(writing._anatomical_draws(kin.loc[0], 0, 5), draws[0][:5])
 
 
 def test_freesurfer_measures_are_those_of_brains_and_of_relatives():
-    relations = draw_people(1, 0)
-    table = freesurfer_table(relations)
+    relations = writing._draw_people(1, 0)
+    table = writing._freesurfer_table(relations)
     sex, values = table["Gender"], table.loc[:, ~table.columns.duplicated()]
     assert values.iloc[:, 3:].stack().between(0, 1e8).all()  # no blanks among them
     grey = values.filter(regex="^FS_L_.*_GrayVol$").sum(axis=1)
@@ -229,10 +246,12 @@ def test_freesurfer_measures_are_those_of_brains_and_of_relatives():
 def test_without_effect_the_sexes_differ_in_head_size_alone(coarse):
     women, men = make_pairs(coarse, 4, effect=0)
     np.testing.assert_array_equal(women, men)
-    relations = draw_people(1, 0)
+    relations = writing._draw_people(1, 0)
     swapped = relations.assign(Gender=relations["Gender"].map({"F": "M", "M": "F"}))
     for effect, expected in ((0, 0), (1, 0.14)):
-        tables = [freesurfer_table(p, head_size=0, effect=effect) for p in (relations, swapped)]
+        tables = [
+            writing._freesurfer_table(p, head_size=0, effect=effect) for p in (relations, swapped)
+        ]
         first, second = (table.filter(regex="_Thck$") for table in tables)
         d = (first - second).abs().mean() / first.std()  # Cohen's
         assert np.sqrt((d**2).mean()) == pytest.approx(expected, abs=0.03)

@@ -16,9 +16,22 @@ def write(folder: Path, content: str | bytes, name: str = "t.csv") -> Path:
     return folder / name
 
 
-def test_subject_id():
-    names = "012345 fa/012345.nii.gz 012345.nii 012345_FA_FA.nii sub-012345_FA.nii.gz".split()
-    assert {*map(tables.subject_id, names), tables.subject_id(Path("012345.nii"))} == {"012345"}
+@pytest.mark.parametrize(
+    ("text", "subject"),
+    [
+        *(("012345", "012345"), (" sub-012345 ", "012345"), ("sub-012345/", "012345")),
+        *(("900106.0", "900106"), ("9.00106E+05", "900106"), (900106, "900106"), ("0012.0", "12")),
+        *(("1E5", "1E5"), ("900106.5", "900106.5"), ("SUB_con-01", "con-01"), ("sub-", "sub-")),
+    ],
+)
+def test_subject_id_is_what_was_meant(text, subject):
+    assert tables.subject_id(text) == subject
+
+
+def test_ids_are_spelt_as_others_have_them():
+    others = ["007", "CC01", "900106", "0", "a.0"]
+    ids = ["7", "sub-cc01", "9.00106e+05", "000", "A.0", "sub-new"]
+    assert tables.spell_ids(ids, others) == [*others, "new"]
 
 
 def test_cells_stay_text_and_repeated_names_are_numbered(tmp_path):
@@ -63,7 +76,7 @@ def test_semicolons_go_with_decimal_commas(tmp_path):
         (b"", "no header"),
         (b"a" + b"," * 60_000, "over 50000 columns"),
         (b'a,b\n1,F\n2,"M\n', "EOF inside string"),
-        (b"a,b\n\xff\xfe,F\n", "can't decode"),
+        (b"a,b\n\x81,F\n", "can't decode"),
         (b"a,b\n1,F\n2,M,3\n", "Expected 2 fields in line 3, saw 3"),
         (b"a,a,a (2)\n1,2,3\n", "Duplicate names"),
     ],
@@ -98,7 +111,7 @@ def test_an_output_table_has_numbers_but_ids_as_text(tmp_path):
     ("names", "message"),
     [
         (["1", None, "3"], r"t\.csv: line 3: expected Subject of 1 to 200 .*found ''$"),
-        (["1", "2", "1 "], "line 4: .*in no more than one row, found '1'"),
+        (["1", "2", "01 "], "line 4: .*no more than one row, found '01'; .*--session"),
         (["1", "../../x"], r"line 3: .*found '\.\./\.\./x'"),
         (["..\\x", "2"], "line 2: expected"),
         (["1", "x" * 201], "line 3: expected"),
@@ -113,15 +126,15 @@ def test_what_is_no_id_is_refused(tmp_path, names, message):
 def test_the_table_of_people_has_the_project_s_or_hcp_s_or_bids_s_name(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"found none.*DATA_ACCESS\.md"):
         tables.find_people(tmp_path)
-    (tmp_path / "unrestricted_hcp_freesurfer.csv").touch()
-    (tmp_path / "participants.tsv").touch()
+    (tmp_path / "unrestricted_hcp_freesurfer.csv").write_text("Subject")
+    (tmp_path / "participants.tsv").write_text("Subject,Gender")
     assert tables.find_people(tmp_path).name == "participants.tsv"
-    (tmp_path / "unrestricted_me_7_7_2024.csv").touch()
+    (tmp_path / "unrestricted_me_7_7_2024.csv").write_text("Subject,Gender")
     assert tables.find_people(tmp_path).name == "unrestricted_me_7_7_2024.csv"
-    (tmp_path / "unrestricted_you.csv").touch()
+    (tmp_path / "unrestricted_you.csv").write_text("Subject,Gender")
     with pytest.raises(FileNotFoundError, match=r"found \['unrestricted_me.*you\.csv'\]"):
         tables.find_people(tmp_path)
-    (tmp_path / "unrestricted_behavioral.csv").touch()
+    (tmp_path / "unrestricted_behavioral.csv").write_text("Subject,Gender")
     assert tables.find_people(tmp_path).name == "unrestricted_behavioral.csv"
 
 
@@ -174,9 +187,16 @@ def test_people_are_joined_with_the_tables_beside(tmp_path, spelling, restricted
         ({"t.csv": "Subject,Hand\n1,F\n"}, r"t\.csv: expected one column Gender, found Subject, H"),
         ({"t.csv": "x" * 5000}, r"one column Subject, found x{100};"),
         ({"t.csv": "Subject,Gender\n1,F\n2,M\n1 ,M\n"}, r"t\.csv: line 4: .*one row, found '1'"),
+        (
+            {"t.csv": "Subject,sex,gender_id\n1,F,1\n"},
+            "column Gender, found sex, gender_id; name it",
+        ),
         ({"unrestricted_hcp_freesurfer.csv": "Subject,FS_IntraCranial_Vol\n1,large\n"}, "'large'"),
-        ({"unrestricted_hcp_freesurfer.csv": "A\n1\n"}, r"\.csv: expected one column Subject"),
-        ({"RESTRICTED_a.csv": "", "RESTRICTED_b.csv": ""}, "one restricted table, found"),
+        ({"RESTRICTED_a.csv": "Family_ID\n1\n"}, r"_a\.csv: expected one column Subject"),
+        (
+            dict.fromkeys(("RESTRICTED_a.csv", "b.csv"), "Subject,Family_ID\n1,x\n"),
+            r"one table with Family_ID, found \['RESTRICTED_a.csv', 'b.csv'\]: keep one",
+        ),
     ],
 )
 def test_bad_tables_of_people_are_refused(tmp_path, files, message):
@@ -195,10 +215,61 @@ def test_a_subject_without_a_family_is_one_of_its_own():
     assert tables.fill_missing_families(pd.Series(dtype=str)) is None
 
 
-def test_families_are_in_the_subjects_order(tmp_path):
-    assert tables.read_families(tmp_path, np.array(["1"])) is None
-    write(tmp_path, "Subject,Family_ID\n2,b\n1,a\n3,\n", "restricted.csv")
-    groups = tables.read_families(tmp_path, np.array(["3", "1", "2", "4"]))
-    assert groups[1:3].tolist() == ["a", "b"]
-    assert len(set(groups)) == 4
-    assert tables.read_families(tmp_path, np.array(["9"])) is None
+def test_families_are_joined_in_any_spelling_of_ids_or_missed_loudly(tmp_path, capsys):
+    write(tmp_path, "Subject,Family_ID\n2.0,b\n1.0,a\n9.0,\n", "restricted.csv")
+    people = tables.join_beside(pd.DataFrame(index=["001", "002"]), tmp_path)
+    assert people["group"].tolist() == ["a", "b"]
+    assert "WARNING" not in capsys.readouterr().out
+    people = tables.join_beside(pd.DataFrame(index=["5", "6", "1"]), tmp_path)
+    assert people["group"].tolist()[2] == "a"
+    assert people["group"].isna().tolist() == [True, True, False]
+    message = "WARNING: restricted.csv: Family_ID is known of 1 of 3 people: compare the IDs"
+    assert message in capsys.readouterr().out
+
+
+EXPORTS = [  # a table of people as people have it, and how it is read
+    ("Subject,Gender,Age\n1.0,M,26-30\n2.00000E+00,F,36+\n", "utf-8", {}),
+    ("participant_id\tsex\tage\nsub-1\t1\t26-30\nsub-2\t2\t36+\n", "utf-8", {}),
+    ("ID;M/F;Größe;Age\n1;M;170;26-30\n2;F;160;36+\n", "cp1252", {}),
+    ("sep=;\r\nSubject;Gender;Age\r\n1;M;26-30\r\n2;F;36+\r\n", "utf-16", {}),
+    ("eid,31-0.0,21003-2.0\n1,1,26-30\n2,0,36+\n", "utf-8-sig", {}),
+    (
+        "code,geslacht,age\n1,man,26-30\n2,woman,36+\n",
+        "utf-8",
+        {"subject": "code", "sex": "geslacht"},
+    ),
+    (
+        "participant_id\tsession_id\tsex\tage\nsub-1\tses-a\tM\t26-30\n"
+        "sub-1\tses-b\tM\t27\nsub-2\tses-a\tF\t36+\n",
+        "utf-8",
+        {"session": "a"},
+    ),
+    ("Subject,Gender,Age\n1,M,26-30\n2,F,36+\n2,F,36+\n", "utf-8", {}),
+]
+
+
+@pytest.mark.parametrize(("text", "encoding", "options"), EXPORTS)
+def test_people_are_read_as_they_are_exported(tmp_path, capsys, text, encoding, options):
+    path = write(tmp_path, text.encode(encoding), "people.csv")
+    people = tables.read_people(path, **options)
+    assert people[["Gender", "age"]].T.to_dict("list") == {"1": ["M", "26-30"], "2": ["F", "36+"]}
+    said = capsys.readouterr().out
+    assert said.startswith("people.csv: sex: ")
+    assert said.count(" is M") == said.count(" is F") == 1
+
+
+def test_the_only_table_with_ids_and_sexes_is_that_of_people(tmp_path):
+    write(tmp_path, "ID,M/F,Age\n1,M,30\n", "oasis_cross-sectional.csv")
+    write(tmp_path, "region,volume\n1,2\n", "atlas.csv")
+    write(tmp_path, "Subject,Gender\n1,M\n", "subjects.csv")  # that convert wrote
+    assert tables.find_people(tmp_path).name == "oasis_cross-sectional.csv"
+    write(tmp_path, "Subject,Gender,Age_in_Yrs,Family_ID\n1,M,30,f\n", "HCP_YA_subjects_2026.csv")
+    people = tables.read_people(tables.find_people(tmp_path))
+    assert people.loc["1"].to_dict() == {"Gender": "M", "age": "30", "group": "f"}
+
+
+def test_the_right_cerebellum_gets_its_name(tmp_path, capsys):
+    path = write(tmp_path, "Subject,FS_L_Cerebellum_Cort_Vol,FS_L_Cerebellum_Cort_Vol\n1,2,3\n")
+    columns = ["Subject", "FS_L_Cerebellum_Cort_Vol", "FS_R_Cerebellum_Cort_Vol"]
+    assert tables.read_text_table(path).columns.tolist() == columns
+    assert "1 columns FS_L_Cerebellum… stand twice" in capsys.readouterr().out

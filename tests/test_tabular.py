@@ -10,7 +10,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.svm import SVC
 from xgboost import XGBClassifier
 
-from brainsex import evaluation, tabular
+from brainsex import evaluation, tables, tabular
 
 pytestmark = pytest.mark.usefixtures("in_process")
 
@@ -57,7 +57,7 @@ def test_load_reads_hcps_export(tmp_path, capsys):
 def test_a_cohorts_table_is_found_and_matched(tmp_path):
     load(tmp_path / "t", "participant_id,sex,ICV\nsub-01,F,3\nsub-02,M,4\n")
     path = tmp_path / "t" / "t.csv"
-    assert (tabular.find_table(tmp_path), tabular.find_table(tmp_path, path)) == (None, path)
+    assert (tables.find_table(tmp_path), tables.find_table(tmp_path, path)) == (None, path)
     (tmp_path / "participants.tsv").write_text("participant_id\tsex\n01\tF\n")
     assert tabular.load(path, cohort=tmp_path).name == tmp_path.name
     (tmp_path / "subjects.csv").write_text(
@@ -220,7 +220,7 @@ def test_compare_scores_each_classifier_on_the_same_folds_of_whole_families(monk
     features = rng.standard_normal((60, 4)).repeat(2, 0) + 0.1 * rng.standard_normal((120, 4))
     sex, families = rng.permutation([0, 1] * 30).repeat(2), np.arange(60).repeat(2).astype(str)
     classifiers = {"KNN": KNeighborsClassifier(1), "linear": LogisticRegression()}
-    monkeypatch.setattr(tabular, "make_classifiers", lambda nested: classifiers)
+    monkeypatch.setattr(tabular, "make_classifiers", lambda nested, largest: classifiers)
     apart = tabular.compare(make_table(features, sex), folds=5, seed=3)
     together = tabular.compare(make_table(features, sex, families), folds=5, seed=3)
     assert together["classifier"].tolist() == ["KNN", "linear"]

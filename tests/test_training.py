@@ -124,38 +124,6 @@ def test_the_rate_falls_after_each_milestone(monkeypatch) -> None:
     np.testing.assert_allclose(rates, [0.5, 0.5, 0.05, 0.05, 0.005])
 
 
-def test_a_run_killed_within_an_epoch_goes_on_to_the_same_bits(tmp_path, monkeypatch) -> None:
-    options = FAST | {"epochs": 4, "milestones": (2,), "validation": toy(4, seed=1)}
-    whole, killed, resumed = make_3d(), make_3d(), make_3d()
-    expected = fit(whole, *toy(), **options)
-    step, steps = torch.optim.AdamW.step, []
-
-    def dying(self: torch.optim.AdamW, *arguments: object, **others: object) -> object:
-        if len(steps) == 10:  # in the last of four epochs of three batches
-            raise KeyboardInterrupt
-        steps.append(1)
-        return step(self, *arguments, **others)
-
-    path = tmp_path / "run" / "fit.checkpoint"
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.optim.AdamW, "step", dying)
-        with pytest.raises(KeyboardInterrupt):
-            fit(killed, *toy(), checkpoint=path, **options)
-    passes = []
-    resumed.linear.register_forward_hook(lambda *_: passes.append(1))
-    history = fit(resumed, *toy(), checkpoint=path, **options)
-    assert len(passes) == 3 + 2  # of two volumes each in the validation
-    again = make_3d(seed=5)
-    complete = fit(again, *toy(), checkpoint=path, **options)  # nothing is left to do
-    for network, curves in ((resumed, history), (again, complete)):
-        assert same_bits(network.state_dict(), whole.state_dict())
-        pd.testing.assert_frame_equal(curves, expected, check_exact=True)
-    assert [file.name for file in path.parent.iterdir()] == ["fit.checkpoint"]
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"fit\.checkpoint: expected .* same call.*; delete it"):
-        fit(again, *toy(), checkpoint=path, **options)
-
-
 def test_the_neutral_layer_is_the_minimum_of_its_regression_and_makes_a_blur_neutral() -> None:
     """Newton's method by hand in float64, on features of the plain network; a blur says nothing."""
     volumes, sex = toy(16)
@@ -331,7 +299,6 @@ def test_other_settings_or_data_are_refused_or_start_anew(tmp_path, fits, change
         "volume": {"cohort": replace(call["cohort"], volumes=volumes)},
         "confounds": {"confounds": np.arange(12.0)[::-1, None]},
     }[change]
-    (call["out"] / ".fold-0.checkpoint").touch()
     before = {path.name: path.read_bytes() for path in call["out"].iterdir()}
     fits.clear()
     with pytest.raises(ValueError, match="expected results of train with"):

@@ -82,6 +82,57 @@ def test_load_scales_integers(tmp_path):
     np.testing.assert_allclose(volume, data[::-1] * 0.0001 - 0.25, atol=2e-7)
 
 
+def write_as(path, kind):
+    """The map of `fa` as other programs write it; return the path, whose name may be another."""
+    data, image = fa(), nib.Nifti1Image(fa(), LAS)
+    if kind == "fourth dimension of 1":
+        save(path, data[..., None, None])
+    elif kind == "NIfTI-2":
+        path.write_bytes(gzip.compress(nib.Nifti2Image(data, LAS).to_bytes()))
+    elif kind == "mgz":
+        nib.save(nib.MGHImage(data, LAS), path := path.with_name("v.mgz"))
+    elif kind == "big-endian":
+        image = nib.Nifti1Image(data.astype(">f4"), LAS, nib.Nifti1Header(endianness=">"))
+        path.write_bytes(gzip.compress(image.to_bytes()))
+    elif kind == "upper case":
+        (path := path.with_name("V.NII.GZ")).write_bytes(gzip.compress(image.to_bytes()))
+    elif kind == "not compressed, by its name":
+        path.write_bytes(image.to_bytes())
+    elif kind == "compressed, against its name":
+        (path := path.with_name("v.nii")).write_bytes(gzip.compress(image.to_bytes()))
+    return path
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("fourth dimension of 1", "NIfTI-2", "mgz", "big-endian", "upper case"),
+        *("not compressed, by its name", "compressed, against its name"),
+    ],
+)
+def test_load_reads_what_other_programs_write(tmp_path, kind):
+    path = write_as(tmp_path / "v.nii.gz", kind)
+    volume, affine = load(path)
+    np.testing.assert_array_equal(volume, fa()[::-1])
+    np.testing.assert_allclose(affine, RAS, atol=1e-5)
+    shape, affine = volumes.read_grid(path)
+    assert shape == SHAPE
+    np.testing.assert_allclose(affine, RAS, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("content", "remedy"),
+    [
+        (b"/annex/objects/MD5E-s3145728--0123.nii.gz\n", "datalad get"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+    ],
+)
+def test_load_names_a_pointer_as_such(tmp_path, content, remedy):
+    (tmp_path / "v.nii.gz").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"v\.nii\.gz: .*a pointer to content .*; {remedy}"):
+        load(tmp_path / "v.nii.gz")
+
+
 def broken(tmp_path, kind):
     """A path to something that is no FA volume."""
     path = save(tmp_path / "v.nii.gz", fa())
@@ -120,16 +171,16 @@ def broken(tmp_path, kind):
     [
         ("missing", "no such volume.*DATA_ACCESS"),
         ("folder", "no such volume"),
-        ("truncated gzip", "expected a whole NIfTI-1 file of 3D.*cannot read it.*download"),
+        ("truncated gzip", "expected a whole file .NIfTI or .mgz. of 3D.*cannot read it.*download"),
         ("flipped byte", "cannot read it.*CRC"),
         ("not NIfTI", "cannot read it"),
         ("truncated NIfTI", "buffer is too small"),
         ("claims more than memory", r"at most 33554432.*found \(32767, 32767, 32767\)"),
         ("voxels far away", "found .* from byte"),
         ("4D", r"found \(23, 28, 25, 2\)"),
-        ("no affine", "no affine"),
-        ("singular", "no affine"),
-        ("nowhere", "no affine"),
+        ("no affine", "expected an affine that tells left from right"),
+        ("singular", "expected an affine that tells left from right"),
+        ("nowhere", "expected an affine that tells left from right"),
         ("complex", "real voxels.*complex64"),
     ],
 )
@@ -210,8 +261,9 @@ def test_clean_counts_what_it_changes():
 @pytest.mark.parametrize(
     ("volume", "message"),
     [
-        (fa() * 10_000, r"expected fractional anisotropy in \[0, 1\], found values from 0 to 9\d"),
-        (fa() * 1.1, "another kind of image, or scaled"),  # 9 % above 1
+        (fa() * 10_000, r"anisotropy in \[0, 1\], found values from 0 to 9\d+: divide by 10000\?"),
+        (fa() * 255, r"divide by 255\?"),
+        (fa() * 1.5, r"divide by 100\?"),  # a third above 1
         (-fa() + 0.5 * (fa() > 0), "values from -0.4"),
         (np.full(SHAPE, np.nan), "empty volume"),
     ],
@@ -219,6 +271,17 @@ def test_clean_counts_what_it_changes():
 def test_clean_refuses_what_is_no_fa(volume, message):
     with pytest.raises(ValueError, match=message):
         clean(volume)
+
+
+def test_clean_clips_and_counts_what_interpolation_leaves():
+    volume = fa()
+    rim = np.argwhere(volume == 0)[::3]
+    volume[tuple(rim.T)] = -1e-3  # more of it than of the brain
+    volume[tuple(np.argwhere(volume > 0.9).T)] = 1.2
+    cleaned, counts = clean(volume)
+    np.testing.assert_array_equal(cleaned, volume.clip(0, 1))
+    above = np.count_nonzero(volume > 1)
+    assert counts == {"non_finite": 0, "negative": len(rim), "above_one": above}
 
 
 @pytest.mark.parametrize("scale", [1e-3, 4e4])
@@ -326,7 +389,7 @@ def test_convert_writes_the_cohort(tmp_path, capsys):
 
 
 def test_convert_leaves_out_every_bad_subject_and_does_the_rest(tmp_path, capsys):
-    folder = make(tmp_path / "c", 3, rows=[("900000", "F", ""), ("000014", "U", "")])
+    folder = make(tmp_path / "c", 9, rows=[("900000", "F", ""), ("000014", "U", "")])
     fa_dir, shifted = folder / "fa", LAS + np.outer([1, 1, 1, 0], [0, 0, 0, 40])
     for name, kind in (("000000", "no affine"), ("000012", "flipped byte"), ("000020", "folder")):
         broken(tmp_path, kind).rename(fa_dir / f"{name}.nii.gz")
@@ -342,7 +405,7 @@ def test_convert_leaves_out_every_bad_subject_and_does_the_rest(tmp_path, capsys
     run(folder, workers=2)
     reasons = rejected(folder)
     for subject, reason in {
-        "000000": "no affine",
+        "000000": "expected an affine",
         "000012": "CRC",
         "000014": "Gender is 'U', expected M or F",
         "000017": "its grid is (23, 28, 26)",
@@ -354,11 +417,11 @@ def test_convert_leaves_out_every_bad_subject_and_does_the_rest(tmp_path, capsys
     }.items():
         assert reason in reasons.pop(subject)
     assert not reasons
-    assert subjects_of(folder) == ["000001", "000002", "000003", "000022"]
-    for tensor, n in zip(np.load(folder / "tensors.npy"), (0, 1, 2, 22), strict=True):
+    assert subjects_of(folder) == [*(f"00000{n}" for n in range(1, 10)), "000022"]
+    for tensor, n in zip(np.load(folder / "tensors.npy"), (*range(9), 22), strict=True):
         np.testing.assert_allclose(tensor, resize(fa(n)[::-1], SMALL), atol=1e-6)
-    assert np.load(folder / "labels.npy").tolist() == [0, 1, 0, 1]
-    assert "4 subjects, 9 left out" in capsys.readouterr().out
+    assert np.load(folder / "labels.npy").tolist() == [0, 1] * 5
+    assert "10 subjects, 9 left out" in capsys.readouterr().out
 
 
 def test_workers_and_the_order_of_files_change_no_byte(tmp_path, monkeypatch):
@@ -409,8 +472,8 @@ def test_convert_anew_only_when_table_volumes_or_results_changed(tmp_path, monke
     np.testing.assert_allclose(changed, resize(fa(77)[::-1], SMALL), atol=1e-6)
 
 
-def test_convert_resamples_other_grids_when_asked(tmp_path):
-    folder = make(tmp_path / "c", 4)
+def test_convert_resamples_other_grids_than_the_commonest_when_asked(tmp_path):
+    folder = make(tmp_path / "c", 6)
     fine_shape = (69, 84, 75)
     fine = LAS @ np.diag([1 / 3, 1 / 3, 1 / 3, 1])
     fine[:3, 3] = LAS[:3, 3] - LAS[:3, :3] @ (1 / 3, 1 / 3, 1 / 3)  # the same field of view
@@ -431,6 +494,27 @@ def test_convert_resamples_other_grids_when_asked(tmp_path):
     np.testing.assert_allclose(tensors[0], resize(fa(0)[::-1], SMALL), atol=1e-6)
     assert tensors[2][inner].std() < 0.002  # aliased, it would be about 0.006
     assert "more than half of its brain lies outside" in rejected(folder)["000004"]
+
+
+def test_the_commonest_grid_is_the_cohorts_to_a_tenth_of_a_voxel(tmp_path):
+    folder = make(tmp_path / "c", 5)
+    save(folder / "fa/000001.nii.gz", fa(0), LAS + np.outer([1, 0, 0, 0], [0, 0, 0, 9]))
+    save(folder / "fa/000003.nii.gz", fa(2), LAS + np.outer([1, 0, 0, 0], [0, 0, 0, 0.15]))
+    save(folder / "fa/000004.nii.gz", fa(3), LAS + np.outer([1, 0, 0, 0], [0, 0, 0, 0.3]))
+    run(folder)
+    assert sorted(rejected(folder)) == ["000001", "000004"]
+    assert all("--regrid" in reason for reason in rejected(folder).values())
+
+
+def test_losing_most_of_a_cohort_is_an_error_with_the_commonest_reason(tmp_path):
+    folder = make(tmp_path / "c", 5)
+    for n in (1, 2, 3):
+        save(folder / f"fa/00000{n}.nii.gz", fa(n) * 1000)
+    message = r"rejected\.csv: .* of 5 subjects, found 2 usable; 3 are left out as: .*by 1000\?"
+    with pytest.raises(ValueError, match=message):
+        run(folder)
+    assert not (folder / "tensors.npy").exists()
+    assert sorted(rejected(folder)) == ["000001", "000002", "000003"]
 
 
 def test_normalised_brains_have_one_size_on_any_field_of_view(tmp_path):
@@ -465,13 +549,15 @@ def test_convert_without_a_table_or_anything_usable(tmp_path):
     folder = make(tmp_path / "c", 3, rows=[("000000", "F", "")])
     with pytest.raises(FileNotFoundError, match=r"found none.*extract"):
         convert(tmp_path / "nowhere", folder, tmp_path / "out")
-    with pytest.raises(FileNotFoundError, match=r"unrestricted_behavioral\.csv.*DATA_ACCESS"):
+    with pytest.raises(FileNotFoundError, match=r"expected one table of people.*DATA_ACCESS"):
         convert(folder / "fa", tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     run(folder)
     for path in (folder / "fa").iterdir():
         path.write_bytes(b"nothing")
-    with pytest.raises(ValueError, match=r"rejected\.csv: no usable volume"):
+    with pytest.raises(
+        ValueError, match=r"rejected\.csv: expected volumes of most of 3 .*, found 0 usable; 3 are"
+    ):
         run(folder)
     assert not (folder / "tensors.npy").exists()
 
@@ -517,5 +603,5 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(volumes, "load_volume", counted)
     with pytest.raises(KilledError):
         run(folder)
-    run(folder)  # the first sets the cohort's grid
-    assert reads == [f"00000{n}" for n in (1, 1, 2, 3, 1, 3, 4)]
+    run(folder)
+    assert reads == [f"00000{n}" for n in (1, 2, 3, 4, 4)]

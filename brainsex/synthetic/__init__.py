@@ -2,6 +2,6 @@
 
 from brainsex.synthetic.planting import plant
 from brainsex.synthetic.template import load_truth
-from brainsex.synthetic.writing import freesurfer_table, head_size_alone, write_cohort
+from brainsex.synthetic.writing import head_size_alone, write_cohort
 
-__all__ = ["freesurfer_table", "head_size_alone", "load_truth", "plant", "write_cohort"]
+__all__ = ["head_size_alone", "load_truth", "plant", "write_cohort"]

@@ -36,9 +36,9 @@ def plant(
     synthetic, planted = cohort / "SYNTHETIC", (cohort / "PLANTED").is_file()
     planted |= synthetic.is_file() and storage.read_json(synthetic)["effect"] != 0
     if planted or data.affine is None or len(data) < 4 or not 0 <= effect < np.inf:
-        problem = f"planted {planted}, affine {data.affine is not None}, {len(data)}, d {effect}"
+        found = f"planted {planted}, affine {data.affine is not None}, {len(data)}, d {effect}"
         expected = "nothing planted before, an affine, 4 subjects or more, and a d of 0 or more"
-        raise ValueError(f"{cohort}: expected {expected}, found {problem}; take another cohort")
+        raise ValueError(f"{cohort}: expected {expected}, found {found}; take another cohort")
     files = [path.name for path in out.glob("[!.]*") if path.name != storage.RUN_RECORD]
     if files and "PLANTED" not in files:
         raise ValueError(f"{out}: expected no files, found {files}; name another folder")
@@ -48,8 +48,9 @@ def plant(
     planted = np.zeros(len(REGIONS))  # differences between the labels at the peaks
     for correction in (1, 1, 1, 0):  # for chance, twice for clipping; the last pass only measures
         volumes = _planted_volumes(data, labels, bumps @ planted)
-        means = [np.bincount(truth, volume)[1:] / count for volume in volumes]
-        difference, spread = _difference_and_spread(means, labels)
+        means = pd.DataFrame(np.bincount(truth, volume)[1:] / count for volume in volumes)
+        groups = means.groupby(labels)
+        difference, spread = np.diff(groups.mean(), axis=0)[0], np.sqrt(groups.var().mean())
         planted += correction * (target * spread - difference) / bumps.mean(0, where=bumps > 0.5)
     regions = REGIONS.drop(columns="radius_mm").assign(fa_men_minus_women=planted)
     regions["volume_ml"] = count * abs(np.linalg.det(data.affine[:3, :3])) / 1000
@@ -97,19 +98,10 @@ def _draw_labels(data: Cohort, seed: int) -> np.ndarray:
     group = ((ranks["brain_volume_ml"].groupby(data.sex).rank("first") - 1) // 8).fillna(0)
     age = ranks["age"] * (-1) ** group  # up and down, as pairs may belong to two groups
     place = np.argsort(np.lexsort((age, group, data.sex)))
-    labels = (place + np.random.default_rng(seed).integers(2, size=len(data))[place // 2]) % 2
-    difference, spread = _difference_and_spread(ranks.assign(sex=data.sex), labels)
-    print("d of the ranks of brain volume and age, and of sex:", (difference / spread).round(3))
-    return labels
+    return (place + np.random.default_rng(seed).integers(2, size=len(data))[place // 2]) % 2
 
 
 def _planted_volumes(data: Cohort, labels: np.ndarray, shift: np.ndarray) -> Iterator[np.ndarray]:
     """Yield volumes (V,) float32 in [0, 1], moved by half of `shift` (V,) up or down by label."""
     for volume, label in zip(data.volumes, labels):
         yield np.clip(volume.ravel() + (label - 0.5) * shift, 0, 1).astype(np.float32)
-
-
-def _difference_and_spread(values: np.ndarray, labels: np.ndarray) -> tuple:
-    """Return the difference of the labels' means (K,) of values (N, K), and the SD within them."""
-    groups = pd.DataFrame(values).groupby(labels)
-    return groups.mean().diff().loc[1].to_numpy(), np.sqrt(groups.var().mean()).to_numpy()

@@ -43,8 +43,8 @@ def read_member(folder: Path, table: Table) -> None:
         def ours(path=path):
             with ExitStack() as stack:
                 names, limit = ("*_FA.nii",), archives.MAX_MEMBER
-                ((archive, info, _),) = archives.find_members(path, path.name, names, stack, limit)
-                with archive.open(info) as stream:
+                ((_, opener),) = archives.find_members(path, path.name, names, stack, limit)
+                with opener() as stream:
                     while stream.read(1 << 20):
                         pass
 

@@ -242,7 +242,7 @@ def try_case(number: int, root: Path) -> dict:
 def try_all(every: int = 1, only: str = "") -> int:
     """Try each so many-th case at places whose names hold `only`; return how many fail."""
     torch.set_num_threads(1)
-    storage.environment()  # which asks git for the commit
+    storage._environment()  # which asks git for the commit
     fork, outcomes = multiprocessing.get_context("fork"), []
     with tempfile.TemporaryDirectory() as temporary:
         study, good = Path(temporary, "study"), Path(temporary, "others")

@@ -111,7 +111,7 @@ def kill(folder: Path, command: str, least: int, draw: random.Random) -> dict[st
 def measure(folder: Path, kills: dict[str, int]) -> None:
     """Print the figures of each command, after so many kills of it, on the study in a folder."""
     torch.set_num_threads(1)  # small volumes only wait for a second one
-    storage.environment()  # once: a commit on the way would be on record
+    storage._environment()  # once: a commit on the way would be on record
     if not (folder / "in").is_dir():
         write_study(folder, 36)
     for command, least in kills.items():

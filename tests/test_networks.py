@@ -159,12 +159,19 @@ def test_load_reads_the_form_off_the_weights(tmp_path, make: type, options: dict
         assert torch.equal(loaded(volumes), network.eval()(volumes))
 
 
-@pytest.mark.parametrize("key", ["state_dict", "model_state_dict", None])
-def test_load_takes_a_state_dict_out_of_a_checkpoint(tmp_path, key: str | None) -> None:
-    state, path = nn.DataParallel(make_3d()).state_dict(), tmp_path / "fold-0.pt"
-    torch.save(state if key is None else {"epoch": 3, key: state}, path)
-    weight = networks.load(path, SHAPE).hidden1[0].weight
-    assert weight.equal(state["module.hidden1.0.weight"])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "_orig_mod.module.", "model."])
+@pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model", None])
+def test_load_takes_a_state_dict_as_people_save_it(tmp_path, key: str | None, prefix: str) -> None:
+    state, path = make_3d().state_dict(), tmp_path / "fold-0.pt"
+    named = {prefix + name: value for name, value in state.items()}
+    torch.save(named if key is None else {"epoch": 3, key: named}, path)
+    assert networks.load(path, SHAPE).hidden1[0].weight.equal(state["hidden1.0.weight"])
+
+
+def test_load_says_what_to_save_instead_of_a_whole_network(tmp_path) -> None:
+    torch.save(make_3d(), tmp_path / "whole.pt")
+    with pytest.raises(ValueError, match=r"objects beside tensors.*; save network\.state_dict\(\)"):
+        networks.load(tmp_path / "whole.pt", SHAPE)
 
 
 class Hostile:

@@ -32,6 +32,7 @@ from brainsex import (
     storage,
     synthetic,
     tables,
+    tabular,
     training,
     volumes,
 )
@@ -89,12 +90,17 @@ def _read_layout(
     cohort: Path, table: Path | None, id: str | None, **names: str | None
 ) -> tuple[pd.DataFrame, pd.DataFrame | None]:
     """Say what a folder holds; return its volumes, and its people (None without their table)."""
-    people = None
+    people, columns = None, {name: names[name] for name in ("subject", "sex")}
     try:
-        people = tables.read_people(table := table or tables.find_people(cohort), **names)
+        found = table or tables.find_people(cohort, **columns)
+        people = tables.read_people(found, **names)
+        if found.parent != cohort:
+            people = tables.join_beside(people, cohort, found, names["subject"])
         families = people["group"].notna().sum() if "group" in people else 0
-        print(f"people: {table}, {len(people)}; the families of {families} are known")
+        print(f"people: {found}, {len(people)}; the families of {families} are known")
     except FileNotFoundError as error:
+        if table is not None:
+            raise
         print(f"no table of people: {error}")
     known = () if people is None else people.index
     files = layouts.find_volumes(cohort, pattern=id, known=known)
@@ -107,7 +113,7 @@ def _read_layout(
 def _survey(cohort: Path, table: Path | None, **names: str | None) -> None:
     """Say what a folder holds, what is missing, what to run next, and what it will take."""
     files, _ = _read_layout(cohort, table, **names)
-    print(f"morphometry: {tables.find_table(cohort) or 'none'}")
+    print(f"morphometry: {tabular.find_table(cohort) or 'none'}")
     print("next, and what it takes here without a GPU, roughly:")
     print(*layouts.next_commands(files, joblib.cpu_count()), sep="\n")
 
@@ -116,7 +122,7 @@ def _convert(cohort: Path, out: Path | None, table: Path | None, **settings: obj
     """Turn a folder's volumes and its table of people into tensors.npy."""
     choice = {name: settings.pop(name) for name in ("kind", "session", "match")}
     names = {name: settings.pop(name) for name in ("subject", "sex", "id")}
-    table = table or tables.find_people(cohort)
+    table = table or tables.find_people(cohort, subject=names["subject"], sex=names["sex"])
     files, people = _read_layout(cohort, table, session=choice["session"], **names)
     source, out = layouts.choose_volumes(files, **choice), out or cohort
     print(f"taken: {', '.join(source['kind'].value_counts().index[:3])}")

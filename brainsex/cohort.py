@@ -66,8 +66,11 @@ def load_cohort(folder: str | Path, *, affine: np.ndarray | None = None) -> Coho
     sex, width = np.array(sex, np.int64), len(str(len(sex)))
     table = pd.DataFrame({"Subject": [f"{n:0{width}d}" for n in range(len(sex))], "label": sex})
     if (path := folder / "subjects.csv").is_file():
-        table = tables.read_output_table(path, "Subject", "label")
-        if not np.array_equal(table["label"], sex):
+        with storage.reading(path, "a table of Subject and label", CONVERT_AGAIN):
+            table = pd.read_csv(path, dtype={"Subject": str, "group": str})
+            fits = np.array_equal(table["label"], sex)
+            table["Subject"] = tables.check_subject_ids(path, table["Subject"])
+        if not fits:
             raise ValueError(f"{folder}: subjects.csv and labels.npy disagree; {CONVERT_AGAIN}")
     path, grid = folder / "grid.json", {"shape": volumes.shape[1:], "affine": affine}
     grid = check_grid(storage.read_json(path) if path.is_file() else grid, path)

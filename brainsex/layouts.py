@@ -64,17 +64,18 @@ def name_subjects(
 
     BIDS's ``sub-`` and HCP's folders say which part is the ID, and a package's name starts with it.
     Of other paths that are built alike, it is the part that agrees with most of the IDs that are
-    `known`, or else differs most. A `pattern` (regular expression, its first group) overrules that.
-    Raises ValueError if the pattern finds nothing.
+    `known`, or else differs most. A `pattern` (regular expression, its first group) overrules that;
+    files in whose path it finds nothing are nobody's (""). Raises ValueError if that is all of
+    them, or if several parts agree with known IDs, but not with each other.
     """
     names, alike = [""] * len(paths), {}
     for n, path in enumerate(os.path.abspath(path).replace(os.sep, "/") for path in paths):
         hit = re.search(pattern, path) if pattern else BIDS["sub"].match(path) or HCP.match(path)
-        if pattern and not hit:
-            raise ValueError(f"{path}: expected an ID that --id {pattern} finds, found none")
         *folders, name = path.split("/")
         if hit:
             names[n] = hit[hit.lastindex or 0]
+        elif pattern:  # nobody's
+            continue
         elif name.lower().endswith(".zip"):
             names[n] = re.match(f"({LABEL})?", name)[0]
         else:
@@ -82,7 +83,9 @@ def name_subjects(
             fields = [*folders, *tokens]
             free = tuple(not WORDS.fullmatch(field) for field in fields)
             alike.setdefault((len(folders), free), []).append((n, fields))
-    known = set(map(tables.compare_id, known))
+    if pattern and not any(names):
+        raise ValueError(f"expected IDs that --id {pattern} finds, found none as in {paths[0]}")
+    known = {tables.compare_id(name): name for name in known}
     for (depth, free), members in alike.items():
         columns = np.array([fields for _, fields in members], dtype=object)
         differs = (columns != columns[0]).any(0)
@@ -91,11 +94,27 @@ def name_subjects(
             places = sorted(np.flatnonzero(columns_left), key=lambda k: (k >= depth, -k))
             choices += [sorted(k for k in places if k >= depth), *([k] for k in places)]
         choices = [["_".join(row) for row in columns[:, k]] for k in choices if len(k)]
+        choices += [[_known_within(name, known) for name in choice] for choice in choices]
         keys = [set(map(tables.compare_id, choice)) for choice in choices]
-        best = max(range(len(keys)), key=lambda k: (len(keys[k] & known), len(keys[k])))
+        merits = [(len(key & known.keys()), len(key)) for key in keys]
+        best = merits.index(max(merits))
+        for (n, _), *rivals in zip(members, *choices):
+            equal = [name for name, merit in zip(rivals, merits) if merit == merits[best]]
+            found = {known[key]: 1 for key in map(tables.compare_id, equal) if key in known}
+            if len(found) > 1:
+                problem = f"expected one ID, found {' or '.join(found)}; --id REGEX says which"
+                raise ValueError(f"{paths[n]}: {problem}")
         for (n, _), name in zip(members, choices[best]):
             names[n] = name
     return [tables.subject_id(name) for name in names]
+
+
+def _known_within(name: str, known: dict[str, str]) -> str:
+    """Return the only one of the `known` IDs that a name has within, as whole words; else it."""
+    words = tables.compare_id(name).split()
+    spans = {" ".join(words[i:j]) for j in range(len(words) + 1) for i in range(j)} & known.keys()
+    longest = max(spans, key=len, default="")
+    return known[longest] if spans and all(span in longest for span in spans) else name
 
 
 def find_volumes(
@@ -119,7 +138,7 @@ def find_volumes(
         if not kind:
             kind = below.replace(f"ses-{session}", "ses-*") if session else below
             kind = kind.replace(subject, "*")
-        if modality or path.suffix.lower() != ".zip":
+        if subject and (modality or path.suffix.lower() != ".zip"):
             rows.append((subject, session, kind, modality, path))
     if not rows:
         names = [path.name for path in folder.glob("*")][:9]
@@ -202,7 +221,7 @@ def choose_volumes(
         names = (f"{path.name}\n/{path.as_posix()}".split("\n") for path in chosen["path"])
         patterns = match, f"*/{match}"
         chosen = chosen[[any(map(fnmatchcase, name, patterns)) for name in names]]
-    if session is not None:
+    if session is not None and (chosen["session"] != "").any():  # else it is of the table's rows
         chosen = chosen[chosen["session"] == session.removeprefix("ses-")]
     kind = kind or next((name for name in NAMES if name in set(chosen["modality"])), "fa")
     allowed = (kind,) if match is None else (kind, "")

@@ -17,13 +17,16 @@ from brainsex import LABELS, storage
 
 MAX_TABLE_BYTES, MAX_COLUMNS = 1 << 31, 50_000  # UK Biobank's tables have some 30,000 columns
 INVALID_ID_CHARACTERS, MAX_ID_LENGTH = r"[/\\\x00-\x1f\x7f]", 200  # IDs become file names
-SYNONYMS = {  # of HCP's columns, in any case, as BIDS, UK Biobank, OASIS, FreeSurfer … name them
-    "Subject": r"(sub|subj|subject|participant)([ _.]?(id|key|code|name|label|number))?|eid|id|iid"
-    r"|ptid|ixi_id|src_subject_id|measure:.*|[lr]h\.aparc\S*",
-    "Gender": r"(sex|gender)([ _.]?(id|code|name|label))?( ?\(.*\))?|m/f|f/m|(f\.|p)?31([-.]0\.0)?",
+SYNONYMS = {  # of HCP's columns, in any case, as BIDS, UK Biobank, OASIS, REDCap … name them
+    "Subject": r"(sub|subj|subject|participant|patient|proband|pbn|twin|case|record|src_subject)"
+    r"([ _.-]?(id|key|code|name|label|number|no|nr))?|eid|id|iid|mrn|ptid|ixi_id|measure:.*"
+    r"|[lr]h\.aparc\S*",
+    "Gender": r"(dem_)?(sex|gender|geschlecht)([ _.]?(id|code|name|label))?( ?\(.*\))?|m/f|f/m"
+    r"|(f\.|p)?31([-.]0\.0)?|female|male",
     "Age": r"(f\.|p)?21003([-_.]\w+\.?\d*)?"
-    r"|age([ _.]?(at|in)?[ _.]?(scan|years|yrs|y))?( ?\(.*\))?",
-    "session": r"(ses|session)([ _.]?(id|name|label))?|visit([ _.]?(id|name|label))?",
+    r"|(age|alter)([ _.]?(at|in)?[ _.]?(scan|years|yrs|y))?( ?\(.*\))?",
+    "session": r"(ses|session|visit|redcap_event)([ _.]?(id|name|label))?",
+    "Family_ID": r"fam(ily)?[ _.]?(id|no|nr|number|code)?|pedigree[ _.]?(id|no)?",
 }
 PEOPLE_NAMES = (  # of tables of people, the likeliest first
     "unrestricted_behavioral.csv",
@@ -38,10 +41,12 @@ BESIDE = {  # columns that HCP ships in tables of their own, beside the table of
     "FS_IntraCranial_Vol": "intracranial_volume_ml",
 }
 NO_VOLUME = "a row, but no volume"
-TABLE_NAMES = ("unrestricted_hcp_freesurfer.csv", "morphometry.csv")  # of measures
 OWN_TABLES = ("subjects.csv", "rejected.csv")  # what convert leaves
-SEX_WORDS = {"f": 0, "female": 0, "w": 0, "woman": 0, "m": 1, "male": 1, "man": 1}
+WOMEN = "f female w woman weiblich frau".split()
+MEN = "m male man männlich mann".split()
+SEX_WORDS = dict.fromkeys(WOMEN, 0) | dict.fromkeys(MEN, 1)
 SEX_CODES = ({"0": 0, "1": 1}, {"1": 1, "2": 0}, SEX_WORDS)  # UK Biobank, ISO 5218, or words
+SEX_MISSING = {"", "9", "-9", "99", "999", "n/a", "na", "nan", "-", ".", "unknown"}
 
 
 def subject_id(text: object) -> str:
@@ -55,9 +60,9 @@ def subject_id(text: object) -> str:
 
 
 def compare_id(text: object) -> str:
-    """Return the form in which IDs are compared: `subject_id` in small letters, without zeros."""
-    name = subject_id(text).casefold()
-    return name.lstrip("0") or "0" if name.isdecimal() else name
+    """Return the form in which IDs are compared: ``HC_07``, ``hc-7`` and ``HC7`` are one."""
+    words = re.findall(r"\d+|[^\W\d_]+", subject_id(text).casefold())
+    return " ".join(word.lstrip("0") or "0" if word.isdecimal() else word for word in words)
 
 
 def spell_ids(ids: Iterable[object], others: Iterable[str]) -> list[str]:
@@ -76,29 +81,27 @@ def cohort_name(folder: str | Path) -> tuple[str, bool]:
     return name if not synthetic or "synthetic" in name else f"{name} (synthetic)", synthetic
 
 
-def find_people(folder: str | Path) -> Path:
+def find_people(folder: str | Path, *, subject: str | None = None, sex: str | None = None) -> Path:
     """Find a cohort's one table of people: HCP's, BIDS's, or the only one with IDs and sexes.
 
-    Raises FileNotFoundError if there is none, or several.
+    `subject` and `sex` name its columns where `SYNONYMS` do not. Raises FileNotFoundError if there
+    is none, or several.
     """
     headers, paths = _find_headers(folder), []
     for name in PEOPLE_NAMES:
-        paths = paths or [p for p in headers if re.fullmatch(name, p.name)]
+        paths = paths or [path for path in headers if re.fullmatch(name, path.name)]
+    wanted = subject or "Subject", sex or "Gender"
     for path, columns in {} if paths else headers.items():
-        if match_columns(columns, "Subject") and match_columns(columns, "Gender"):
+        if all(match_columns(columns, name) for name in wanted):
             paths.append(path)
+    if not paths and len(headers) == 1:
+        paths = list(headers)  # whose columns `find_column` will name
     if len(paths) != 1:
-        names = [path.name for path in paths or sorted(Path(folder).glob("*.xls*"))]
-        problem = f"expected one table of people, with IDs and sexes, found {names or 'none'}"
-        remedy = "name one by --table, saved as CSV; DATA_ACCESS.md says where to get it"
-        raise FileNotFoundError(f"{folder}: {problem}. {remedy}.")
+        names = [path.name for path in paths or [*headers, *sorted(Path(folder).glob("*.xls*"))]]
+        problem = f"expected one table with columns {' and '.join(wanted)}, found {names or 'none'}"
+        remedy = "name a CSV by --table, columns by --subject and --sex; see DATA_ACCESS.md"
+        raise FileNotFoundError(f"{folder}: {problem}; {remedy}")
     return paths[0]
-
-
-def find_table(cohort: str | Path, table: str | Path | None = None) -> Path | None:
-    """Return `table` if one is named, or the first of `TABLE_NAMES` in a cohort's folder."""
-    paths = [Path(cohort) / name for name in TABLE_NAMES]
-    return Path(table) if table else next((path for path in paths if path.is_file()), None)
 
 
 def read_people(
@@ -122,13 +125,22 @@ def read_people(
     codes = read_sex(cells)
     letters = codes.map({0: "F", 1: "M"})
     taken = dict(zip(cells[codes.notna()], letters.dropna()))
-    print(f"{table.name}: sex:", ", ".join(f"{code} is {letter}" for code, letter in taken.items()))
+    said = ", ".join(f"{code} is {letter}" for code, letter in taken.items())
+    unknown = sorted(set(cells.dropna().str.strip()) - set(map(str.strip, taken)))
+    if len(set(taken.values())) < 2 and unknown:
+        problem = "expected sexes as M and F, words, or 0 and 1 (men), or 1 (men) and 2, found"
+        raise ValueError(
+            f"{table}: column {cells.name}: {problem} {unknown[:9]} ({said or 'none known'})"
+        )
+    print(f"{table.name}: sex, by column {cells.name}: {said}")
     people = pd.DataFrame({"Gender": letters.fillna(cells)})
     _add_columns(people, table, rows, PEOPLE | BESIDE)
-    return join_beside(people, table.parent, table)
+    return join_beside(people, table.parent, table, subject)
 
 
-def join_beside(people: pd.DataFrame, folder: Path, table: Path | None = None) -> pd.DataFrame:
+def join_beside(
+    people: pd.DataFrame, folder: Path, table: Path | None = None, subject: str | None = None
+) -> pd.DataFrame:
     """Join the columns `BESIDE` of the tables in a folder, but `table`, to people, by ID.
 
     A table that knows fewer than half of the people is named in a line. Raises ValueError if two
@@ -141,7 +153,8 @@ def join_beside(people: pd.DataFrame, folder: Path, table: Path | None = None) -
             found = [path.name for path in paths]
             raise ValueError(f"{folder}: expected one table with {column}, found {found}: keep one")
         for path in paths:
-            rows = _index_subjects(path, read_text_table(path), "Subject")
+            own = subject if subject in set(headers[path]) else "Subject"
+            rows = _index_subjects(path, read_text_table(path), own)
             rows.index = spell_ids(rows.index, people.index)
             _add_columns(people, path, rows, {column: name})
             known = people.index.isin(rows.index).sum()
@@ -173,9 +186,9 @@ def _index_subjects(table: Path, rows: pd.DataFrame, column: str) -> pd.DataFram
 
 def _find_headers(folder: str | Path) -> dict[Path, pd.Series]:
     """Return the columns of each table in a folder that people may have put there."""
-    headers, endings = {}, (".csv", ".tsv", ".txt")
-    for path in sorted(Path(folder).glob("[!.]*")):
-        if path.suffix.lower() in endings and path.name not in OWN_TABLES:
+    headers = {}
+    for path in sorted(Path(folder).glob("[!.]*.[ct][sx][vt]")):
+        if path.name not in OWN_TABLES:
             with suppress(ValueError, OSError):
                 headers[path] = _read_header(path)[0]
     return headers
@@ -260,27 +273,9 @@ def read_text_table(table: str | Path, session: str | None = None) -> pd.DataFra
         said = f"{len(right) - mistaken} columns FS_L_Cerebellum… stand twice, by HCP's mistake"
         print(f"{table.name}: {said}: the second is taken for the right side, FS_R_Cerebellum…")
         rows.columns = right
-    if session is not None:
-        column = find_column(table, rows, "session")
-        rows = rows[
-            rows[column].str.strip().str.removeprefix("ses-") == session.removeprefix("ses-")
-        ]
-    return rows
-
-
-def read_output_table(path: str | Path, *columns: str) -> pd.DataFrame:
-    """Read a table that a command wrote: IDs as text, numbers as numbers.
-
-    Raises FileNotFoundError, or ValueError if `columns` are missing or an ID names no file.
-    """
-    rows = read_text_table(path)
-    if missing := [name for name in columns if name not in rows]:
-        raise ValueError(f"{path}: expected a column {' and '.join(missing)}, found none")
-    for name in rows.columns.difference(["Subject", "group"]):
-        numbers = pd.to_numeric(rows[name], errors="coerce")
-        rows[name] = numbers if numbers.isna().equals(rows[name].isna()) else rows[name]
-    if "Subject" in columns:
-        check_subject_ids(path, rows["Subject"])
+    if session is not None and len(columns := match_columns(rows, "session")) == 1:
+        sessions = rows[columns[0]].str.strip().str.removeprefix("ses-")
+        rows = rows[sessions == session.removeprefix("ses-")]
     return rows
 
 
@@ -293,16 +288,29 @@ def check_subject_ids(path: str | Path, column: pd.Series) -> np.ndarray:
         line = names.index[invalid | repeated][0]
         expected = f"{column.name} of 1 to {MAX_ID_LENGTH} characters without / and \\"
         problem = f"expected {expected}, in no more than one row, found {names[line]!r:.100}"
-        advice = "; of several visits, choose one by --session" if repeated[line] else ""
+        advice = (
+            "; case, separators and zeros in front do not count; of visits, choose by --session"
+        )
+        advice = advice if repeated[line] else ""
         raise ValueError(f"{path}: line {line + 2}: {problem}{advice}")
     return names.to_numpy(str)
 
 
 def read_sex(column: pd.Series) -> pd.Series:
-    """Return 0 (women) and 1 (men) of a column of `SEX_CODES`; NaN where blank or unknown."""
-    cells = column.str.strip().str.lower().str.removesuffix(".0").replace("", np.nan)
-    present = set(cells.dropna())
-    return cells.map(next((codes for codes in SEX_CODES if present <= set(codes)), SEX_WORDS))
+    """Return 0 (women) and 1 (men) of a column of `SEX_CODES`; NaN where blank or unknown.
+
+    What its name says of the codes goes before: ``female``, or ``sex (1=f, 2=m)``.
+    """
+    cells = column.str.strip().str.lower().str.replace(r"\.0+$", "", regex=True)
+    present, name = set(cells.dropna()) - SEX_MISSING, str(column.name).lower()
+    said = re.findall(r"(\d+) ?[=:] ?(\w+)|(\b[a-zä]+) ?[=:] ?(\d+)", name)
+    said = {a or d: SEX_WORDS[b or c] for a, b, c, d in said if (b or c) in SEX_WORDS}
+    if name in SEX_WORDS and len(name) > 1:
+        said = {"1": SEX_WORDS[name], "0": 1 - SEX_WORDS[name]}
+    known = ({**SEX_WORDS, **said},) if said else SEX_CODES
+    return cells.map(
+        next((codes for codes in known if present <= set(codes)), {**SEX_WORDS, **said})
+    )
 
 
 def match_columns(columns: Iterable[str], name: str) -> list[str]:
@@ -318,7 +326,7 @@ def find_column(table: Path, rows: pd.DataFrame, name: str) -> str:
     """Return the column `name`, or its only synonym; ValueError if there is none, or several."""
     matches = match_columns(rows, name)
     if len(matches) != 1:
-        present = ", ".join(map("{:.100}".format, matches or rows.columns[:20]))
-        remedy = "name it (--subject, --sex)"
-        raise ValueError(f"{table}: expected one column {name}, found {present}; {remedy}")
+        found = ", ".join(map("{:.100}".format, matches or rows.columns[:20]))
+        problem = f"expected one column {name}, found {found}; name it (--subject, --sex)"
+        raise ValueError(f"{table}: {problem}")
     return matches[0]

@@ -23,6 +23,7 @@ from xgboost import XGBClassifier
 from brainsex import BRAIN_THRESHOLD, evaluation, tables
 from brainsex.confounds import ConfoundRegressor, RegressedVolumes
 
+TABLE_NAMES = ("unrestricted_hcp_freesurfer.csv", "morphometry.csv")  # in a cohort's folder
 SEXES = "M, F or words, or 0 and 1 (men), or 1 (men) and 2"
 # HCP's (an export spells it FS_InterCranial_Vol), FreeSurfer's own, and other programs' names, mm³.
 HEAD_SIZE_COLUMNS = ("FS_IntraCranial_Vol", "EstimatedTotalIntraCranialVol", "eTIV", "ICV", "TIV")
@@ -42,6 +43,12 @@ class Table:
 
     def __len__(self) -> int:
         return len(self.sex)
+
+
+def find_table(cohort: str | Path, table: str | Path | None = None) -> Path | None:
+    """Return `table` if one is named, or the first of `TABLE_NAMES` in a cohort's folder."""
+    paths = [Path(cohort) / name for name in TABLE_NAMES]
+    return Path(table) if table else next((path for path in paths if path.is_file()), None)
 
 
 def load_table(

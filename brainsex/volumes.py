@@ -230,6 +230,9 @@ def convert(
         people = tables.read_people(tables.find_people(table) if table.is_dir() else table)
     people = people.set_axis(tables.spell_ids(people.index, files)).rename_axis("Subject")
     accepted, rejected = tables.match_subjects(files, people, leave_out_qc)
+    if not files.keys() & set(people.index):
+        problem = f"expected IDs as those of volumes ({next(iter(files))}), found {people.index[0]}"
+        raise ValueError(f"the table of people: {problem}; --id or --subject take others")
     grid = {"shape": list(map(int, shape)), "modality": str(source["modality"].iloc[0])}
     asked = {"mask": mask, "align": align, "regrid": regrid}
     grid |= {"normalised": normalised} | {name: value for name, value in asked.items() if value}
@@ -254,6 +257,7 @@ def convert(
     shutil.rmtree(out_dir / ".parts", ignore_errors=True)
     count, left_out = np.load(out_dir / "labels.npy").size, pd.read_csv(out_dir / "rejected.csv")
     print(f"{out_dir.name}: {count} subjects, {len(left_out)} left out (rejected.csv says why)")
+    print(left_out["reason"].str.slice(0, 60).value_counts()[:3].to_string(header=False))
     return out_dir / "tensors.npy"
 
 

@@ -107,7 +107,7 @@ ROWS = "Subject,label\n" + "".join(f"{n},{n % 2}\n" for n in range(6))
         ("tensors.npy", b"", r"tensors\.npy: expected a whole NumPy array"),
         ("tensors.npy", b"Subject,Gender\n" * 20, r"tensors\.npy: expected a whole NumPy array"),
         ("subjects.csv", ROWS[:-4], r"subjects\.csv and labels\.npy disagree"),
-        ("subjects.csv", "Subject\n1\n", r"subjects\.csv: expected a column label"),
+        ("subjects.csv", "Subject\n1\n", r"subjects\.csv: expected a table of Subject and label"),
         ("subjects.csv", ROWS.replace("4,", "../4,"), r"subjects\.csv: line 6: expected Subject"),
         ("grid.json", "{", r"grid\.json: expected a JSON object"),
         ("grid.json", {}, r"grid\.json: expected shape, modality"),

@@ -228,6 +228,12 @@ def test_subject_of_a_path_alone(tmp_path, path, subject):
         (["con/01/FA.nii", "pat/01/FA.nii"], {"pattern": r"([a-z]+/\d+)/FA"}, ["con/01", "pat/01"]),
         (["s/T1/9_x.nii", "s/T2/8_x.nii"], {"known": ["9", "8"]}, ["9", "8"]),
         (["s/A/1001.nii", "s/B/1002.nii"], {"known": ["a", "B"]}, ["A", "B"]),
+        (
+            ["TW01A.anat/T1.nii", "TW02B.anat/T1.nii"],
+            {"known": ["tw-1a", "tw-2b"]},
+            ["tw-1a", "tw-2b"],
+        ),
+        (["PX104/FA.nii", "PX105/FA.nii"], {"known": ["104", "105"]}, ["104", "105"]),
         (["IXI002-HH-01-T1.nii", "IXI012-G-07-T1.nii"], {"pattern": r"IXI(\d+)"}, ["002", "012"]),
     ],
 )
@@ -235,6 +241,14 @@ def test_the_part_that_differs_or_is_known_or_asked_for_is_the_id(paths, options
     assert layouts.name_subjects([Path("/data", path) for path in paths], **options) == subjects
 
 
+def test_parts_that_are_both_known_but_differ_are_an_error():
+    paths = [Path("/data", name) for name in ("S1_2_FA.nii", "S2_1_FA.nii")]
+    with pytest.raises(ValueError, match=r"S1_2_FA\.nii: expected one ID, found 2 or 1; --id"):
+        layouts.name_subjects(paths, known=["1", "2"])
+
+
 def test_a_pattern_that_finds_no_id_is_an_error():
-    with pytest.raises(ValueError, match=r"x_FA\.nii: expected an ID that --id S\(\\d\) finds"):
+    with pytest.raises(
+        ValueError, match=r"expected IDs that --id S\(\\d\) finds, found none as in x"
+    ):
         layouts.name_subjects([Path("x_FA.nii")], pattern=r"S(\d)")

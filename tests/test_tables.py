@@ -29,8 +29,8 @@ def test_subject_id_is_what_was_meant(text, subject):
 
 
 def test_ids_are_spelt_as_others_have_them():
-    others = ["007", "CC01", "900106", "0", "a.0"]
-    ids = ["7", "sub-cc01", "9.00106e+05", "000", "A.0", "sub-new"]
+    others = ["007", "CC01", "900106", "0", "HC_07", "A1-23"]
+    ids = ["7", "sub-cc01", "9.00106e+05", "000", "hc 7", "a1_23", "sub-new"]
     assert tables.spell_ids(ids, others) == [*others, "new"]
 
 
@@ -93,18 +93,6 @@ def test_a_table_that_is_absent_or_too_large_is_named(tmp_path, monkeypatch):
     assert len(tables.read_text_table(write(tmp_path, "a,b\n1,2\n"))) == 1
     with pytest.raises(ValueError, match="or 10 bytes"):
         tables.read_text_table(write(tmp_path, "a,b\n1,2\n3,4\n"))
-
-
-def test_an_output_table_has_numbers_but_ids_as_text(tmp_path):
-    path = write(tmp_path, "Subject,group,fold,auc,sex\n007,08,1,0.5,F\n8,,2,,M\n")
-    rows = tables.read_output_table(path, "Subject", "fold")
-    assert rows["Subject"].tolist() == ["007", "8"]
-    assert rows["group"].tolist()[0] == "08"
-    assert rows["fold"].tolist() == [1, 2]
-    assert rows["auc"].tolist()[0] == 0.5
-    assert rows["sex"].tolist() == ["F", "M"]
-    with pytest.raises(ValueError, match=r"t\.csv: expected a column key, found none"):
-        tables.read_output_table(path, "fold", "key")
 
 
 @pytest.mark.parametrize(
@@ -245,6 +233,11 @@ EXPORTS = [  # a table of people as people have it, and how it is read
         {"session": "a"},
     ),
     ("Subject,Gender,Age\n1,M,26-30\n2,F,36+\n2,F,36+\n", "utf-8", {}),
+    ("MRN\tsex\tage\n1.00\t1.00\t26-30\n2.00\t2.00\t36+\n", "utf-16", {}),
+    ("id,female,age\n1,0,26-30\n2,1,36+\n", "utf-8", {}),
+    ("id\tsex (0=m,1=f)\tage\n1\t0\t26-30\n2\t1\t36+\n", "utf-8", {}),
+    ("IXI_ID,SEX_ID (1=f; 2=m),age\n1,2,26-30\n2,1,36+\n", "utf-8", {}),
+    ("Proband;Geschlecht;Alter (Jahre)\n1;männlich;26-30\n2;weiblich;36+\n", "cp1252", {}),
 ]
 
 
@@ -254,8 +247,38 @@ def test_people_are_read_as_they_are_exported(tmp_path, capsys, text, encoding, 
     people = tables.read_people(path, **options)
     assert people[["Gender", "age"]].T.to_dict("list") == {"1": ["M", "26-30"], "2": ["F", "36+"]}
     said = capsys.readouterr().out
-    assert said.startswith("people.csv: sex: ")
+    assert said.startswith("people.csv: sex, by column ")
     assert said.count(" is M") == said.count(" is F") == 1
+
+
+def test_a_missing_code_makes_no_other_unreadable(tmp_path):
+    path = write(tmp_path, "record_id,dem_sex\nBOR-1,1\nBOR-2,2\nBOR-3,9\n", "people.csv")
+    assert tables.read_people(path)["Gender"].tolist() == ["M", "F", "9"]
+
+
+@pytest.mark.parametrize("cells", ["H M H M", "3 4 3 4", "x y x y"])
+def test_codes_that_leave_one_sex_are_refused_with_those_that_are_known(tmp_path, cells):
+    rows = "".join(f"{n},{cell}\n" for n, cell in enumerate(cells.split()))
+    path = write(tmp_path, "Subject,sex\n" + rows, "people.csv")
+    with pytest.raises(ValueError, match=r"people\.csv: column sex: expected sexes as M and F"):
+        tables.read_people(path)
+
+
+@pytest.mark.parametrize("name", ["Family_ID", "family", "FamilyID", "FAMNO", "fam_id"])
+def test_families_are_known_by_many_names(tmp_path, name):
+    write(tmp_path, f"record_id,{name}\nBOR-1,a\nBOR-2,a\n", "pedigree.csv")
+    path = write(tmp_path, "code,sex\nBOR_01,F\nBOR_02,M\n", "people.csv")
+    people = tables.read_people(path, subject="code")
+    assert people["group"].to_dict() == {"BOR_01": "a", "BOR_02": "a"}
+
+
+def test_the_one_table_of_a_folder_is_named_with_its_columns(tmp_path):
+    path = write(tmp_path, "Kennung,Sex2\n1,F\n", "Stammdaten.csv")
+    assert tables.find_people(tmp_path) == path
+    write(tmp_path, "region,volume\n1,2\n", "atlas.csv")
+    with pytest.raises(FileNotFoundError, match=r"found \['Stammdaten\.csv', 'atlas\.csv'\]"):
+        tables.find_people(tmp_path)
+    assert tables.find_people(tmp_path, subject="Kennung", sex="Sex2") == path
 
 
 def test_the_only_table_with_ids_and_sexes_is_that_of_people(tmp_path):

@@ -10,7 +10,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.svm import SVC
 from xgboost import XGBClassifier
 
-from brainsex import evaluation, tables, tabular
+from brainsex import evaluation, tabular
 
 pytestmark = pytest.mark.usefixtures("in_process")
 
@@ -57,7 +57,7 @@ def test_load_reads_hcps_export(tmp_path, capsys):
 def test_a_cohorts_table_is_found_and_matched(tmp_path):
     load(tmp_path / "t", "participant_id,sex,ICV\nsub-01,F,3\nsub-02,M,4\n")
     path = tmp_path / "t" / "t.csv"
-    assert (tables.find_table(tmp_path), tables.find_table(tmp_path, path)) == (None, path)
+    assert (tabular.find_table(tmp_path), tabular.find_table(tmp_path, path)) == (None, path)
     (tmp_path / "participants.tsv").write_text("participant_id\tsex\n01\tF\n")
     assert tabular.load(path, cohort=tmp_path).name == tmp_path.name
     (tmp_path / "subjects.csv").write_text(

@@ -549,7 +549,7 @@ def test_convert_without_a_table_or_anything_usable(tmp_path):
     folder = make(tmp_path / "c", 3, rows=[("000000", "F", "")])
     with pytest.raises(FileNotFoundError, match=r"found none.*extract"):
         convert(tmp_path / "nowhere", folder, tmp_path / "out")
-    with pytest.raises(FileNotFoundError, match=r"expected one table of people.*DATA_ACCESS"):
+    with pytest.raises(FileNotFoundError, match=r"expected one table with columns.*DATA_ACCESS"):
         convert(folder / "fa", tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     run(folder)

@@ -92,12 +92,13 @@ def _read_layout(
     """Say what a folder holds; return its volumes, and its people (None without their table)."""
     people, columns = None, {name: names[name] for name in ("subject", "sex")}
     try:
-        found = table or tables.find_people(cohort, **columns)
-        people = tables.read_people(found, **names)
-        if found.parent != cohort:
-            people = tables.join_beside(people, cohort, found, names["subject"])
+        people_table = table or tables.find_people(cohort, **columns)
+        people = tables.read_people(people_table, **names)
+        if people_table.parent != cohort:
+            beside = people_table, names["subject"], names["session"]
+            people = tables.join_beside(people, cohort, *beside)
         families = people["group"].notna().sum() if "group" in people else 0
-        print(f"people: {found}, {len(people)}; the families of {families} are known")
+        print(f"people: {people_table}, {len(people)}; the families of {families} are known")
     except FileNotFoundError as error:
         if table is not None:
             raise
@@ -124,10 +125,14 @@ def _convert(cohort: Path, out: Path | None, table: Path | None, **settings: obj
     names = {name: settings.pop(name) for name in ("subject", "sex", "id")}
     table = table or tables.find_people(cohort, subject=names["subject"], sex=names["sex"])
     files, people = _read_layout(cohort, table, session=choice["session"], **names)
+    if settings["mask"]:  # masks are no volumes
+        masks = glob(settings["mask"], root_dir=cohort, recursive=True)
+        files = files[~files["path"].isin([cohort / mask for mask in masks])]
     source, out = layouts.choose_volumes(files, **choice), out or cohort
     print(f"taken: {', '.join(source['kind'].value_counts().index[:3])}")
     if settings["mask"]:
-        source["mask"] = layouts.match_masks(cohort, settings["mask"], source["Subject"])
+        subjects = source["Subject"], source["session"]
+        source["mask"] = layouts.match_masks(cohort, settings["mask"], *subjects)
     volumes.convert(source, people, out, **settings)
     if (cohort / "SYNTHETIC").is_file():
         storage.write_text(out / "SYNTHETIC", (cohort / "SYNTHETIC").read_text())
@@ -259,7 +264,7 @@ COMMANDS = {  # name: the function, and its arguments
     "plant": (synthetic.plant, "cohort out --effect --seed --overwrite"),
     "extract": (archives.extract, "source target --member --workers --overwrite"),
     "fa": (diffusion.fit_folder, "source target --bmax --b0 --workers --overwrite"),
-    "survey": (_survey, "cohort --table --subject --sex --id"),
+    "survey": (_survey, "cohort --table --subject --sex --id --session"),
     "convert": (
         _convert,
         "cohort --out --table --subject --sex --id --kind --session --match --mask --align "
@@ -301,6 +306,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder = next(filter(None, folders), options["cohort"] if command == "convert" else None)
     try:
         launched = "TORCHELASTIC_RUN_ID" in os.environ
+        if command == "convert" and not folder.is_dir() and folder == options["cohort"]:
+            raise FileNotFoundError(f"{folder}: no such folder; DATA_ACCESS.md says how to start")
         if launched and command not in ("train", "masks"):
             raise ValueError("torchrun shares train and masks; this is work for one process.")
         with process_group() if launched else nullcontext(True) as is_first:

@@ -46,7 +46,17 @@ PREFERRED = {  # how the paths of volumes look that are taken where there are ot
 }
 FOLDERS = {"fa": "fa", "origdata": "fa", "t1": "t1"}  # whose volumes are of what modality
 NAMES = {"fa": r"fa(map)?|(fractional)?anisotropy", "t1": r"t1w?|mprage"}  # words of names
-NO_VOLUME = {"mask", "mean", "all", "skeleton", "skeletonised", "seg", "dseg", "probseg", "labels"}
+NO_MAP_WORDS = {
+    "mask",
+    "mean",
+    "all",
+    "skeleton",
+    "skeletonised",
+    "seg",
+    "dseg",
+    "probseg",
+    "labels",
+}
 WORDS = re.compile(  # parts of paths that are no subject's ID
     r"fa(map)?|t1w?|dti|dwi|dmri|data|diffusion.*|anat|dtifit|tensor|maps?|brain|restore|acpc|dc|to"
     r"|target|mni.*|native|std|origdata|stats|tbss|results|derivatives|mri|metrics|models?|fdt"
@@ -69,11 +79,16 @@ def name_subjects(
     them, or if several parts agree with known IDs, but not with each other.
     """
     names, alike = [""] * len(paths), {}
-    for n, path in enumerate(os.path.abspath(path).replace(os.sep, "/") for path in paths):
-        hit = re.search(pattern, path) if pattern else BIDS["sub"].match(path) or HCP.match(path)
+    known = {tables.compare_id(name): name for name in known}
+    full_paths = [os.path.abspath(path).replace(os.sep, "/") for path in paths]
+    stated = [BIDS["sub"].match(path) or HCP.match(path) for path in full_paths]
+    if known and not {tables.compare_id(hit[1]) for hit in stated if hit} & known.keys():
+        stated = [None] * len(paths)  # of a folder above, perhaps
+    for n, path in enumerate(full_paths):
+        hit = re.search(pattern, path) if pattern else stated[n]
         *folders, name = path.split("/")
         if hit:
-            names[n] = hit[hit.lastindex or 0]
+            names[n] = next((group for group in hit.groups() if group), hit[0])
         elif pattern:  # nobody's
             continue
         elif name.lower().endswith(".zip"):
@@ -85,7 +100,6 @@ def name_subjects(
             alike.setdefault((len(folders), free), []).append((n, fields))
     if pattern and not any(names):
         raise ValueError(f"expected IDs that --id {pattern} finds, found none as in {paths[0]}")
-    known = {tables.compare_id(name): name for name in known}
     for (depth, free), members in alike.items():
         columns = np.array([fields for _, fields in members], dtype=object)
         differs = (columns != columns[0]).any(0)
@@ -114,7 +128,9 @@ def _known_within(name: str, known: dict[str, str]) -> str:
     words = tables.compare_id(name).split()
     spans = {" ".join(words[i:j]) for j in range(len(words) + 1) for i in range(j)} & known.keys()
     longest = max(spans, key=len, default="")
-    return known[longest] if spans and all(span in longest for span in spans) else name
+    return (
+        known[longest] if spans and all(f" {span} " in f" {longest} " for span in spans) else name
+    )
 
 
 def find_volumes(
@@ -137,7 +153,7 @@ def find_volumes(
         kind, modality = _describe(f"{Path(os.path.abspath(folder)).name}/{below}")
         if not kind:
             kind = below.replace(f"ses-{session}", "ses-*") if session else below
-            kind = kind.replace(subject, "*")
+            kind = re.sub(rf"(?<![0-9A-Za-z]){re.escape(subject)}(?![0-9A-Za-z])", "*", kind)
         if subject and (modality or path.suffix.lower() != ".zip"):
             rows.append((subject, session, kind, modality, path))
     if not rows:
@@ -156,7 +172,7 @@ def _describe(path: str) -> tuple[str, str]:
             return kind, modality
     *folders, name = path.lower().split("/")
     words = set(re.split(r"[\W_]+", name))
-    if words & NO_VOLUME or "7t" in re.split("[/_]", path.lower()):
+    if words & NO_MAP_WORDS or "7t" in re.split("[/_]", path.lower()):
         return "", ""
     for modality, pattern in NAMES.items():
         if any(re.fullmatch(pattern, word) for word in words):
@@ -198,7 +214,7 @@ def next_commands(files: pd.DataFrame, cores: int) -> list[str]:
         seconds, megabytes = COSTS[command.split()[3]]
         minutes, gigabytes = count * seconds / cores / 60, count * megabytes / 1000
         time = f"{minutes / 60:.1f} hours" if minutes > 90 else f"{minutes:.0f} minutes"
-        line = command.format(folder.as_posix(), folder.name)
+        line = command.format(folder.as_posix(), Path(os.path.abspath(folder)).name)
         lines.append(f"  {line}  # {time}, {gigabytes:.1f} GB")
     return lines
 
@@ -214,7 +230,8 @@ def choose_volumes(
 
     `kind` is fa, or t1 where there is no FA, by default; `session` keeps one session, and `match`
     the names or paths that fit a pattern. Otherwise volumes of a `PREFERRED` path are taken, where
-    there are some. Raises ValueError if no volume is left, or most subjects have several.
+    there are some. Raises ValueError if no volume is left, if most subjects have several, or if
+    most have others only.
     """
     chosen = files[~files["kind"].isin(list(PACKAGES))]
     if match is not None:
@@ -226,12 +243,13 @@ def choose_volumes(
     kind = kind or next((name for name in NAMES if name in set(chosen["modality"])), "fa")
     allowed = (kind,) if match is None else (kind, "")
     chosen = chosen[chosen["modality"].isin(allowed)].assign(modality=kind)
+    kinds, most = chosen["kind"].value_counts(), chosen["Subject"].nunique() / 2
     for pattern in PREFERRED[kind] if match is None else ():
         if (preferred := chosen["kind"].str.fullmatch(pattern)).any():
             chosen = chosen[preferred]
             break
-    kinds, subjects = chosen["kind"].value_counts(), chosen["Subject"]
-    if chosen.empty or 2 * subjects.duplicated().sum() > subjects.nunique():
+    subjects = chosen["Subject"]
+    if chosen.empty or subjects.duplicated().sum() > most or subjects.nunique() < most:
         found = ", ".join(f"{name} ({count})" for name, count in kinds[:8].items()) or "none"
         asked = f"session {session or 'any'}, name {match or 'any'}"
         commands = {PACKAGES[name][-1] for name in files["kind"] if name in PACKAGES}
@@ -242,19 +260,27 @@ def choose_volumes(
     return chosen
 
 
-def match_masks(folder: str | Path, pattern: str, subjects: Iterable[str]) -> list[list[Path]]:
+def match_masks(
+    folder: str | Path, pattern: str, subjects: Iterable[str], sessions: Iterable[str] = ()
+) -> list[list[Path]]:
     """Match the files of a glob `pattern` below `folder` to `subjects`, one list a subject.
 
-    A file is a subject's if the ID stands in its path as a whole word, and not as the label of a
-    session or a run. Raises FileNotFoundError if the pattern matches nothing.
+    A file is of the subject whose ID stands in its path as whole words, the longest one, and not as
+    the label of a session or a run. With `sessions`, of which each belongs to a subject, files of
+    others are left out. Raises FileNotFoundError if the pattern matches nothing.
     """
-    names = sorted(glob(pattern, root_dir=folder, recursive=True))
-    masks: dict[str, list[Path]] = {tables.compare_id(subject): [] for subject in subjects}
-    for name in (name for name in names if name.lower().endswith(VOLUME_ENDINGS)):
-        words = list(re.finditer(r"[^\W_]+", re.sub(r"(ses|run)-[^\W_]+", "", name)))
-        spans = (first.string[first.start() : last.end()] for first in words for last in words)
-        for subject in set(map(tables.compare_id, spans)) & masks.keys():
-            masks[subject].append(Path(folder, name))
+    names, subjects = sorted(glob(pattern, root_dir=folder, recursive=True)), list(subjects)
     if not names:
         raise FileNotFoundError(f"{folder}: expected masks that match {pattern!r}, found none")
-    return [masks[tables.compare_id(subject)] for subject in subjects]
+    known = {tables.compare_id(subject): subject for subject in subjects}
+    masks: dict[str, list[tuple[str, Path]]] = {subject: [] for subject in subjects}
+    for name in (name for name in names if name.lower().endswith(VOLUME_ENDINGS)):
+        session = hit[1] if (hit := BIDS["ses"].match(name)) else ""
+        subject = _known_within(re.sub(r"(ses|run)-[^\W_]+", "", name), known)
+        if subject in masks:
+            masks[subject].append((session, Path(folder, name)))
+    sessions = list(sessions) or [""] * len(subjects)
+    return [
+        [path for session, path in masks[subject] if "" in (session, own) or session == own]
+        for subject, own in zip(subjects, sessions, strict=True)
+    ]

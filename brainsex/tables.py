@@ -46,7 +46,7 @@ WOMEN = "f female w woman weiblich frau".split()
 MEN = "m male man männlich mann".split()
 SEX_WORDS = dict.fromkeys(WOMEN, 0) | dict.fromkeys(MEN, 1)
 SEX_CODES = ({"0": 0, "1": 1}, {"1": 1, "2": 0}, SEX_WORDS)  # UK Biobank, ISO 5218, or words
-SEX_MISSING = {"", "9", "-9", "99", "999", "n/a", "na", "nan", "-", ".", "unknown"}
+MISSING = {"", "9", "-9", "99", "999", "n/a", "na", "nan", "-", ".", "unknown"}
 
 
 def subject_id(text: object) -> str:
@@ -89,7 +89,7 @@ def find_people(folder: str | Path, *, subject: str | None = None, sex: str | No
     """
     headers, paths = _find_headers(folder), []
     for name in PEOPLE_NAMES:
-        paths = paths or [path for path in headers if re.fullmatch(name, path.name)]
+        paths = paths or [path for path in headers if re.fullmatch(name, path.name, re.IGNORECASE)]
     wanted = subject or "Subject", sex or "Gender"
     for path, columns in {} if paths else headers.items():
         if all(match_columns(columns, name) for name in wanted):
@@ -121,25 +121,32 @@ def read_people(
     """
     table = Path(table)
     rows = _index_subjects(table, read_text_table(table, session), subject or "Subject")
+    if rows.empty:
+        raise ValueError(f"{table}: expected rows of session {session or 'any'}, found none")
     cells = rows[find_column(table, rows, sex or "Gender")]
     codes = read_sex(cells)
     letters = codes.map({0: "F", 1: "M"})
-    taken = dict(zip(cells[codes.notna()], letters.dropna()))
-    said = ", ".join(f"{code} is {letter}" for code, letter in taken.items())
-    unknown = sorted(set(cells.dropna().str.strip()) - set(map(str.strip, taken)))
-    if len(set(taken.values())) < 2 and unknown:
+    letter_of = dict(zip(cells[codes.notna()], letters.dropna()))
+    coding = ", ".join(f"{code} is {letter}" for code, letter in letter_of.items())
+    unknown = sorted(set(cells.dropna().str.strip()) - set(map(str.strip, letter_of)))
+    numeric = any(code.strip()[0].isdigit() for code in letter_of)
+    if len(set(letter_of.values())) < 2 and (unknown or numeric):
         problem = "expected sexes as M and F, words, or 0 and 1 (men), or 1 (men) and 2, found"
         raise ValueError(
-            f"{table}: column {cells.name}: {problem} {unknown[:9]} ({said or 'none known'})"
+            f"{table}: column {cells.name}: {problem} {unknown[:9]} ({coding or 'none known'})"
         )
-    print(f"{table.name}: sex, by column {cells.name}: {said}")
+    print(f"{table.name}: sex, by column {cells.name}: {coding}")
     people = pd.DataFrame({"Gender": letters.fillna(cells)})
     _add_columns(people, table, rows, PEOPLE | BESIDE)
-    return join_beside(people, table.parent, table, subject)
+    return join_beside(people, table.parent, table, subject, session)
 
 
 def join_beside(
-    people: pd.DataFrame, folder: Path, table: Path | None = None, subject: str | None = None
+    people: pd.DataFrame,
+    folder: Path,
+    table: Path | None = None,
+    subject: str | None = None,
+    session: str | None = None,
 ) -> pd.DataFrame:
     """Join the columns `BESIDE` of the tables in a folder, but `table`, to people, by ID.
 
@@ -153,8 +160,8 @@ def join_beside(
             found = [path.name for path in paths]
             raise ValueError(f"{folder}: expected one table with {column}, found {found}: keep one")
         for path in paths:
-            own = subject if subject in set(headers[path]) else "Subject"
-            rows = _index_subjects(path, read_text_table(path), own)
+            id_column = subject if subject in set(headers[path]) else "Subject"
+            rows = _index_subjects(path, read_text_table(path, session), id_column)
             rows.index = spell_ids(rows.index, people.index)
             _add_columns(people, path, rows, {column: name})
             known = people.index.isin(rows.index).sum()
@@ -171,6 +178,8 @@ def _add_columns(people: pd.DataFrame, table: Path, rows: pd.DataFrame, columns:
             print(f"{table.name}: {', '.join(found)}: several columns {column}, not read")
         elif found:
             values = rows[found[0]].reindex(people.index)
+            if name == "group":
+                values = values.mask(values.str.strip().str.lower().isin({*MISSING, "0"}))
             if name == "intracranial_volume_ml":
                 with storage.reading(table, "numbers as intracranial volumes", "correct the cells"):
                     values = values.astype(float) / 1000
@@ -187,8 +196,8 @@ def _index_subjects(table: Path, rows: pd.DataFrame, column: str) -> pd.DataFram
 def _find_headers(folder: str | Path) -> dict[Path, pd.Series]:
     """Return the columns of each table in a folder that people may have put there."""
     headers = {}
-    for path in sorted(Path(folder).glob("[!.]*.[ct][sx][vt]")):
-        if path.name not in OWN_TABLES:
+    for path in sorted(Path(folder).glob("[!.]*")):
+        if path.suffix.lower() in (".csv", ".tsv", ".txt") and path.name not in OWN_TABLES:
             with suppress(ValueError, OSError):
                 headers[path] = _read_header(path)[0]
     return headers
@@ -302,15 +311,16 @@ def read_sex(column: pd.Series) -> pd.Series:
     What its name says of the codes goes before: ``female``, or ``sex (1=f, 2=m)``.
     """
     cells = column.str.strip().str.lower().str.replace(r"\.0+$", "", regex=True)
-    present, name = set(cells.dropna()) - SEX_MISSING, str(column.name).lower()
-    said = re.findall(r"(\d+) ?[=:] ?(\w+)|(\b[a-zä]+) ?[=:] ?(\d+)", name)
-    said = {a or d: SEX_WORDS[b or c] for a, b, c, d in said if (b or c) in SEX_WORDS}
+    present, name = set(cells.dropna()) - MISSING, str(column.name).lower()
+    pairs = re.findall(r"(\d+) *[=:-]? *([a-zäö]+)|([a-zäö]+) *[=:] *(\d+)", name)
+    stated = {a or d: SEX_WORDS.get((b or c).removesuffix("s")) for a, b, c, d in pairs}
     if name in SEX_WORDS and len(name) > 1:
-        said = {"1": SEX_WORDS[name], "0": 1 - SEX_WORDS[name]}
-    known = ({**SEX_WORDS, **said},) if said else SEX_CODES
-    return cells.map(
-        next((codes for codes in known if present <= set(codes)), {**SEX_WORDS, **said})
-    )
+        stated = {"1": SEX_WORDS[name], "0": 1 - SEX_WORDS[name]}
+    if set(stated) & present and (None in stated.values() or not present <= set(stated)):
+        problem = f"expected codes as in sex (1=f, 2=m), found {sorted(present)[:9]}"
+        raise ValueError(f"column {column.name}: {problem}; rename it if it says no codes")
+    known = ({**SEX_WORDS, **stated},) if set(stated) & present else SEX_CODES
+    return cells.map(next((codes for codes in known if present <= set(codes)), SEX_WORDS))
 
 
 def match_columns(columns: Iterable[str], name: str) -> list[str]:

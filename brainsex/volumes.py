@@ -242,7 +242,7 @@ def convert(
     storage.start_run(out_dir, "convert", settings, overwrite=overwrite, results=results)
     jobs = {subject: (path, masks.get(subject)) for subject, path in accepted.items()}
     paths = [path for volume, own in jobs.values() for path in (volume, *(own or ()))]
-    stamps = [(stat.st_size, stat.st_mtime_ns) for stat in map(Path.stat, paths)]
+    stamps = [(path.stat().st_size, path.stat().st_mtime_ns, *path.parts[-2:]) for path in paths]
     inputs = json.dumps([stamps, rejected, people.loc[list(accepted)].to_json(), settings])
     inputs = hashlib.sha256(inputs.encode()).hexdigest()
     whole = all((out_dir / name).is_file() for name in RESULTS)
@@ -257,7 +257,8 @@ def convert(
     shutil.rmtree(out_dir / ".parts", ignore_errors=True)
     count, left_out = np.load(out_dir / "labels.npy").size, pd.read_csv(out_dir / "rejected.csv")
     print(f"{out_dir.name}: {count} subjects, {len(left_out)} left out (rejected.csv says why)")
-    print(left_out["reason"].str.slice(0, 60).value_counts()[:3].to_string(header=False))
+    if len(left_out):
+        print(left_out["reason"].str.slice(0, 60).value_counts()[:3].to_string(header=False))
     return out_dir / "tensors.npy"
 
 

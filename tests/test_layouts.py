@@ -241,6 +241,37 @@ def test_the_part_that_differs_or_is_known_or_asked_for_is_the_id(paths, options
     assert layouts.name_subjects([Path("/data", path) for path in paths], **options) == subjects
 
 
+def test_an_id_is_known_as_whole_words_alone():
+    names = "IXI007-Guys-0173-T1", "IXI012-Guys-0901-T1", "IXI013-Guys-0902-T1"
+    paths = [Path("/data", f"{name}.nii.gz") for name in names]
+    assert layouts.name_subjects(paths, known=["7", "12", "13", "173"])[0] not in ("173", "7")
+    assert layouts.name_subjects(paths, known=["7", "12", "13"]) == ["7", "12", "13"]
+
+
+@pytest.mark.parametrize("folder", ["/data/mine/T1w", "/home/sub-acute/data"])
+def test_a_folder_above_is_nobody_where_the_table_says_so(folder):
+    paths = [Path(folder, name) for name in ("S01_FA.nii.gz", "S02_FA.nii.gz")]
+    assert layouts.name_subjects(paths, known=["S01", "S02"]) == ["S01", "S02"]
+
+
+def test_a_subject_whose_id_is_in_a_folders_name_is_no_other(tmp_path):
+    write(tmp_path, {f"t1/{n}.nii.gz": "" for n in range(1, 7)} | {"t1w_raw/7_T1w.nii": ""})
+    chosen = layouts.choose_volumes(layouts.find_volumes(tmp_path))
+    assert chosen["Subject"].tolist() == list("123456")
+
+
+def test_the_first_group_of_a_pattern_is_the_id():
+    paths = [Path("sub-01_ses-2.nii"), Path("sub-02_ses-2.nii")]
+    assert layouts.name_subjects(paths, pattern=r"sub-(\d+)_ses-(\d+)") == ["01", "02"]
+
+
+def test_most_of_a_cohort_is_not_lost_to_a_preferred_folder(tmp_path):
+    write(tmp_path, {f"fa/S{n}.nii.gz": "" for n in (1, 2)})
+    write(tmp_path, {f"deriv/S{n}/dti_FA.nii.gz": "" for n in range(3, 9)})
+    with pytest.raises(ValueError, match=r"found deriv/\*/dti_FA\.nii\.gz \(6\), fa/\*\.nii\.gz"):
+        layouts.choose_volumes(layouts.find_volumes(tmp_path))
+
+
 def test_parts_that_are_both_known_but_differ_are_an_error():
     paths = [Path("/data", name) for name in ("S1_2_FA.nii", "S2_1_FA.nii")]
     with pytest.raises(ValueError, match=r"S1_2_FA\.nii: expected one ID, found 2 or 1; --id"):

@@ -95,6 +95,24 @@ def test_a_mask_is_of_whom_its_path_names_as_a_whole_word(tmp_path):
     assert masks == [[tmp_path / names[0]], [tmp_path / names[1]], []]
 
 
+def test_a_mask_is_of_the_longest_id_and_of_the_same_session(tmp_path):
+    names = "P01_2_mask.nii", "sub-03/ses-1/m.nii", "sub-03/ses-2/m.nii"
+    for path in map(tmp_path.joinpath, names):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    masks = layouts.match_masks(tmp_path, "**/*", ["P01", "P01_2", "03"], ["", "", "2"])
+    assert masks == [[], [tmp_path / names[0]], [tmp_path / names[2]]]
+
+
+def test_masks_named_as_their_volumes_are_no_volumes(tmp_path):
+    heads(tmp_path, 4)
+    for folder, ending in (("t1", "_T1w"), ("masks", "_labels")):
+        for path in sorted((tmp_path / folder).iterdir()):
+            path.rename(path.with_name(path.name.replace(ending, "-HH")))
+    main(["convert", str(tmp_path), "--match", "*-HH*", "--mask", "masks/*", "--id", r"(s-\d)"])
+    assert len(np.load(tmp_path / "tensors.npy")) == 4
+
+
 def test_aligned_subjects_share_a_grid_and_a_failed_one_is_left_out(tmp_path, monkeypatch):
     heads(tmp_path, 3)
     scores = iter([0.95, None, 0.93])

@@ -256,12 +256,37 @@ def test_a_missing_code_makes_no_other_unreadable(tmp_path):
     assert tables.read_people(path)["Gender"].tolist() == ["M", "F", "9"]
 
 
-@pytest.mark.parametrize("cells", ["H M H M", "3 4 3 4", "x y x y"])
+@pytest.mark.parametrize("cells", ["H M H M", "3 4 3 4", "x y x y", "1 1 1 1"])
 def test_codes_that_leave_one_sex_are_refused_with_those_that_are_known(tmp_path, cells):
     rows = "".join(f"{n},{cell}\n" for n, cell in enumerate(cells.split()))
     path = write(tmp_path, "Subject,sex\n" + rows, "people.csv")
     with pytest.raises(ValueError, match=r"people\.csv: column sex: expected sexes as M and F"):
         tables.read_people(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "cells", "sexes"),
+    [
+        *(("sex (1=females, 2=males)", "1 2", [0, 1]), ("Sex (1-female, 2-male)", "1 2", [0, 1])),
+        *(("sex (0 male; 1 female)", "0 1", [1, 0]), ("male", "1 0", [1, 0])),
+        *(("sex (2012)", "1 2", [1, 0]), ("sex", "1.0 2.00", [1, 0])),
+    ],
+)
+def test_codes_are_read_as_the_column_says(name, cells, sexes):
+    assert tables.read_sex(pd.Series(cells.split(), name=name)).tolist() == sexes
+
+
+@pytest.mark.parametrize("name", ["sex (1=girl, 2=boy)", "Geschlecht (1=weibl., 2=männl.)"])
+def test_codes_that_a_column_states_in_other_words_are_refused(name):
+    with pytest.raises(ValueError, match=r"expected codes as in sex \(1=f, 2=m\), found"):
+        tables.read_sex(pd.Series(["1", "2"], name=name))
+
+
+def test_missing_codes_are_no_family(tmp_path):
+    rows = "".join(f"{n},{code}\n" for n, code in enumerate(["-9", "0", ".", "unknown", "a", "a"]))
+    write(tmp_path, "Subject,Family_ID\n" + rows, "families.csv")
+    people = tables.join_beside(pd.DataFrame(index=list("012345")), tmp_path)
+    assert people["group"].isna().tolist() == [True] * 4 + [False] * 2
 
 
 @pytest.mark.parametrize("name", ["Family_ID", "family", "FamilyID", "FAMNO", "fam_id"])

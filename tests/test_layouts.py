@@ -248,7 +248,7 @@ def test_an_id_is_known_as_whole_words_alone():
     assert layouts.name_subjects(paths, known=["7", "12", "13"]) == ["7", "12", "13"]
 
 
-@pytest.mark.parametrize("folder", ["/data/mine/T1w", "/home/sub-acute/data"])
+@pytest.mark.parametrize("folder", ["/data/mine/T1w", "/data/sub-acute/maps"])
 def test_a_folder_above_is_nobody_where_the_table_says_so(folder):
     paths = [Path(folder, name) for name in ("S01_FA.nii.gz", "S02_FA.nii.gz")]
     assert layouts.name_subjects(paths, known=["S01", "S02"]) == ["S01", "S02"]

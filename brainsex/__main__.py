@@ -197,16 +197,16 @@ def predict_files(
     network, rows, files = networks.load(checkpoint, grid["shape"]), [], []
     for path in paths:
         if path.is_dir():
-            found = layouts.find_volumes(path, pattern=id)
-            files += list(layouts.choose_volumes(found, kind=grid["modality"])["path"])
+            present = layouts.find_volumes(path, pattern=id)
+            files += list(layouts.choose_volumes(present, kind=grid["modality"])["path"])
         else:
             files += sorted(map(Path, glob(str(path), recursive=True))) or [path]
     subjects = layouts.name_subjects(files, pattern=id)
     masks = layouts.match_masks(".", mask, subjects) if mask else [None] * len(files)
-    for path, subject, own in zip(tqdm(files, "predict", unit="volume"), subjects, masks):
+    for path, subject, mask_paths in zip(tqdm(files, "predict", unit="volume"), subjects, masks):
         row = {"path": path, "Subject": subject, "probability_of_man": np.nan}
         try:
-            small, *_ = volumes.prepare_like(path, grid | grid["preparation"], own)
+            small, *_ = volumes.prepare_like(path, grid | grid["preparation"], mask_paths)
             row["probability_of_man"] = training.predict(network, small[None])[0, 1]
         except (ValueError, OSError) as error:
             row["reason"] = str(error)

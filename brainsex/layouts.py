@@ -32,31 +32,15 @@ NEXT = (  # what is run on a folder of volumes
     "python -m brainsex train {0} results/{1}/cnn3d",
     "python -m brainsex masks {0} results/{1}/cnn3d results/{1}/masks",
 )
-COSTS = {
-    "fa": (90, 4),
-    "extract": (2, 4),
-    "convert": (0.3, 1),
-    "train": (60, 0.1),
-    "masks": (13, 1),
-}
-"""Seconds of a core with AVX2 (10 folds, 32 channels), and MB on disk, that a subject takes."""
+COSTS = {"fa": (90, 4), "extract": (2, 4), "convert": (0.3, 1), "train": (60, 1), "masks": (13, 1)}
+"""Rough seconds of a core and MB on disk a subject; of 10 folds and 32 channels (`make bench`)."""
 PREFERRED = {  # how the paths of volumes look that are taken where there are others of a modality
     "fa": (r"fa/[^/]+", r"(.*/)?origdata/[^/]+", r"(.*/)?FA/\*_FA\..*", r".*/dMRI/dMRI/dti_FA\..*"),
     "t1": (r"t1/[^/]+", r"(.*/)?T1w/T1w_acpc_dc_restore_brain\..*"),
 }
 FOLDERS = {"fa": "fa", "origdata": "fa", "t1": "t1"}  # whose volumes are of what modality
 NAMES = {"fa": r"fa(map)?|(fractional)?anisotropy", "t1": r"t1w?|mprage"}  # words of names
-NO_MAP_WORDS = {
-    "mask",
-    "mean",
-    "all",
-    "skeleton",
-    "skeletonised",
-    "seg",
-    "dseg",
-    "probseg",
-    "labels",
-}
+NO_MAP_WORDS = set("mask mean all skeleton skeletonised seg dseg probseg labels".split())
 WORDS = re.compile(  # parts of paths that are no subject's ID
     r"fa(map)?|t1w?|dti|dwi|dmri|data|diffusion.*|anat|dtifit|tensor|maps?|brain|restore|acpc|dc|to"
     r"|target|mni.*|native|std|origdata|stats|tbss|results|derivatives|mri|metrics|models?|fdt"
@@ -102,25 +86,37 @@ def name_subjects(
         raise ValueError(f"expected IDs that --id {pattern} finds, found none as in {paths[0]}")
     for (depth, free), members in alike.items():
         columns = np.array([fields for _, fields in members], dtype=object)
-        differs = (columns != columns[0]).any(0)
-        choices = []
-        for columns_left in (differs & free, np.array(free), np.ones(len(free), bool)):
-            places = sorted(np.flatnonzero(columns_left), key=lambda k: (k >= depth, -k))
-            choices += [sorted(k for k in places if k >= depth), *([k] for k in places)]
-        choices = [["_".join(row) for row in columns[:, k]] for k in choices if len(k)]
-        choices += [[_known_within(name, known) for name in choice] for choice in choices]
-        keys = [set(map(tables.compare_id, choice)) for choice in choices]
-        merits = [(len(key & known.keys()), len(key)) for key in keys]
-        best = merits.index(max(merits))
-        for (n, _), *rivals in zip(members, *choices):
-            equal = [name for name, merit in zip(rivals, merits) if merit == merits[best]]
-            found = {known[key]: 1 for key in map(tables.compare_id, equal) if key in known}
-            if len(found) > 1:
-                problem = f"expected one ID, found {' or '.join(found)}; --id REGEX says which"
-                raise ValueError(f"{paths[n]}: {problem}")
-        for (n, _), name in zip(members, choices[best]):
+        ids, rivals = _tell_apart(columns, np.array(free), depth, known)
+        for (n, _), name, candidates in zip(members, ids, rivals):
             names[n] = name
+            if len(candidates) > 1:
+                problem = f"expected one ID, found {' or '.join(candidates)}"
+                raise ValueError(f"{paths[n]}: {problem}; --id REGEX says which")
     return [tables.subject_id(name) for name in names]
+
+
+def _tell_apart(
+    columns: np.ndarray, free: np.ndarray, depth: int, known: dict[str, str]
+) -> tuple[list[str], list[list[str]]]:
+    """Return the IDs (N,) among the parts of paths (N, parts), and the known IDs of equal merit.
+
+    The first `depth` parts are folders, the others words of the file's name, which may be joined;
+    `free` (parts,) are no `WORDS`. The part wins that has most known IDs, then most different ones.
+    """
+    differs, choices = (columns != columns[0]).any(0), []
+    for allowed in (differs & free, free, np.ones(len(free), bool)):
+        places = sorted(np.flatnonzero(allowed), key=lambda k: (k >= depth, -k))
+        for k in (sorted(k for k in places if k >= depth), *([k] for k in places)):
+            choices += [["_".join(row) for row in columns[:, k]]] if k else []
+    choices += [[_known_within(name, known) for name in choice] for choice in choices]
+    keys = [list(map(tables.compare_id, choice)) for choice in choices]
+    merits = [(len(set(key) & known.keys()), len(set(key))) for key in keys]
+    best = max(merits)
+    rivals = [key for key, merit in zip(keys, merits) if merit == best]
+    candidates = [
+        [known[key] for key in dict.fromkeys(row) if key in known] for row in zip(*rivals)
+    ]
+    return choices[merits.index(best)], candidates
 
 
 def _known_within(name: str, known: dict[str, str]) -> str:
@@ -128,9 +124,8 @@ def _known_within(name: str, known: dict[str, str]) -> str:
     words = tables.compare_id(name).split()
     spans = {" ".join(words[i:j]) for j in range(len(words) + 1) for i in range(j)} & known.keys()
     longest = max(spans, key=len, default="")
-    return (
-        known[longest] if spans and all(f" {span} " in f" {longest} " for span in spans) else name
-    )
+    nested = all(f" {span} " in f" {longest} " for span in spans)
+    return known[longest] if spans and nested else name
 
 
 def find_volumes(
@@ -250,13 +245,13 @@ def choose_volumes(
             break
     subjects = chosen["Subject"]
     if chosen.empty or subjects.duplicated().sum() > most or subjects.nunique() < most:
-        found = ", ".join(f"{name} ({count})" for name, count in kinds[:8].items()) or "none"
+        paths = ", ".join(f"{name} ({count})" for name, count in kinds[:8].items()) or "none"
         asked = f"session {session or 'any'}, name {match or 'any'}"
         commands = {PACKAGES[name][-1] for name in files["kind"] if name in PACKAGES}
         remedy = " or ".join(sorted(commands)).format(files.attrs["folder"])
         remedy = f"to make some: {remedy}" if commands else "see DATA_ACCESS.md"
         remedy = remedy if chosen.empty else "choose by --match, --session or --id"
-        raise ValueError(f"expected one {kind} volume a subject, {asked}, found {found}; {remedy}")
+        raise ValueError(f"expected one {kind} volume a subject, {asked}, found {paths}; {remedy}")
     return chosen
 
 
@@ -281,6 +276,6 @@ def match_masks(
             masks[subject].append((session, Path(folder, name)))
     sessions = list(sessions) or [""] * len(subjects)
     return [
-        [path for session, path in masks[subject] if "" in (session, own) or session == own]
-        for subject, own in zip(subjects, sessions, strict=True)
+        [path for label, path in masks[subject] if "" in (label, session) or label == session]
+        for subject, session in zip(subjects, sessions, strict=True)
     ]

@@ -16,6 +16,7 @@ import pandas as pd
 from brainsex import LABELS, storage
 
 MAX_TABLE_BYTES, MAX_COLUMNS = 1 << 31, 50_000  # UK Biobank's tables have some 30,000 columns
+WINDOWS = "cp1252"  # as Excel encodes text in western Europe and America
 INVALID_ID_CHARACTERS, MAX_ID_LENGTH = r"[/\\\x00-\x1f\x7f]", 200  # IDs become file names
 SYNONYMS = {  # of HCP's columns, in any case, as BIDS, UK Biobank, OASIS, REDCap … name them
     "Subject": r"(sub|subj|subject|participant|patient|proband|pbn|twin|case|record|src_subject)"
@@ -42,9 +43,8 @@ BESIDE = {  # columns that HCP ships in tables of their own, beside the table of
 }
 NO_VOLUME = "a row, but no volume"
 OWN_TABLES = ("subjects.csv", "rejected.csv")  # what convert leaves
-WOMEN = "f female w woman weiblich frau".split()
-MEN = "m male man männlich mann".split()
-SEX_WORDS = dict.fromkeys(WOMEN, 0) | dict.fromkeys(MEN, 1)
+SEX_WORDS = dict.fromkeys("f female w woman weiblich frau".split(), 0)
+SEX_WORDS |= dict.fromkeys("m male man männlich mann".split(), 1)
 SEX_CODES = ({"0": 0, "1": 1}, {"1": 1, "2": 0}, SEX_WORDS)  # UK Biobank, ISO 5218, or words
 MISSING = {"", "9", "-9", "99", "999", "n/a", "na", "nan", "-", ".", "unknown"}
 
@@ -157,8 +157,8 @@ def join_beside(
     for column, name in BESIDE.items():
         paths = [path for path, names in headers.items() if match_columns(names, column)]
         if len(paths) > 1:
-            found = [path.name for path in paths]
-            raise ValueError(f"{folder}: expected one table with {column}, found {found}: keep one")
+            names = [path.name for path in paths]
+            raise ValueError(f"{folder}: expected one table with {column}, found {names}: keep one")
         for path in paths:
             id_column = subject if subject in set(headers[path]) else "Subject"
             rows = _index_subjects(path, read_text_table(path, session), id_column)
@@ -174,10 +174,10 @@ def join_beside(
 def _add_columns(people: pd.DataFrame, table: Path, rows: pd.DataFrame, columns: dict) -> None:
     """Add those columns of rows (by Subject) that there are, under their new names, to people."""
     for column, name in columns.items():
-        if len(found := match_columns(rows, column)) > 1:
-            print(f"{table.name}: {', '.join(found)}: several columns {column}, not read")
-        elif found:
-            values = rows[found[0]].reindex(people.index)
+        if len(matches := match_columns(rows, column)) > 1:
+            print(f"{table.name}: {', '.join(matches)}: several columns {column}, not read")
+        elif matches:
+            values = rows[matches[0]].reindex(people.index)
             if name == "group":
                 values = values.mask(values.str.strip().str.lower().isin({*MISSING, "0"}))
             if name == "intracranial_volume_ml":
@@ -240,15 +240,10 @@ def _read_header(table: Path) -> tuple[pd.Series, dict]:
     with table.open("rb") as file:
         encoding = "utf-16" if file.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     try:
-        with table.open(encoding=encoding) as file:
-            while file.read(1 << 24):
-                pass
+        header, skipped = _read_first_line(table, encoding)
     except UnicodeDecodeError:
-        encoding = "cp1252"  # as Excel saves in western Europe and America
-    with table.open(encoding=encoding) as file:
-        header, skipped = file.readline(1000 * MAX_COLUMNS), 0
-        if header.lower().startswith("sep="):  # Excel's own line
-            header, skipped = file.readline(1000 * MAX_COLUMNS), 1
+        encoding = WINDOWS
+        header, skipped = _read_first_line(table, encoding)
     separator = max(",;\t", key=header.count)
     names = pd.Series(next(csv.reader([header], delimiter=separator), []), dtype=str).str.strip()
     if names.empty or len(names) > MAX_COLUMNS or table.stat().st_size > MAX_TABLE_BYTES:
@@ -256,6 +251,14 @@ def _read_header(table: Path) -> tuple[pd.Series, dict]:
     repeats = names.groupby(names).cumcount() + 1
     names = names.where(repeats == 1, names + " (" + repeats.astype(str) + ")")
     return names, {"sep": separator, "encoding": encoding, "header": skipped, "names": names}
+
+
+def _read_first_line(table: Path, encoding: str) -> tuple[str, int]:
+    """Return a table's header, and how many lines stand above it, as Excel's own ``sep=;``."""
+    with table.open(encoding=encoding) as file:
+        line = file.readline(1000 * MAX_COLUMNS)
+        above = line.lower().startswith("sep=")
+        return (file.readline(1000 * MAX_COLUMNS) if above else line), int(above)
 
 
 def read_text_table(table: str | Path, session: str | None = None) -> pd.DataFrame:
@@ -269,19 +272,20 @@ def read_text_table(table: str | Path, session: str | None = None) -> pd.DataFra
     table = Path(table)
     if not table.is_file():
         raise FileNotFoundError(f"{table}: no such table. DATA_ACCESS.md says where to get it.")
-    with storage.reading(table, "a CSV table", "export it again"):
-        _, options = _read_header(table)
-        options |= {"index_col": False, "skip_blank_lines": False}
-        with warnings.catch_warnings():  # cells beyond the header are only warned of
-            warnings.simplefilter("error", pd.errors.ParserWarning)
+    with storage.reading(table, "a CSV table", "export it again"), warnings.catch_warnings():
+        warnings.simplefilter("error", pd.errors.ParserWarning)  # of cells beyond the header
+        options = _read_header(table)[1] | {"index_col": False, "skip_blank_lines": False}
+        try:
             rows = pd.read_csv(table, dtype=str, **options)
+        except UnicodeDecodeError:
+            rows = pd.read_csv(table, dtype=str, **options | {"encoding": WINDOWS})
     if options["sep"] == ";":
         rows = rows.replace(r"^\s*([-+]?\d*),(\d+(?:[eE][-+]?\d+)?)\s*$", r"\1.\2", regex=True)
-    right = rows.columns.str.replace(r"^FS_L_(Cerebellum\w*) \(2\)$", r"FS_R_\1", regex=True)
-    if (mistaken := right.isin(rows.columns).sum()) < len(right) and right.is_unique:
-        said = f"{len(right) - mistaken} columns FS_L_Cerebellum… stand twice, by HCP's mistake"
-        print(f"{table.name}: {said}: the second is taken for the right side, FS_R_Cerebellum…")
-        rows.columns = right
+    names = rows.columns.str.replace(r"^FS_L_(Cerebellum\w*) \(2\)$", r"FS_R_\1", regex=True)
+    if (renamed := (~names.isin(rows.columns)).sum()) and names.is_unique:
+        mistake = f"{renamed} columns FS_L_Cerebellum… stand twice, by HCP's mistake"
+        print(f"{table.name}: {mistake}: the second is taken for the right side, FS_R_Cerebellum…")
+        rows.columns = names
     if session is not None and len(columns := match_columns(rows, "session")) == 1:
         sessions = rows[columns[0]].str.strip().str.removeprefix("ses-")
         rows = rows[sessions == session.removeprefix("ses-")]
@@ -297,11 +301,9 @@ def check_subject_ids(path: str | Path, column: pd.Series) -> np.ndarray:
         line = names.index[invalid | repeated][0]
         expected = f"{column.name} of 1 to {MAX_ID_LENGTH} characters without / and \\"
         problem = f"expected {expected}, in no more than one row, found {names[line]!r:.100}"
-        advice = (
-            "; case, separators and zeros in front do not count; of visits, choose by --session"
-        )
-        advice = advice if repeated[line] else ""
-        raise ValueError(f"{path}: line {line + 2}: {problem}{advice}")
+        if repeated[line]:
+            problem += "; case, separators and zeros in front do not count; of visits: --session"
+        raise ValueError(f"{path}: line {line + 2}: {problem}")
     return names.to_numpy(str)
 
 
@@ -329,14 +331,14 @@ def match_columns(columns: Iterable[str], name: str) -> list[str]:
     plain = names.str.replace(r" \(\d+\)$", "", regex=True)  # of repeated columns
     exact, alike = plain == name, plain.str.lower() == name.lower()
     other = plain.str.fullmatch(SYNONYMS.get(name, re.escape(name)), case=False)
-    return names[next((found for found in (exact, alike) if found.any()), other)].to_list()
+    return names[next((matches for matches in (exact, alike) if matches.any()), other)].to_list()
 
 
 def find_column(table: Path, rows: pd.DataFrame, name: str) -> str:
     """Return the column `name`, or its only synonym; ValueError if there is none, or several."""
     matches = match_columns(rows, name)
     if len(matches) != 1:
-        found = ", ".join(map("{:.100}".format, matches or rows.columns[:20]))
-        problem = f"expected one column {name}, found {found}; name it (--subject, --sex)"
+        columns = ", ".join(map("{:.100}".format, matches or rows.columns[:20]))
+        problem = f"expected one column {name}, found {columns}; name it (--subject, --sex)"
         raise ValueError(f"{table}: {problem}")
     return matches[0]

@@ -121,12 +121,9 @@ def brain_volume(volume: np.ndarray, affine: np.ndarray) -> float:
 
 
 def prepare(
-    path: str | Path,
-    modality: str = "fa",
-    normalised: bool = False,
-    masks: Sequence[Path] | None = None,
+    path: str | Path, modality: str = "fa", masks: Sequence[Path] | None = None
 ) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
-    """Read and clean a volume on its own grid, as a cohort of `modality` and `normalised` has it.
+    """Read and clean a volume on its own grid, as a cohort of `modality` has it.
 
     Returns the volume (X, Y, Z) float32 in [0, 1]; its affine (4, 4), voxel indices to mm; and the
     counts of `clean` with the native ``brain_volume_ml``. `masks` holds the path of one mask or
@@ -147,7 +144,6 @@ def prepare(
     size = round(brain_volume(volume, affine), 3)
     if not size or (modality == "t1" and size > MAX_BRAIN_ML):
         raise ValueError(f"expected a brain, without its skull, found {size:.0f} ml of it")
-    volume = normalise_size(volume) if normalised else volume
     return volume, affine, {"brain_volume_ml": size, **counts}
 
 
@@ -162,8 +158,8 @@ def prepare_like(
     a volume that cannot be prepared so.
     """
     if ("mask" in grid) != (masks is not None):
-        found = "none" if masks is None else "one"
-        raise ValueError(f"expected masks as the cohort had them ({'mask' in grid}), found {found}")
+        needed, passed = ("a mask", "none") if masks is None else ("no mask", "one")
+        raise ValueError(f"expected {needed}, as the cohort was made, found {passed}; see --mask")
     volume, affine, record = prepare(path, grid["modality"], masks=masks)
     if pose := grid.get("align"):
         affine, record["alignment_dice"] = registration.align(volume, affine, pose)
@@ -177,10 +173,8 @@ def prepare_like(
         volume, affine = registration.regrid(volume, affine, native), np.array(native[1])
     volume = normalise_size(volume) if grid["normalised"] else volume
     volume, affine = resample(volume, affine, tuple(grid["shape"]))
-    wanted = grid.get("affine")
-    if wanted is not None and not registration.same_grid(
-        volume.shape, affine, (volume.shape, wanted)
-    ):
+    small = volume.shape, affine if grid.get("affine") is None else grid["affine"]
+    if not registration.same_grid(volume.shape, affine, small):
         raise ValueError(f"another field of view than the cohort's, {affine.round(3).tolist()}")
     return volume, affine, record
 
@@ -242,15 +236,15 @@ def convert(
     storage.start_run(out_dir, "convert", settings, overwrite=overwrite, results=results)
     jobs = {subject: (path, masks.get(subject)) for subject, path in accepted.items()}
     paths = [path for volume, own in jobs.values() for path in (volume, *(own or ()))]
-    stamps = [(path.stat().st_size, path.stat().st_mtime_ns, *path.parts[-2:]) for path in paths]
+    stats = ((path, path.stat()) for path in paths)
+    stamps = [(*path.parts[-2:], stat.st_size, stat.st_mtime_ns) for path, stat in stats]
     inputs = json.dumps([stamps, rejected, people.loc[list(accepted)].to_json(), settings])
     inputs = hashlib.sha256(inputs.encode()).hexdigest()
     whole = all((out_dir / name).is_file() for name in RESULTS)
     if not whole or storage.read_json(out_dir / "grid.json").get("inputs") != inputs:
         mni = [list(registration.MNI_GRID[0]), registration.MNI_GRID[1].tolist()]
         grid["native"] = mni if align else _commonest_grid(accepted.values())
-        part_of = json.loads(json.dumps(grid | {"inputs": inputs}))  # what a part is made of
-        records = _convert_subjects(jobs, out_dir / ".parts", workers, part_of)
+        records = _convert_subjects(jobs, out_dir / ".parts", workers, grid | {"inputs": inputs})
         rejected |= {s: record["reason"] for s, record in records.items() if "reason" in record}
         grid["inputs"] = "" if any(record.get("retry") for record in records.values()) else inputs
         _write_cohort(out_dir, grid, people, records, rejected, len(files))
@@ -258,7 +252,7 @@ def convert(
     count, left_out = np.load(out_dir / "labels.npy").size, pd.read_csv(out_dir / "rejected.csv")
     print(f"{out_dir.name}: {count} subjects, {len(left_out)} left out (rejected.csv says why)")
     if len(left_out):
-        print(left_out["reason"].str.slice(0, 60).value_counts()[:3].to_string(header=False))
+        print(_count_reasons(left_out["reason"])[:3].to_string(header=False))
     return out_dir / "tensors.npy"
 
 
@@ -269,7 +263,7 @@ def _commonest_grid(paths: Iterable[Path]) -> list | None:
         with suppress(ValueError, OSError):  # `_convert_subject` says why
             shape, affine = read_grid(path)
             step = nib.affines.voxel_sizes(affine).min() / 10
-            grids.append(((shape, (affine / step).round().tobytes()), [shape, affine.tolist()]))
+            grids.append(((shape, (affine / step).round().tobytes()), [[*shape], affine.tolist()]))
     counts = Counter(key for key, _ in grids)
     return dict(grids)[counts.most_common(1)[0][0]] if grids else None
 
@@ -312,11 +306,9 @@ def _write_cohort(
     records = {s: record for s, record in records.items() if s not in rejected}
     wanted = count - sum(reason.startswith("QC_Issue") for reason in rejected.values())
     if not records or 2 * len(records) < wanted:
-        lost = [reason for reason in rejected.values() if reason != NO_VOLUME]
-        (start, most), *_ = Counter(reason[:30] for reason in lost).most_common(1)
-        example = next(reason for reason in lost if reason.startswith(start))
+        lost = _count_reasons(reason for reason in rejected.values() if reason != NO_VOLUME)
         problem = f"expected volumes of most of {wanted} subjects, found {len(records)} usable"
-        raise ValueError(f"{path}: {problem}; {most} are left out as: {example}")
+        raise ValueError(f"{path}: {problem}; {lost.iloc[0]} are left out as: {lost.index[0]}")
     measures = pd.DataFrame.from_dict(records, "index")
     measures = measures.reindex(columns=[*MEASURES, "alignment_dice"]).dropna(axis="columns")
     subjects = people.loc[list(records)].join(measures).reset_index()
@@ -329,3 +321,10 @@ def _write_cohort(
     parts = (np.load(out_dir / ".parts" / f"{subject}.npz")["volume"] for subject in records)
     shape = (len(records), *grid["shape"])
     storage.write_array(out_dir / "tensors.npy", shape, np.float32, parts)
+
+
+def _count_reasons(reasons: Iterable[str]) -> pd.Series:
+    """Count the reasons of who is left out that begin alike, the commonest first, by an example."""
+    plain = pd.Series(list(reasons), dtype=str).str.replace(r"^\S*[/\\]\S*: ", "", regex=True)
+    counts = plain.groupby(plain.str.slice(0, 30)).agg(["first", "size"]).set_index("first")
+    return counts["size"].sort_values(ascending=False)

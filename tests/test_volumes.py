@@ -323,7 +323,8 @@ def test_prepare_refuses_t1_with_its_skull_and_what_has_no_brain(tmp_path):
     path = save(tmp_path / "v.nii", fa(), np.diag([8.0, 8, 8, 1]))
     with pytest.raises(ValueError, match="without its skull, found 2863 ml"):
         prepare(path, "t1")
-    volume, _, record = prepare(path, "fa", normalised=True)
+    grid = {"shape": SHAPE, "modality": "fa", "normalised": True}
+    volume, _, record = volumes.prepare_like(path, grid)
     np.testing.assert_array_equal(volume, normalise_size(fa()))
     assert record["brain_volume_ml"] == pytest.approx((fa() > 0).sum() * 0.512)  # the native one
 

@@ -33,12 +33,12 @@ def plant(
     """
     cohort, out = Path(cohort), Path(out)
     data = load_cohort(cohort)
-    synthetic, planted = cohort / "SYNTHETIC", (cohort / "PLANTED").is_file()
-    planted |= synthetic.is_file() and storage.read_json(synthetic)["effect"] != 0
-    if planted or data.affine is None or len(data) < 4 or not 0 <= effect < np.inf:
-        found = f"planted {planted}, affine {data.affine is not None}, {len(data)}, d {effect}"
+    marker, differing = cohort / "SYNTHETIC", (cohort / "PLANTED").is_file()
+    differing |= marker.is_file() and storage.read_json(marker)["effect"] != 0
+    if differing or data.affine is None or len(data) < 4 or not 0 <= effect < np.inf:
+        present = f"planted {differing}, affine {data.affine is not None}, {len(data)}, d {effect}"
         expected = "nothing planted before, an affine, 4 subjects or more, and a d of 0 or more"
-        raise ValueError(f"{cohort}: expected {expected}, found {found}; take another cohort")
+        raise ValueError(f"{cohort}: expected {expected}, found {present}; take another cohort")
     files = [path.name for path in out.glob("[!.]*") if path.name != storage.RUN_RECORD]
     if files and "PLANTED" not in files:
         raise ValueError(f"{out}: expected no files, found {files}; name another folder")
@@ -61,8 +61,8 @@ def plant(
     storage.start_run(out, "plant", settings, overwrite=overwrite, results=stale)
     settings["d"] = dict(zip(regions["name"], regions["d"].round(3)))
     storage.write_text(out / "PLANTED", json.dumps(settings))  # first, so nothing passes for real
-    if synthetic.is_file():
-        storage.write_text(out / synthetic.name, synthetic.read_text())
+    if marker.is_file():
+        storage.write_text(out / marker.name, marker.read_text())
     (out / "tensors.npy").unlink(missing_ok=True)
     storage.write_text(out / "truth/regions.csv", regions.to_csv(index=False, float_format="%.4f"))
     regions_map = truth.reshape(data.volumes.shape[1:]).astype(np.int16)

@@ -1,16 +1,15 @@
 """The commands for what runs for hours: ``python -m brainsex COMMAND -h``.
 
 ``torchrun … -m brainsex train`` (or ``masks``) shares whole folds (subjects) among its processes.
-This module alone knows of it: each process works on its share, and what is finished lies in files.
+This module alone knows of it. Processes do not talk to each other: what is finished lies in files.
 """
 
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, nullcontext, redirect_stdout
-from datetime import timedelta
+from contextlib import nullcontext, redirect_stdout
 from glob import glob
 from pathlib import Path
 
@@ -18,7 +17,6 @@ import joblib
 import numpy as np
 import pandas as pd
 import torch
-from torch import distributed
 from tqdm.auto import tqdm
 
 from brainsex import (
@@ -38,52 +36,22 @@ from brainsex import (
 )
 from brainsex.cohort import check_grid, load_cohort
 
-PROCESS_TIMEOUT = timedelta(days=14)
-"""How long torchrun's processes wait for the slowest, whose last fold may take hours."""
+
+def process_share(count: int) -> range | None:
+    """Return which of `count` folds or subjects are this process's of torchrun; None for all."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    return range(int(os.environ["RANK"]), count, int(os.environ["WORLD_SIZE"]))
 
 
-@contextmanager
-def process_group() -> Iterator[bool]:
-    """Join torchrun, before CUDA is used, with a GPU and some cores; yield if this is first."""
-    local_processes = int(os.environ["LOCAL_WORLD_SIZE"])
+def place_process() -> bool:
+    """Give a process of torchrun its GPU, before CUDA is used, and cores; return if it is first."""
+    local_rank, local_processes = (int(os.environ[f"LOCAL_{n}"]) for n in ("RANK", "WORLD_SIZE"))
     if gpus := torch.cuda.device_count():
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
-        local_rank = int(os.environ["LOCAL_RANK"])
         os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[local_rank % gpus]
     torch.set_num_threads(max(1, joblib.cpu_count() // local_processes))
-    try:
-        distributed.init_process_group("gloo", timeout=PROCESS_TIMEOUT)
-    except RuntimeError as error:
-        raise ConnectionError(f"the processes do not find each other ({error})") from error
-    try:
-        yield distributed.get_rank() == 0
-    finally:
-        distributed.destroy_process_group()
-
-
-def share_work(
-    work: Callable[[Sequence[int] | None, bool], pd.DataFrame],
-    items: Sequence[int],
-    overwrite: bool,
-) -> pd.DataFrame:
-    """Call `work(items, overwrite)` so that torchrun's processes divide the items among them.
-
-    The first process prepares the folder, all of them work on their shares, and the call for all
-    items (None) then only reads what is finished.
-    """
-    if not distributed.is_initialized():
-        return work(None, overwrite)
-    rank = distributed.get_rank()
-    try:
-        if rank == 0:
-            work([], overwrite)
-        distributed.barrier()
-        work(items[rank :: distributed.get_world_size()], False)
-        distributed.barrier()
-    except RuntimeError as error:
-        advice = "start again: what is finished is kept"
-        raise ConnectionError(f"another process has stopped, and said why; {advice}") from error
-    return work(None, False)
+    return os.environ["RANK"] == "0"
 
 
 def _read_layout(
@@ -138,36 +106,25 @@ def _convert(cohort: Path, out: Path | None, table: Path | None, **settings: obj
         storage.write_text(out / "SYNTHETIC", (cohort / "SYNTHETIC").read_text())
 
 
-def _train(
-    cohort: Path, channels: int, workers: int | None, overwrite: bool, **settings: object
-) -> None:
+def _train(cohort: Path, channels: int, workers: int | None, **settings: object) -> None:
     """Cross-validate the 3D CNN; fold-K.pt and folds.csv go to OUT."""
-    data = load_cohort(cohort)
-    if distributed.is_initialized():
+    data, share = load_cohort(cohort), process_share(settings["folds"])
+    if share is not None:
         workers = workers or torch.get_num_threads()
 
     def make_network() -> networks.MriNet3d:
         return networks.MriNet3d(channels, data.volumes.shape[1:])
 
-    def fit_folds(only: Sequence[int] | None, overwrite: bool) -> pd.DataFrame:
-        options = settings | {"only": only, "workers": workers, "overwrite": overwrite}
-        return training.cross_validate(data, make_network, **options)
-
-    table = share_work(fit_folds, range(settings["folds"]), overwrite)
+    table = training.cross_validate(data, make_network, only=share, workers=workers, **settings)
     correct = (table["probability"] > 0.5) == table["sex"]
     print(correct.groupby(table["fold"]).mean().to_string())
     print(f"accuracy {correct.mean():.4f} over {len(table)} subjects")
 
 
-def _masks(cohort: Path, networks: Path, out: Path, seed: int, overwrite: bool) -> None:
+def _masks(cohort: Path, networks: Path, out: Path, **settings: object) -> None:
     """Learn perturbation masks of held-out subjects, saved as NIfTI."""
     data = load_cohort(cohort)
-
-    def explain_rows(rows: Sequence[int] | None, overwrite: bool) -> pd.DataFrame:
-        options = {"rows": rows, "seed": seed, "overwrite": overwrite}
-        return explain.explain(data, networks, out, **options)
-
-    table = share_work(explain_rows, range(len(data)), overwrite)
+    table = explain.explain(data, networks, out, rows=process_share(len(data)), **settings)
     print(table[["before", "after", "volume"]].describe().loc[["mean", "min", "max"]].to_string())
 
 
@@ -189,10 +146,15 @@ def predict_files(
     `mask` is a glob pattern of masks, and `id` one of `layouts.name_subjects`.
 
     Returns a row a volume: path, Subject, and probability_of_man, or the reason why it has none.
+    Raises ValueError for a network that was trained on volumes less their confounds.
     """
     record, grid = Path(checkpoint).with_name(storage.RUN_RECORD), {"shape": SHAPE}
     if record.is_file():
-        grid = storage.read_json(record).get("train", {}).get("grid", grid)
+        trained = storage.read_json(record).get("train", {})
+        grid = trained.get("grid", grid)
+        if trained.get("confounds"):
+            problem = "expected a network on volumes as they are, found confounds regressed out"
+            raise ValueError(f"{record}: {problem}; train one without")
     grid = check_grid(grid, record)
     network, rows, files = networks.load(checkpoint, grid["shape"]), [], []
     for path in paths:
@@ -305,15 +267,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folders = (options.get(name) for name in ("target", "out", "folder"))
     folder = next(filter(None, folders), options["cohort"] if command == "convert" else None)
     try:
-        launched = "TORCHELASTIC_RUN_ID" in os.environ
         if command == "convert" and not folder.is_dir() and folder == options["cohort"]:
             raise FileNotFoundError(f"{folder}: no such folder; DATA_ACCESS.md says how to start")
-        if launched and command not in ("train", "masks"):
-            raise ValueError("torchrun shares train and masks; this is work for one process.")
-        with process_group() if launched else nullcontext(True) as is_first:
-            lock = storage.folder_lock(folder) if is_first and folder else nullcontext()
-            with lock, redirect_stdout(sys.stdout if is_first else None):
-                table = COMMANDS[command][0](**options)
+        launched = process_share(1) is not None
+        if launched and (command not in ("train", "masks") or options["overwrite"]):
+            raise ValueError("torchrun shares train and masks, without --overwrite: delete OUT")
+        is_first = place_process() if launched else True
+        lock = storage.folder_lock(folder) if is_first and folder else nullcontext()
+        with lock, redirect_stdout(sys.stdout if is_first else None):
+            table = COMMANDS[command][0](**options)
         if isinstance(table, pd.DataFrame) and (table["status"] == "rejected").all():
             reason = table["reason"].iloc[0]
             raise ValueError(f"nobody could be used (see rejected.csv); the first as: {reason}")

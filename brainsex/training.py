@@ -206,13 +206,14 @@ def cross_validate(
     numbers = (*assignment, *(() if confounds is None else np.ravel(confounds)))
     facts = {"network": network, "grid": grid, "cohort": digest(cohort)}
     facts["assignment"] = hashlib.sha256(repr(numbers).encode()).hexdigest()
+    facts |= {} if confounds is None else {"confounds": True}  # what `predict` cannot take out
     stale = {"overwrite": overwrite, "results": ("fold-*.pt", "fold-*.json")}
     with tempfile.TemporaryDirectory() as temporary:
         out = Path(out or temporary)
         storage.start_run(out, "train", settings | facts, **stale)
         path, text = out / "folds.csv", table[["Subject", "fold"]].to_csv(index=False)
         if not path.is_file() or path.read_text("utf-8", "replace") != text:
-            storage.write_text(path, text)  # by one process of torchrun alone
+            storage.write_text(path, text)
         run = _Run(out, cohort, assignment, make_network, confounds, settings)
         results = joblib.Parallel(jobs, return_as="generator")(
             joblib.delayed(_fit_fold)(run, fold, threads, os.getpid()) for fold in only

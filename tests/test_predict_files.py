@@ -92,6 +92,15 @@ def test_the_field_of_view_must_be_the_training_cohorts(tmp_path) -> None:
     assert "not the cohort's" in table["reason"][0]
 
 
+def test_a_network_on_volumes_less_confounds_is_refused(tmp_path) -> None:
+    paths = [save(tmp_path / f"fa/{n:06d}.nii.gz", make_map(n)) for n in range(6)]
+    data, _ = fit_cohort(tmp_path, paths)
+    make, options = lambda: networks.MriNet3d(1, SMALL), {"folds": 2, "epochs": 1, "workers": 1}
+    cross_validate(data, make, confounds=np.arange(6.0), out=tmp_path / "less", **options)
+    with pytest.raises(ValueError, match=r"run\.json: expected .* found confounds regressed out"):
+        predict_files(tmp_path / "less" / "fold-0.pt", paths)
+
+
 def test_t1_of_any_units_is_prepared_as_the_training_cohort_was(tmp_path) -> None:
     """Unpacked structural packages, each scanner's own units, all brains of one size."""
     paths = []

@@ -17,12 +17,13 @@ from nibabel import Nifti1Image
 from nilearn import plotting
 
 PALETTE = {"women": "#D55E00", "men": "#0072B2"}  # colour-blind safe: Okabe and Ito's
+OUTLINES = {"women": "#FF8C42", "men": "#56B4E9"}  # the same hues, legible on a dark brain
 DARK, PALE, ACCENT, OUTLINE = "#222222", "#999999", "#009E73", "#56B4E9"
 HUES = (DARK, "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#0072B2", PALE)
 MARKERS = "osDv^<>P"
 CHANCE = {"color": DARK, "linewidth": 0.9, "linestyle": ":"}
 ACCURACY = "accuracy (share of subjects)"
-GLOW = plt.get_cmap("inferno")(np.linspace(0.35, 0.97, 256))
+GLOW = plt.get_cmap("viridis")(np.linspace(0.5, 1, 256))
 GLOW[:, 3] = np.clip(np.linspace(0, 4, 256), 0, 1)  # small values leave the brain visible
 GLOW = ListedColormap(GLOW)
 STYLE = {"font.size": 9, "axes.titlesize": 9, "text.color": DARK, "legend.frameon": False}
@@ -56,14 +57,14 @@ def brain_panels(
     cohort: str,
     width: float = 9,
     bar: tuple[str | ListedColormap, float, str] | None = None,
-    outlines: np.ndarray | None = None,
+    outlines: Mapping[str, np.ndarray] | None = None,
 ) -> Figure:
     """Draw rows of panels by nilearn, `width` inches wide, each with some planes of an image.
 
     A panel has `label`, `planes` ("xyz", or one letter as often as there are cuts) and arguments of
     `nilearn.plotting.plot_stat_map`, at least `stat_map_img` and `cut_coords` in mm. `bar` is the
-    colour map, top value and label of one colour bar, from 0, for all panels. `outlines` are
-    planted regions (X, Y, Z), contoured where not 0.
+    colour map, top value and label of one colour bar, from 0, for all panels. `outlines` are the
+    planted regions (X, Y, Z) bool that are higher in ``women`` and in ``men``, to be contoured.
     """
     image = rows[0][0]["stat_map_img"]
     extent = np.abs(image.affine[:3, :3]) @ image.shape  # mm
@@ -80,7 +81,7 @@ def brain_panels(
         scale = plt.cm.ScalarMappable(plt.Normalize(0, bar[1]), bar[0])
         look = {"label": bar[2], "aspect": 25, "pad": 0.01, "shrink": min(0.8, 3.5 / size[1])}
         figure.colorbar(scale, ax=axes, **look).ax.set_facecolor("#444444")
-    cohort += " · blue contours: planted regions" * (outlines is not None)
+    cohort += " · contours: planted, orange higher in women, blue in men" * bool(outlines)
     cohort += " · x, y, z in mm; L left, R right; sagittal: front to the right"
     finish(figure, title, cohort)
     figure.draw_without_rendering()  # nilearn reads where the axes are: nothing may move from here
@@ -90,9 +91,9 @@ def brain_panels(
         look["cut_coords"] = np.round(panel["cut_coords"])  # whole mm, as nilearn writes them
         look["display_mode"] = "ortho" if panel["planes"] == "xyz" else panel["planes"][0]
         display = plotting.plot_stat_map(axes=ax, **PANELS | look)
-        if outlines is not None:
-            regions = to_image(np.not_equal(outlines, 0), panel["stat_map_img"].affine)
-            display.add_contours(regions, levels=[0.5], colors=OUTLINE, linewidths=0.9)
+        for sex, regions in (outlines or {}).items():
+            image = to_image(regions, panel["stat_map_img"].affine)
+            display.add_contours(image, levels=[0.5], colors=OUTLINES[sex], linewidths=1.2)
         display.annotate(size=7)
     return figure
 

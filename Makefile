@@ -31,6 +31,7 @@ figures: .venv/.installed $(NEEDS)
 
 notebooks: .venv/.installed data/synthetic/unrestricted_behavioral.csv
 	$(BIN)/python notebooks/run.py --in-place
+	$(BIN)/python notebooks/tour.py
 
 # As many tests at once as there are cores, each on one.
 test: export OMP_NUM_THREADS = 1

@@ -1,18 +1,22 @@
 """Run the notebooks in order, with papermill: what `make figures` and `make notebooks` call.
 
-Only the default profile on data/synthetic writes image/ (and keeps the rest in build/); every
-other run writes results/<cohort>-<profile>/. A notebook that fails does not stop the others; at the
-end stands a list of what was done, what was left out and why. The exit code is 1 if one failed.
+Only the default profile on data/synthetic writes image/ (and keeps the rest in build/), and is
+compared with the tables in notebooks/tables; every other run writes results/<cohort>-<profile>/. A
+notebook that fails does not stop the others; at the end stands a list of what was done, what was
+left out and why. The exit code is 1 if one failed.
 """
 
 import argparse
 import os
+import re
 import shutil
 import sys
 import time
 from pathlib import Path
 
 import nbformat
+import numpy as np
+import pandas as pd
 import papermill
 import yaml
 from nbclient.exceptions import DeadKernelError
@@ -23,6 +27,12 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 TABLE_NOTEBOOKS = ("01_tabular_baselines", "08_confounds_and_families")
 OF_THE_USER = ("MPLBACKEND", "MATPLOTLIBRC", "JUPYTER_PATH", "PYTHONPATH")  # not for kernels
+TABLES = (
+    "tabular accuracy localisation explanations table_controlled volumes_controlled dose".split()
+)
+INTERVALS = {"accuracy": ("low", "high"), "value": ("low", "high"), "auc": ("auc_low", "auc_high")}
+ESTIMATE = re.compile(r"(-?\d[\d.e-]*)(?: \[(-?[\d.]+), (-?[\d.]+)\])?")  # and its interval
+MOVED = 0.005  # differences below are not worth a word
 LEFT_OUT = "left out: "  # how a line of output begins that says what a notebook skips, and why
 
 
@@ -66,6 +76,43 @@ def tidy(path: Path) -> None:
             ]
     notebook.metadata.pop("widgets", None)
     nbformat.write(notebook, path)
+
+
+def read_estimates(table: Path) -> pd.DataFrame:
+    """Read a table's numbers, with low and high where it gives an interval, by row and column."""
+    cells = pd.read_csv(table, dtype=str).fillna("")
+    words = cells.map(lambda cell: "" if ESTIMATE.fullmatch(cell) else cell)
+    rows = {}
+    for (_, row), label in zip(cells.iterrows(), words.agg(" ".join, axis=1)):
+        label = f"{label} {row.get('d', '')}"
+        for column in cells.columns.drop(
+            ["n", "d", "low", "high", "auc_low", "auc_high"], "ignore"
+        ):
+            if hit := ESTIMATE.fullmatch(row[column]):
+                low, high = (row.get(name) for name in INTERVALS.get(column, ("", "")))
+                limits = (hit[2] or low or np.nan, hit[3] or high or np.nan)
+                rows[f"{' '.join(label.split())}, {column}"] = (hit[1], *limits)
+    return pd.DataFrame(rows, index=["value", "low", "high"], dtype=float).T
+
+
+def compare_tables(out: Path) -> list[str]:
+    """Say, a line a table, how far this run's numbers are from the committed ones."""
+    lines = ["\nbeside the committed tables (another processor moves numbers, mostly by little):"]
+    for name in TABLES:
+        known, ours = (read_estimates(folder / f"{name}.csv") for folder in (HERE / "tables", out))
+        values = ours["value"].reindex(known.index)
+        change, outside = (
+            (values - known["value"]).abs(),
+            (values < known["low"]) | (values > known["high"]),
+        )
+        moved = change > MOVED
+        line = f"  {name}: {moved.sum()} of {len(known)} numbers moved"
+        if moved.any():
+            line += f", at most by {change.max():.2f} ({change.idxmax()})"
+            line += f"; {(moved & outside).sum()} left the committed interval"
+        missing = values.isna().sum()
+        lines.append(line + (f"; {missing} are missing" if missing else ""))
+    return lines
 
 
 def relative_to_notebooks(path: Path) -> str:
@@ -120,6 +167,11 @@ def main() -> None:
         with storage.folder_lock(out):
             storage.start_run(out, "notebooks", record, overwrite=True)
             failures = run(out, folders, settings, arguments.in_place)
+            if arguments.in_place:
+                for name in TABLES:
+                    shutil.copy(out / f"{name}.csv", HERE / "tables")
+            elif is_default and not failures:
+                print(*compare_tables(out), sep="\n")
     except OSError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

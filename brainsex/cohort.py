@@ -57,21 +57,18 @@ def load_cohort(folder: str | Path, *, affine: np.ndarray | None = None) -> Coho
     folder = Path(folder)
     volumes, sex = _map_array(folder / "tensors.npy"), _map_array(folder / "labels.npy")
     fitting = volumes.ndim == 4 and volumes.size and sex.shape == volumes.shape[:1]
-    numbers = volumes.dtype.kind == "f" and sex.dtype.kind in "biuf"
-    if not fitting or not numbers or not np.isin(sex, (0, 1)).all():
-        raise ValueError(
-            f"{folder}: expected tensors (N, X, Y, Z) of floats and labels (N,) 0 and 1, found "
-            f"{volumes.shape} of {volumes.dtype} and {np.ravel(sex)[:9].tolist()}; {CONVERT_AGAIN}"
-        )
+    if not fitting or volumes.dtype.kind != "f" or not np.isin(sex, (0, 1)).all():
+        expected = "tensors (N, X, Y, Z) of floats and labels (N,) 0 and 1"
+        found = f"{volumes.shape} of {volumes.dtype} and {np.ravel(sex)[:9].tolist()}"
+        raise ValueError(f"{folder}: expected {expected}, found {found}; {CONVERT_AGAIN}")
     sex, width = np.array(sex, np.int64), len(str(len(sex)))
     table = pd.DataFrame({"Subject": [f"{n:0{width}d}" for n in range(len(sex))], "label": sex})
     if (path := folder / "subjects.csv").is_file():
         with storage.reading(path, "a table of Subject and label", CONVERT_AGAIN):
             table = pd.read_csv(path, dtype={"Subject": str, "group": str})
-            fits = np.array_equal(table["label"], sex)
             table["Subject"] = tables.check_subject_ids(path, table["Subject"])
-        if not fits:
-            raise ValueError(f"{folder}: subjects.csv and labels.npy disagree; {CONVERT_AGAIN}")
+            if not np.array_equal(table["label"], sex):
+                raise ValueError("subjects.csv and labels.npy disagree")
     path, grid = folder / "grid.json", {"shape": volumes.shape[1:], "affine": affine}
     grid = check_grid(storage.read_json(path) if path.is_file() else grid, path)
     if grid.pop("shape") != volumes.shape[1:]:
@@ -101,15 +98,9 @@ def check_grid(grid: dict, path: Path) -> dict:
     with storage.reading(path, "shape, modality and affine of a cohort", CONVERT_AGAIN):
         modality, affine = grid.get("modality", "fa"), grid.get("affine")
         if affine is not None:
-            affine = np.array(affine, float).reshape(4, 4)
-            if not np.isfinite(np.linalg.inv(affine)).all():  # a singular one raises itself
-                raise ValueError(f"found affine {affine.tolist()}")
-        if modality not in MODALITIES:
-            raise ValueError(f"found modality {modality!r:.100}")
+            affine = np.asarray_chkfinite(affine, float).reshape(4, 4)
+            np.linalg.inv(affine)  # a singular one raises an error
         more = {name: grid[name] for name in PREPARATION if grid.get(name)}
-        if "native" in more:
-            native_shape, native_affine = more["native"]
-            more["native"] = [list(map(int, native_shape)), np.float64(native_affine).tolist()]
         checked = {"shape": tuple(map(int, grid["shape"])), "affine": affine, "preparation": more}
         return checked | {"modality": modality, "normalised": bool(grid.get("normalised", False))}
 

@@ -44,10 +44,9 @@ class ConfoundRegressor(TransformerMixin, BaseEstimator):
 
     def fit(self, X: np.ndarray, y: np.ndarray | None = None) -> "ConfoundRegressor":
         """Learn coefficients from confounds and features (N, count + P)."""
-        confounds, features = X[:, : self.count], X[:, self.count :]
-        self.regression_ = RegressedVolumes(features, confounds, np.arange(len(X)))
-        spread = self.regression_.residuals(features, confounds).std(0)
-        self.rounding_ = spread < 1e-6 * features.std(0)
+        features = X[:, self.count :]
+        self.regression_ = RegressedVolumes(features, X[:, : self.count], np.arange(len(X)))
+        self.rounding_ = self.regression_[:].std(0) < 1e-6 * features.std(0)
         return self
 
     def transform(self, X: np.ndarray) -> np.ndarray:
@@ -68,9 +67,8 @@ class RegressedVolumes:
         self.values, self.shape = values, values.shape
         self.confounds = np.asarray(confounds, float).reshape(len(values), -1)
         training = self.confounds[train]
-        spread = training.std(0)
-        varies = spread > 1e-9 * np.abs(training).max(0)  # or its spread is rounding
-        self.mean, self.scale = training.mean(0), np.where(varies, spread, np.inf)
+        varies = training.std(0) > 1e-9 * np.abs(training).max(0)  # or its spread is rounding
+        self.mean, self.scale = training.mean(0), np.where(varies, training.std(0), np.inf)
         design = np.column_stack([np.ones(len(train)), (training - self.mean) / self.scale])
         solve, self.coefficients = np.linalg.pinv(design)[1:], 0.0  # (K, N), (K, P)
         for part in np.array_split(np.arange(len(train)), -(-len(train) // CHUNK)):
@@ -82,8 +80,8 @@ class RegressedVolumes:
 
     def __getitem__(self, rows: int | slice | np.ndarray) -> np.ndarray:
         values = np.asarray(self.values[rows])
-        residuals = self.residuals(values, self.confounds[rows])
-        return residuals.astype(np.result_type(values, np.float32))
+        dtype = np.result_type(values, np.float32)
+        return self.residuals(values, self.confounds[rows]).astype(dtype)
 
     def residuals(self, values: np.ndarray, confounds: np.ndarray) -> np.ndarray:
         """Return any values less what their confounds explain; the training rows' mean stays."""
@@ -108,8 +106,6 @@ def matched_rows(
     and the same size, may be in training, and an uninformative confound scores below chance.
     """
     sex, confounds = np.asarray(sex), np.asarray(confounds, float).reshape(len(sex), -1)
-    if not np.isfinite(confounds).all():
-        raise ValueError("expected finite confounds, found blanks among them.")
     scaled = confounds / np.where(np.ptp(confounds, 0) > 0, confounds.std(0), 1)
     women, men = np.flatnonzero(sex == 0), np.flatnonzero(sex == 1)
     difference = np.abs(scaled[women, None] - scaled[men])  # (women, men, K)

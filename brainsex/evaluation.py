@@ -25,16 +25,13 @@ def folds(
     there are too few subjects of a sex, or families, for that.
     """
     sex = np.asarray(sex)
-    fewest = min(*np.bincount(sex, minlength=2), len(sex if groups is None else set(groups)))
-    if not 2 <= folds <= fewest:
-        raise ValueError(f"expected 2 to {fewest} folds (subjects of a sex, families), got {folds}")
     splitter = StratifiedKFold if groups is None else StratifiedGroupKFold
     splits = splitter(folds, shuffle=True, random_state=seed).split(sex, sex, groups)
     assignment = np.empty(len(sex), np.int64)
     for fold, (_, test) in enumerate(splits):
         assignment[test] = fold
         if len(set(sex[test])) < 2:
-            raise ValueError(f"fold {fold} of {folds} holds one sex only: take fewer folds.")
+            raise ValueError(f"fold {fold} of {folds} does not hold both sexes: take fewer folds.")
     return assignment
 
 
@@ -57,8 +54,7 @@ def _corrected_t_interval(scores: np.ndarray, *, folds: int) -> tuple[float, flo
     if len(scores) < 2 or folds < 2:
         raise ValueError(f"expected two scores and folds or more, got {len(scores)} and {folds}.")
     error = math.sqrt((1 / len(scores) + 1 / (folds - 1)) * scores.var(ddof=1))
-    half = float(t.ppf(0.975, len(scores) - 1)) * error
-    mean = float(scores.mean())
+    mean, half = float(scores.mean()), float(t.ppf(0.975, len(scores) - 1)) * error
     return mean, mean - half, mean + half
 
 
@@ -97,20 +93,15 @@ def score(sex: np.ndarray, decisions: np.ndarray, assignment: np.ndarray) -> dic
     each is one subject), low and high (of the accuracy), interval (its name), auc_low and auc_high
     (likewise, or by Hanley and McNeil 1982, Radiology 143:29) and n (subjects tested).
     """
-    decisions = np.atleast_2d(decisions)
-    fold_rows, count = _tested_folds(np.isfinite(decisions), assignment)
-    labels = np.broadcast_to(sex, decisions.shape)
-    samples = [(labels[rows], decisions[rows]) for rows in fold_rows]
+    samples, tested, count = _split_folds(sex, assignment, decisions)
     accuracy = [np.mean((values > 0) == truth) for truth, values in samples]
     balanced = [balanced_accuracy_score(truth, values > 0) for truth, values in samples]
     auc = [roc_auc_score(*sample) if len(set(sample[0])) == 2 else np.nan for sample in samples]
-    tested = labels[0][np.unique(np.concatenate([subjects for _, subjects in fold_rows]))]
     if len(samples) == 1:
         low, high = wilson_interval(round(accuracy[0] * len(tested)), len(tested))
         area, (women, men) = auc[0], np.bincount(tested, minlength=2)
-        above, below = area / (2 - area), 2 * area**2 / (1 + area)
-        variance = area * (1 - area) + (men - 1) * (above - area**2)
-        variance += (women - 1) * (below - area**2)
+        above, below = area / (2 - area) - area**2, 2 * area**2 / (1 + area) - area**2
+        variance = area * (1 - area) + (men - 1) * above + (women - 1) * below
         half = float(norm.ppf(0.975) * math.sqrt(variance / (women * men)))
         auc_low, auc_high = area - half, area + half
     else:
@@ -137,22 +128,23 @@ def score_table(
     return pd.DataFrame.from_dict(scores, orient="index").rename_axis("classifier").reset_index()
 
 
-def _tested_folds(
-    tested: np.ndarray, assignment: np.ndarray
-) -> tuple[list[tuple[np.ndarray, ...]], int]:
-    """Indices (repetition, subject) of every fold, of all where a fold is one subject; a count."""
-    assignment = np.atleast_2d(assignment)
-    if tested.shape != assignment.shape:
-        shapes = f"{tested.shape} and {assignment.shape}"
-        raise ValueError(f"expected decisions and folds of one shape, found {shapes}.")
-    tested = tested & (assignment >= 0)
+def _split_folds(
+    sex: np.ndarray, assignment: np.ndarray, *decisions: np.ndarray
+) -> tuple[list[tuple[np.ndarray, ...]], np.ndarray, int]:
+    """Return (sex, decisions, …) of every fold, or of all where a fold is one subject.
+
+    Also returns the sex of each subject that was tested, and the number of folds.
+    """
+    assignment, *decisions = np.stack(np.atleast_2d(assignment, *decisions))
+    tested = np.isfinite(decisions).all(0) & (assignment >= 0)
     if not tested.any():
         raise ValueError("expected decisions, found none that is finite.")
     folds = assignment + (assignment.max() + 1) * np.arange(len(assignment))[:, None]
-    fold_rows = [np.nonzero(tested & (folds == fold)) for fold in np.unique(folds[tested])]
-    if max(len(subjects) for _, subjects in fold_rows) == 1:
-        fold_rows = [np.nonzero(tested)]
-    return fold_rows, len(np.unique(assignment[0][assignment[0] >= 0]))
+    masks = [tested & (folds == fold) for fold in np.unique(folds[tested])]
+    masks = masks if max(map(np.sum, masks)) > 1 else [tested]
+    labels = np.broadcast_to(sex, tested.shape)
+    samples = [tuple(values[mask] for values in (labels, *decisions)) for mask in masks]
+    return samples, labels[0][tested.any(0)], len(np.unique(assignment[0][assignment[0] >= 0]))
 
 
 def paired_test(
@@ -168,11 +160,8 @@ def paired_test(
     The corrected resampled t test (Nadeau and Bengio 2003), of two folds at least. Takes what
     `score` does; returns the difference, its 95 % limits low and high, and a two-sided p.
     """
-    first, second = np.atleast_2d(first), np.atleast_2d(second)
-    fold_rows, count = _tested_folds(np.isfinite(first) & np.isfinite(second), assignment)
-    labels = np.broadcast_to(sex, first.shape)
+    samples, _, count = _split_folds(sex, assignment, first, second)
     measure = roc_auc_score if auc else lambda truth, values: np.mean((values > 0) == truth)
-    samples = [(labels[rows], first[rows], second[rows]) for rows in fold_rows]
     gains = [measure(truth, one) - measure(truth, other) for truth, one, other in samples]
     mean, low, high = _corrected_t_interval(gains, folds=count)
     error = (high - mean) / t.ppf(0.975, len(gains) - 1)
@@ -186,18 +175,15 @@ def permuted_labels(
     """Put labels (N,) in random order; with groups, exchange whole families of equal size.
 
     Within a family labels depend on each other, identical twins' most of all: Winkler et al. 2015,
-    NeuroImage 123:253. A family's new labels go to its members in random order. Raises ValueError
-    if a subject's family is blank.
+    NeuroImage 123:253. A family's new labels go to its members in random order. Nobody's family
+    may be blank: `tables.fill_missing_families` fills them in.
     """
     sex = np.asarray(sex)
     if groups is None:
         return rng.permutation(sex)
-    if pd.isna(groups).any():
-        raise ValueError(f"expected a family of everybody, {pd.isna(groups).sum()} are blank.")
     labels = np.empty_like(sex)
-    families: dict[int, list[np.ndarray]] = {}
-    for rows in pd.Series(sex).groupby(np.asarray(groups)).indices.values():
-        families.setdefault(len(rows), []).append(rows)
-    for rows in map(np.array, families.values()):  # (families, members)
+    families = [np.flatnonzero(np.asarray(groups) == family) for family in np.unique(groups)]
+    for size in dict.fromkeys(map(len, families)):  # rows are (families, members)
+        rows = np.array([members for members in families if len(members) == size])
         labels[rows] = rng.permuted(sex[rng.permutation(rows)], axis=1)
     return labels

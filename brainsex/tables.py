@@ -1,7 +1,6 @@
 """Tables of people and measures, of any encoding and naming, and IDs in one form everywhere."""
 
-import csv
-import json
+import io
 import os
 import re
 import warnings
@@ -15,8 +14,7 @@ import pandas as pd
 
 from brainsex import LABELS, storage
 
-MAX_TABLE_BYTES, MAX_COLUMNS = 1 << 31, 50_000  # UK Biobank's tables have some 30,000 columns
-WINDOWS = "cp1252"  # as Excel encodes text in western Europe and America
+MAX_TABLE_BYTES = 1 << 31
 INVALID_ID_CHARACTERS, MAX_ID_LENGTH = r"[/\\\x00-\x1f\x7f]", 200  # IDs become file names
 SYNONYMS = {  # of HCP's columns, in any case, as BIDS, UK Biobank, OASIS, REDCap … name them
     "Subject": r"(sub|subj|subject|participant|patient|proband|pbn|twin|case|record|src_subject)"
@@ -30,9 +28,9 @@ SYNONYMS = {  # of HCP's columns, in any case, as BIDS, UK Biobank, OASIS, REDCa
     "Family_ID": r"fam(ily)?[ _.]?(id|no|nr|number|code)?|pedigree[ _.]?(id|no)?",
 }
 PEOPLE_NAMES = (  # of tables of people, the likeliest first
-    "unrestricted_behavioral.csv",
-    r"(HCP_YA_subjects_|unrestricted_(?!.*freesurfer)).*\.csv",
-    "participants.tsv",
+    r"(?i)unrestricted_behavioral\.csv",
+    r"(?i)(HCP_YA_subjects_|unrestricted_(?!.*freesurfer)).*\.csv",
+    r"(?i)participants\.tsv",
 )
 PEOPLE = {"Age": "age", "QC_Issue": "qc_issue"}  # columns, and the names used here
 BESIDE = {  # columns that HCP ships in tables of their own, beside the table of people or in it
@@ -76,8 +74,7 @@ def cohort_name(folder: str | Path) -> tuple[str, bool]:
     synthetic, planted = (Path(folder) / "SYNTHETIC").is_file(), Path(folder) / "PLANTED"
     name = Path(os.path.abspath(folder)).name  # a link keeps its own name
     if planted.is_file():
-        with storage.reading(planted, "the record of the planted effect", "plant again"):
-            name += f" (planted, d = {json.loads(planted.read_text())['effect']:g})"
+        name += f" (planted, d = {storage.read_json(planted)['effect']:g})"
     return name if not synthetic or "synthetic" in name else f"{name} (synthetic)", synthetic
 
 
@@ -87,17 +84,12 @@ def find_people(folder: str | Path, *, subject: str | None = None, sex: str | No
     `subject` and `sex` name its columns where `SYNONYMS` do not. Raises FileNotFoundError if there
     is none, or several.
     """
-    headers, paths = _find_headers(folder), []
-    for name in PEOPLE_NAMES:
-        paths = paths or [path for path in headers if re.fullmatch(name, path.name, re.IGNORECASE)]
-    wanted = subject or "Subject", sex or "Gender"
-    for path, columns in {} if paths else headers.items():
-        if all(match_columns(columns, name) for name in wanted):
-            paths.append(path)
-    if not paths and len(headers) == 1:
-        paths = list(headers)  # whose columns `find_column` will name
-    if len(paths) != 1:
-        names = [path.name for path in paths or [*headers, *sorted(Path(folder).glob("*.xls*"))]]
+    headers, wanted = _find_headers(folder), (subject or "Subject", sex or "Gender")
+    named = [[path for path in headers if re.fullmatch(name, path.name)] for name in PEOPLE_NAMES]
+    full = [path for path in headers if all(match_columns(headers[path], name) for name in wanted)]
+    paths = next(filter(None, (*named, full, [*headers])), sorted(Path(folder).glob("*.xls*")))
+    if len(paths) != 1 or paths[0] not in headers:
+        names = [path.name for path in paths]
         problem = f"expected one table with columns {' and '.join(wanted)}, found {names or 'none'}"
         remedy = "name a CSV by --table, columns by --subject and --sex; see DATA_ACCESS.md"
         raise FileNotFoundError(f"{folder}: {problem}; {remedy}")
@@ -120,23 +112,10 @@ def read_people(
     has two rows.
     """
     table = Path(table)
-    rows = _index_subjects(table, read_text_table(table, session), subject or "Subject")
+    rows = index_subjects(table, read_text_table(table, session), subject or "Subject")
     if rows.empty:
         raise ValueError(f"{table}: expected rows of session {session or 'any'}, found none")
-    cells = rows[find_column(table, rows, sex or "Gender")]
-    codes = read_sex(cells)
-    letters = codes.map({0: "F", 1: "M"})
-    letter_of = dict(zip(cells[codes.notna()], letters.dropna()))
-    coding = ", ".join(f"{code} is {letter}" for code, letter in letter_of.items())
-    unknown = sorted(set(cells.dropna().str.strip()) - set(map(str.strip, letter_of)))
-    numeric = any(code.strip()[0].isdigit() for code in letter_of)
-    if len(set(letter_of.values())) < 2 and (unknown or numeric):
-        problem = "expected sexes as M and F, words, or 0 and 1 (men), or 1 (men) and 2, found"
-        raise ValueError(
-            f"{table}: column {cells.name}: {problem} {unknown[:9]} ({coding or 'none known'})"
-        )
-    print(f"{table.name}: sex, by column {cells.name}: {coding}")
-    people = pd.DataFrame({"Gender": letters.fillna(cells)})
+    people = read_sex(table, rows, sex or "Gender").to_frame("Gender")
     _add_columns(people, table, rows, PEOPLE | BESIDE)
     return join_beside(people, table.parent, table, subject, session)
 
@@ -161,13 +140,14 @@ def join_beside(
             raise ValueError(f"{folder}: expected one table with {column}, found {names}: keep one")
         for path in paths:
             id_column = subject if subject in set(headers[path]) else "Subject"
-            rows = _index_subjects(path, read_text_table(path, session), id_column)
+            rows = index_subjects(path, read_text_table(path, session), id_column)
             rows.index = spell_ids(rows.index, people.index)
             _add_columns(people, path, rows, {column: name})
             known = people.index.isin(rows.index).sum()
             if 2 * known < len(people):
-                problem = f"{column} is known of {known} of {len(people)} people: compare the IDs"
-                print(f"WARNING: {path.name}: {problem}")
+                print(
+                    f"WARNING: {path.name}: {column} known of {known} of {len(people)}: compare IDs"
+                )
     return people
 
 
@@ -186,8 +166,11 @@ def _add_columns(people: pd.DataFrame, table: Path, rows: pd.DataFrame, columns:
             people[name] = values.combine_first(people.get(name, values))
 
 
-def _index_subjects(table: Path, rows: pd.DataFrame, column: str) -> pd.DataFrame:
-    """Index rows by the IDs of a column, without those of nobody, and one of those that repeat."""
+def index_subjects(table: Path, rows: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Index a table's rows by its column of IDs, without those of nobody and repeats of a row.
+
+    Raises ValueError if the column is missing, or an ID is no file name or has two rows.
+    """
     column = find_column(table, rows, column)
     rows = rows.dropna(subset=column).drop_duplicates()
     return rows.set_index(check_subject_ids(table, rows[column])).rename_axis("Subject")
@@ -199,16 +182,14 @@ def _find_headers(folder: str | Path) -> dict[Path, pd.Series]:
     for path in sorted(Path(folder).glob("[!.]*")):
         if path.suffix.lower() in (".csv", ".tsv", ".txt") and path.name not in OWN_TABLES:
             with suppress(ValueError, OSError):
-                headers[path] = _read_header(path)[0]
+                headers[path] = _open_table(path)[1]["names"]
     return headers
 
 
 def match_subjects(
-    files: dict[str, list[Path]], people: pd.DataFrame, leave_out_qc: bool
+    files: dict[str, list[Path]], people: pd.DataFrame
 ) -> tuple[dict[str, Path], dict[str, str]]:
     """Match volumes by subject to `read_people`: paths to use, and reasons of who is rejected."""
-    if leave_out_qc and "qc_issue" not in people:
-        raise ValueError(f"expected a column QC_Issue in the table, found {', '.join(people)}")
     accepted, rejected = {}, {}
     for subject in sorted({*files, *people.index}):
         if subject not in files:
@@ -222,8 +203,6 @@ def match_subjects(
             rejected[subject] = "no file behind its name: a folder, or a broken link (datalad get)"
         elif (gender := people.at[subject, "Gender"]) not in LABELS:
             rejected[subject] = f"Gender is {gender!r}, expected M or F"
-        elif leave_out_qc and not pd.isna(issue := people.at[subject, "qc_issue"]):
-            rejected[subject] = f"QC_Issue {issue}"
         else:
             accepted[subject] = paths[0]
     return accepted, rejected
@@ -235,30 +214,27 @@ def fill_missing_families(families: pd.Series) -> np.ndarray | None:
     return None if families.isna().all() else families.fillna(own_ids).to_numpy(str)
 
 
-def _read_header(table: Path) -> tuple[pd.Series, dict]:
-    """Return a table's columns and how pandas reads it; a repeated name gets " (2)" appended."""
-    with table.open("rb") as file:
-        encoding = "utf-16" if file.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+def _open_table(table: Path) -> tuple[io.StringIO, dict]:
+    """Return a table's text and how pandas reads it; a repeated name gets " (2)" appended."""
+    if table.stat().st_size > MAX_TABLE_BYTES:
+        raise ValueError(f"over {MAX_TABLE_BYTES} bytes")
+    content = table.read_bytes()
     try:
-        header, skipped = _read_first_line(table, encoding)
-    except UnicodeDecodeError:
-        encoding = WINDOWS
-        header, skipped = _read_first_line(table, encoding)
-    separator = max(",;\t", key=header.count)
-    names = pd.Series(next(csv.reader([header], delimiter=separator), []), dtype=str).str.strip()
-    if names.empty or len(names) > MAX_COLUMNS or table.stat().st_size > MAX_TABLE_BYTES:
-        raise ValueError(f"no header, or over {MAX_COLUMNS} columns or {MAX_TABLE_BYTES} bytes")
+        marked = content[:2] in (b"\xff\xfe", b"\xfe\xff")
+        text = content.decode("utf-16" if marked else "utf-8-sig")
+    except UnicodeDecodeError:  # as Excel encodes text in western Europe and America
+        text = content.decode("cp1252", errors="replace")
+    file = io.StringIO(text, newline=None)
+    lines = file.readline(), file.readline()
+    skipped = lines[0].lower().startswith("sep=")  # Excel's own line above the header
+    header = lines[skipped]
+    file.seek(0)
+    options = {"sep": max(",;\t", key=header.count), "dtype": str, "skip_blank_lines": False}
+    names = pd.read_csv(io.StringIO(header), header=None, keep_default_na=False, **options)
+    names = names.loc[0].str.strip()
     repeats = names.groupby(names).cumcount() + 1
     names = names.where(repeats == 1, names + " (" + repeats.astype(str) + ")")
-    return names, {"sep": separator, "encoding": encoding, "header": skipped, "names": names}
-
-
-def _read_first_line(table: Path, encoding: str) -> tuple[str, int]:
-    """Return a table's header, and how many lines stand above it, as Excel's own ``sep=;``."""
-    with table.open(encoding=encoding) as file:
-        line = file.readline(1000 * MAX_COLUMNS)
-        above = line.lower().startswith("sep=")
-        return (file.readline(1000 * MAX_COLUMNS) if above else line), int(above)
+    return file, options | {"header": int(skipped), "names": names}
 
 
 def read_text_table(table: str | Path, session: str | None = None) -> pd.DataFrame:
@@ -270,15 +246,10 @@ def read_text_table(table: str | Path, session: str | None = None) -> pd.DataFra
     rows. Raises FileNotFoundError, or ValueError if the file is not text in columns.
     """
     table = Path(table)
-    if not table.is_file():
-        raise FileNotFoundError(f"{table}: no such table. DATA_ACCESS.md says where to get it.")
     with storage.reading(table, "a CSV table", "export it again"), warnings.catch_warnings():
         warnings.simplefilter("error", pd.errors.ParserWarning)  # of cells beyond the header
-        options = _read_header(table)[1] | {"index_col": False, "skip_blank_lines": False}
-        try:
-            rows = pd.read_csv(table, dtype=str, **options)
-        except UnicodeDecodeError:
-            rows = pd.read_csv(table, dtype=str, **options | {"encoding": WINDOWS})
+        file, options = _open_table(table)
+        rows = pd.read_csv(file, index_col=False, **options)
     if options["sep"] == ";":
         rows = rows.replace(r"^\s*([-+]?\d*),(\d+(?:[eE][-+]?\d+)?)\s*$", r"\1.\2", regex=True)
     names = rows.columns.str.replace(r"^FS_L_(Cerebellum\w*) \(2\)$", r"FS_R_\1", regex=True)
@@ -296,18 +267,32 @@ def check_subject_ids(path: str | Path, column: pd.Series) -> np.ndarray:
     """Return a column's `subject_id` (N,) str; ValueError if blank, repeated or no file name."""
     names = column.fillna("").map(subject_id).astype(str)
     invalid = names.str.contains(INVALID_ID_CHARACTERS) | ~names.str.len().between(1, MAX_ID_LENGTH)
-    repeated = names.map(compare_id).duplicated() & ~invalid
-    if (invalid | repeated).any():
-        line = names.index[invalid | repeated][0]
+    invalid |= names.map(compare_id).duplicated()  # case, separators and leading zeros aside
+    if invalid.any():
+        line = names.index[invalid][0]
         expected = f"{column.name} of 1 to {MAX_ID_LENGTH} characters without / and \\"
         problem = f"expected {expected}, in no more than one row, found {names[line]!r:.100}"
-        if repeated[line]:
-            problem += "; case, separators and zeros in front do not count; of visits: --session"
-        raise ValueError(f"{path}: line {line + 2}: {problem}")
+        raise ValueError(f"{path}: line {line + 2}: {problem}; of several visits: --session")
     return names.to_numpy(str)
 
 
-def read_sex(column: pd.Series) -> pd.Series:
+def read_sex(table: Path, rows: pd.DataFrame, name: str) -> pd.Series:
+    """Return the column `name` of a table as F and M, other codes as they are; print the coding.
+
+    Raises ValueError if there is no such column, or if its codes do not tell the sexes apart.
+    """
+    cells = rows[find_column(table, rows, name)].str.strip()
+    letters = decode_sex(cells).map({0: "F", 1: "M"})
+    coding = ", ".join((cells + " is " + letters).dropna().unique())
+    unknown = sorted(set(cells[letters.isna()].dropna()))
+    if letters.nunique() < 2 and (unknown or coding[:1].isdigit()):
+        problem = f"expected M and F, words, 0 and 1 (men), or 1 (men) and 2, found {unknown[:9]}"
+        raise ValueError(f"{table}: column {cells.name}: {problem} ({coding or 'none known'})")
+    print(f"{table.name}: sex, by column {cells.name}: {coding}")
+    return letters.fillna(cells)
+
+
+def decode_sex(column: pd.Series) -> pd.Series:
     """Return 0 (women) and 1 (men) of a column of `SEX_CODES`; NaN where blank or unknown.
 
     What its name says of the codes goes before: ``female``, or ``sex (1=f, 2=m)``.

@@ -3,7 +3,6 @@
 Imputing, scaling and the choice of k or C happen inside the training folds.
 """
 
-from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,13 +19,13 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 from xgboost import XGBClassifier
 
-from brainsex import BRAIN_THRESHOLD, evaluation, tables
+from brainsex import BRAIN_THRESHOLD, LABELS, evaluation, tables
 from brainsex.confounds import ConfoundRegressor, RegressedVolumes
 
 TABLE_NAMES = ("unrestricted_hcp_freesurfer.csv", "morphometry.csv")  # in a cohort's folder
-SEXES = "M, F or words, or 0 and 1 (men), or 1 (men) and 2"
-# HCP's (an export spells it FS_InterCranial_Vol), FreeSurfer's own, and other programs' names, mm³.
-HEAD_SIZE_COLUMNS = ("FS_IntraCranial_Vol", "EstimatedTotalIntraCranialVol", "eTIV", "ICV", "TIV")
+# HCP's two spellings, FreeSurfer's own names, and other programs', in mm³.
+HEAD_SIZE_COLUMNS = "FS_IntraCranial_Vol FS_InterCranial_Vol EstimatedTotalIntraCranialVol".split()
+HEAD_SIZE_COLUMNS += ["eTIV", "ICV", "TIV"]
 NEIGHBOURS = (1, 3, 5, 9, 15, 25, 39, 59, 99)  # the k among which the inner folds choose
 
 
@@ -65,43 +64,31 @@ def load_table(
     IDs, sex and `session` are read as by `tables.read_people`; a table without a column of sex, as
     FreeSurfer writes them, takes it from the folder's people. Columns of text, or blank or the same
     for everybody, and subjects without a sex or measure are dropped, which is printed. Infinite
-    values become blanks. Raises FileNotFoundError, or ValueError for a missing column, an unknown
-    code of sex, a repeated subject, text among a column's numbers, one sex only, or no subject of
+    values become blanks. Raises FileNotFoundError, or ValueError for a missing column, unknown
+    codes of sex, a repeated subject, text among a column's numbers, one sex only, or no subject of
     `cohort`.
     """
     csv, folder = Path(csv), cohort or Path(csv).parent
-    rows = tables.read_text_table(csv, session).dropna(how="all")  # the index still counts lines
-    subject = tables.find_column(csv, rows, subject)
-    rows[subject] = tables.check_subject_ids(csv, rows[subject])
+    rows = tables.index_subjects(csv, tables.read_text_table(csv, session), subject)
     has_sex = sex != "Gender" or bool(tables.match_columns(rows, sex))
-    table = folder / "subjects.csv"  # who was converted
-    with nullcontext() if cohort is not None else suppress(FileNotFoundError):
-        table = table if table.is_file() else tables.find_people(folder)
-    if (cohort is not None or not has_sex) and table.is_file():
-        people = tables.read_people(table)
-        rows[subject] = tables.spell_ids(rows[subject], people.index)
-        if not people.index.isin(rows[subject]).any():
-            expected = f"subjects of {folder}, found none among {len(rows)}"
-            first = f"{rows[subject].iloc[0]}, …; name the table of this cohort"
-            raise ValueError(f"{csv}: expected {expected}: {first}.")
-        if not has_sex:
-            rows[sex] = rows[subject].map(people["Gender"])
-            print(f"{csv.name}: sex is that of {table.name}")
-    sex = tables.find_column(csv, rows, sex)
-    labels = tables.read_sex(rows[sex])
+    if cohort is not None or not has_sex:
+        table = folder / "subjects.csv"  # who was converted
+        people = tables.read_people(table if table.is_file() else tables.find_people(folder))
+        rows.index = tables.spell_ids(rows.index, people.index)
+        if not people.index.isin(rows.index).any():
+            problem = f"expected subjects of {folder}, found none among {len(rows)}"
+            raise ValueError(f"{csv}: {problem}: {', '.join(rows.index[:3])}; name its own table.")
+    letters = tables.read_sex(csv, rows, sex) if has_sex else people["Gender"].reindex(rows.index)
+    labels = letters.map(LABELS)
     named = rows.columns.str.replace(r" \(\d+\)$", "", regex=True)  # of repeated columns
     no_features = named.str.fullmatch("|".join(tables.SYNONYMS.values()), case=False)
-    no_features |= rows.columns.isin([subject, sex, "Release"])
-    cells = rows.loc[:, ~no_features]
+    about = [column for name in (subject, sex) for column in tables.match_columns(rows, name)]
+    cells = rows.loc[:, ~(no_features | rows.columns.isin([*about, "Release"]))]
     values = cells.apply(pd.to_numeric, errors="coerce").astype(float)
-    unknown = labels.isna() & (rows[sex].str.strip().fillna("") != "")
-    text = (cells.notna() & values.isna()).loc[:, values.notna().any()]
-    bad = pd.concat([unknown.rename(sex), text], axis=1)
-    if bad.any(axis=None):
-        column = bad.any().idxmax()
-        line, expected = bad[column].idxmax(), SEXES if column == sex else "a number"
-        where, cell = f"{csv}: column {column}, line {line + 2}", rows.at[line, column]
-        raise ValueError(f"{where}: expected {expected}, found {cell!r}.")
+    text = cells.where(values.isna()).loc[:, values.notna().any()].stack().dropna()
+    if len(text):
+        name, column = text.index[0]
+        raise ValueError(f"{csv}: {column} of {name}: expected a number, found {text.iloc[0]!r}.")
     values = values.replace([np.inf, -np.inf], np.nan)[labels.notna()]
     features = values.loc[:, values.nunique() > 1].dropna(how="all")
     labels = labels[features.index].astype(np.int64)
@@ -109,19 +96,17 @@ def load_table(
         expected = f"both sexes in {sex} and a column of numbers beside it and {subject}"
         raise ValueError(f"{csv}: expected {expected}, found {set(labels)}, {[*features][:3]}.")
     dropped = cells.columns.difference(features.columns, sort=False)
-    lines = rows.index.difference(features.index) + 2
+    names = rows.index.difference(features.index, sort=False)
     print(f"{csv.name}: {len(labels)} subjects, {features.shape[1]} features; left out:")
     print(f"  columns of text, blank or the same for all: {len(dropped)}", *dropped[:3])
-    print(f"  lines without a sex or measure: {len(lines)}", *lines[:3])
-    if HEAD_SIZE_COLUMNS[0] not in features:
-        features = features.rename(columns={"FS_InterCranial_Vol": HEAD_SIZE_COLUMNS[0]})
+    print(f"  subjects without a sex or measure: {len(names)}", *names[:3])
     rows = rows.loc[features.index]
-    families = tables.join_beside(rows[[subject]].set_index(subject), folder).get("group")
+    families = tables.join_beside(rows[[]], folder).get("group")
     return Table(
         name=tables.cohort_name(folder)[0],
         features=features.reset_index(drop=True),
         sex=labels.to_numpy(),
-        subjects=rows[subject].to_numpy(str),
+        subjects=rows.index.to_numpy(str),
         groups=None if families is None else tables.fill_missing_families(families),
         release=rows["Release"].fillna("").to_numpy(str) if "Release" in rows else None,
     )

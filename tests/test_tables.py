@@ -70,13 +70,17 @@ def test_semicolons_go_with_decimal_commas(tmp_path):
     assert tables.read_text_table(path)["A"].tolist() == values
 
 
+def test_bytes_of_no_encoding_hide_no_table(tmp_path):
+    write(tmp_path, b"Subject,Family_ID,Comment\n1,a,\x81\n", "restricted.csv")
+    path = write(tmp_path, "Subject,Gender\n1,F\n")
+    assert tables.read_people(path)["group"].tolist() == ["a"]
+
+
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        (b"", "no header"),
-        (b"a" + b"," * 60_000, "over 50000 columns"),
+        (b"", "No columns"),
         (b'a,b\n1,F\n2,"M\n', "EOF inside string"),
-        (b"a,b\n\x81,F\n", "can't decode"),
         (b"a,b\n1,F\n2,M,3\n", "Expected 2 fields in line 3, saw 3"),
         (b"a,a,a (2)\n1,2,3\n", "Duplicate names"),
     ],
@@ -87,18 +91,18 @@ def test_what_is_no_table_is_refused(tmp_path, content, problem):
 
 
 def test_a_table_that_is_absent_or_too_large_is_named(tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match=r"no such table.*DATA_ACCESS\.md"):
-        tables.read_text_table(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"t\.csv"):
+        tables.read_text_table(tmp_path / "t.csv")
     monkeypatch.setattr(tables, "MAX_TABLE_BYTES", 10)
     assert len(tables.read_text_table(write(tmp_path, "a,b\n1,2\n"))) == 1
-    with pytest.raises(ValueError, match="or 10 bytes"):
+    with pytest.raises(ValueError, match="over 10 bytes"):
         tables.read_text_table(write(tmp_path, "a,b\n1,2\n3,4\n"))
 
 
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["1", None, "3"], r"t\.csv: line 3: expected Subject of 1 to 200 .*found ''$"),
+        (["1", None, "3"], r"t\.csv: line 3: expected Subject of 1 to 200 .*found '';"),
         (["1", "2", "01 "], "line 4: .*no more than one row, found '01'; .*--session"),
         (["1", "../../x"], r"line 3: .*found '\.\./\.\./x'"),
         (["..\\x", "2"], "line 2: expected"),
@@ -211,7 +215,7 @@ def test_families_are_joined_in_any_spelling_of_ids_or_missed_loudly(tmp_path, c
     people = tables.join_beside(pd.DataFrame(index=["5", "6", "1"]), tmp_path)
     assert people["group"].tolist()[2] == "a"
     assert people["group"].isna().tolist() == [True, True, False]
-    message = "WARNING: restricted.csv: Family_ID is known of 1 of 3 people: compare the IDs"
+    message = "WARNING: restricted.csv: Family_ID known of 1 of 3: compare IDs"
     assert message in capsys.readouterr().out
 
 
@@ -260,7 +264,7 @@ def test_a_missing_code_makes_no_other_unreadable(tmp_path):
 def test_codes_that_leave_one_sex_are_refused_with_those_that_are_known(tmp_path, cells):
     rows = "".join(f"{n},{cell}\n" for n, cell in enumerate(cells.split()))
     path = write(tmp_path, "Subject,sex\n" + rows, "people.csv")
-    with pytest.raises(ValueError, match=r"people\.csv: column sex: expected sexes as M and F"):
+    with pytest.raises(ValueError, match=r"people\.csv: column sex: expected M and F"):
         tables.read_people(path)
 
 
@@ -273,13 +277,13 @@ def test_codes_that_leave_one_sex_are_refused_with_those_that_are_known(tmp_path
     ],
 )
 def test_codes_are_read_as_the_column_says(name, cells, sexes):
-    assert tables.read_sex(pd.Series(cells.split(), name=name)).tolist() == sexes
+    assert tables.decode_sex(pd.Series(cells.split(), name=name)).tolist() == sexes
 
 
 @pytest.mark.parametrize("name", ["sex (1=girl, 2=boy)", "Geschlecht (1=weibl., 2=männl.)"])
 def test_codes_that_a_column_states_in_other_words_are_refused(name):
     with pytest.raises(ValueError, match=r"expected codes as in sex \(1=f, 2=m\), found"):
-        tables.read_sex(pd.Series(["1", "2"], name=name))
+        tables.decode_sex(pd.Series(["1", "2"], name=name))
 
 
 def test_missing_codes_are_no_family(tmp_path):

@@ -29,7 +29,7 @@ def load(folder: Path, content: str | bytes, **options: str) -> tabular.Table:
 
 
 def test_load_reads_hcps_export(tmp_path, capsys):
-    """A name twice, one misspelt, a constant, Release; blank lines, text and infinite values."""
+    """A name twice, a constant, Release; blank lines, text and infinite values."""
     folder = tmp_path / "hcp"
     folder.mkdir()
     (folder / "SYNTHETIC").touch()
@@ -40,7 +40,7 @@ def test_load_reads_hcps_export(tmp_path, capsys):
         "01,S500,F,5,7,1,11,good,,1e999\n02,S900,M,6,7,2,12,2 of 3,,3\n\n03,,F,7,7,3,13,,,4\n"
         "04,S900,,8,7,4,14,,,5\n05,S900,F,,,,,,,\n",
     )
-    expected = {"FS_IntraCranial_Vol": [5, 6, 7], "FS_V": [1, 2, 3], "FS_V (2)": [11, 12, 13]}
+    expected = {"FS_InterCranial_Vol": [5, 6, 7], "FS_V": [1, 2, 3], "FS_V (2)": [11, 12, 13]}
     expected = pd.DataFrame(expected | {"huge": [np.nan, 3, 4]}, dtype=float)
     pd.testing.assert_frame_equal(table.features, expected)
     assert (len(table), table.name) == (3, "hcp (synthetic)")
@@ -51,7 +51,8 @@ def test_load_reads_hcps_export(tmp_path, capsys):
     assert table.groups[0] == table.groups[2] == "f1"
     assert table.groups[1] not in ("f1", "f9", "nan")
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(": ")[-1] for line in lines[1:3]] == ["3 FS_Same note empty", "2 7 8"]
+    assert lines[0] == "t.csv: sex, by column Gender: F is F, M is M"
+    assert [line.split(": ")[-1] for line in lines[2:4]] == ["3 FS_Same note empty", "2 04 05"]
 
 
 def test_a_cohorts_table_is_found_and_matched(tmp_path):
@@ -60,38 +61,27 @@ def test_a_cohorts_table_is_found_and_matched(tmp_path):
     assert (tabular.find_table(tmp_path), tabular.find_table(tmp_path, path)) == (None, path)
     (tmp_path / "participants.tsv").write_text("participant_id\tsex\n01\tF\n")
     assert tabular.load(path, cohort=tmp_path).name == tmp_path.name
-    (tmp_path / "subjects.csv").write_text(
-        "Subject,Gender\n04,F\n"
-    )  # who was converted comes first
+    (tmp_path / "subjects.csv").write_text("Subject,Gender\n04,F\n")  # it comes first
     with pytest.raises(ValueError, match="found none among 2: 01"):
         tabular.load(path, cohort=tmp_path)
 
 
+@pytest.mark.parametrize("column", ["Measure:volume", "lh.aparc.thickness"])
+def test_freesurfers_table_takes_its_sexes_from_the_people(tmp_path, column):
+    (tmp_path / "participants.tsv").write_text("participant_id\tsex\nsub-02\tM\nsub-01\tF\n")
+    table = load(tmp_path, f"{column}\tCSF\nsub-01\t900.5\nsub-02\t1000\nsub-03\t800\n")
+    assert (table.subjects.tolist(), table.sex.tolist()) == (["01", "02"], [0, 1])
+    assert table.features.to_dict("list") == {"CSF": [900.5, 1000]}
+
+
+def test_a_code_of_sex_that_is_unknown_leaves_its_subject_out(tmp_path, capsys):
+    assert load(tmp_path, HEAD + "1,F,1\n2,M,2\n3,X,3\n").subjects.tolist() == ["1", "2"]
+    assert "subjects without a sex or measure: 1 3" in capsys.readouterr().out
+
+
 def test_a_plain_table_has_neither_families_nor_releases(tmp_path):
-    both = "Subject,Gender,FS_InterCranial_Vol,FS_IntraCranial_Vol\n1,F,3,5\n2,M,4,6\n"
-    table = load(tmp_path, both)
+    table = load(tmp_path, HEAD + "1,F,3\n2,M,4\n")
     assert (table.name, table.groups, table.release) == (tmp_path.name, None, None)
-    assert table.features["FS_IntraCranial_Vol"].tolist() == [5, 6]  # not the other spelling
-
-
-@pytest.mark.parametrize(
-    ("header", "women", "men"),
-    [
-        ("subject,gender", "F", "M"),
-        ("eid,Sex", "0", "1"),
-        ("participant_id\tsex", "Female", " MALE "),
-        (" Subject ; Gender ", "2.0", "1.0"),
-    ],
-)
-def test_load_knows_columns_and_codes_of_sex(tmp_path, header, women, men):
-    separator = max(",;\t", key=header.count)
-    people = [["007", women, "1"], ["008", men, "2"], ["009", "", "3"], ["010", women, "4"]]
-    lines = [f"{header}{separator}A", *map(separator.join, people)]
-    table = load(tmp_path, "\r\n".join(lines))
-    assert table.subjects.tolist() == ["007", "008", "010"]
-    assert table.sex.tolist() == [0, 1, 0]
-    assert table.features.to_dict("list") == {"A": [1, 2, 4]}
-    assert table.features.index.tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
@@ -99,12 +89,10 @@ def test_load_knows_columns_and_codes_of_sex(tmp_path, header, women, men):
     [
         ("Subject,A\n1,2\n", {}, "expected one column Gender, found Subject, A; name it"),
         ("Subject,sex,A\n1,F,2\n", {"sex": "Geschlecht"}, "Geschlecht, found Subject, sex"),
-        (HEAD + "1,F,1\n2,M,2\n3,X,3\n", {}, "column Gender, line 4: expected M, F .*'X'"),
-        (HEAD + "1,0,1\n2,1,2\n3,2,3\n", {}, "column Gender, line 2: expected M, F .* or 0 and"),
+        (HEAD + "1,0,1\n2,1,2\n3,2,3\n", {}, "column Gender: expected M and F.*'2'.*none known"),
         (HEAD + "1,F,1\n2,F,2\n", {}, "expected both sexes in Gender .*, found {0}"),
         (HEAD + "1,F,1\n2,M,2\n 1,F,3\n", {}, "no more than one row, found '1'"),
-        (HEAD + "1,F,1\n,M,2\n", {}, "line 3"),
-        (HEAD + "1,F,1\n\n2,M,2\n\n3,F,?\n", {}, r"column A, line 6: expected a number.*'\?'"),
+        (HEAD + "1,F,1\n\n2,M,2\n\n3,F,?\n", {}, r"A of 3: expected a number, found '\?'"),
         ("Subject,Gender,note\n1,F,a\n2,M,b\n", {}, "a column of numbers beside it and"),
         (b"", {}, "expected a CSV table"),
     ],

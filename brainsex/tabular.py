@@ -37,7 +37,7 @@ class Table:
     features: pd.DataFrame  # (N, P) numbers, NaN where blank
     sex: np.ndarray  # (N,) int64, women 0, men 1
     subjects: np.ndarray  # (N,) str
-    groups: np.ndarray | None  # (N,) str, families of the cohort's restricted table
+    groups: np.ndarray | None  # (N,) str, families, of the cohort's tables or this one
     release: np.ndarray | None  # (N,) str, HCP's Release, which is no feature
 
     def __len__(self) -> int:
@@ -60,7 +60,8 @@ def load_table(
 ) -> Table:
     """Load a morphometry table: HCP's FreeSurfer CSV as exported, or any other.
 
-    Name and families are those of the folder `cohort`, by default the one that holds the table.
+    Name and families are those of the folder `cohort`, by default the one that holds the table;
+    families that are not known there may stand in the table itself.
     IDs, sex and `session` are read as by `tables.read_people`; a table without a column of sex, as
     FreeSurfer writes them, takes it from the folder's people. Columns of text, or blank or the same
     for everybody, and subjects without a sex or measure are dropped, which is printed. Infinite
@@ -102,6 +103,8 @@ def load_table(
     print(f"  subjects without a sex or measure: {len(names)}", *names[:3])
     rows = rows.loc[features.index]
     families = tables.join_beside(rows[[]], folder).get("group")
+    if families is None and (own := tables.match_columns(rows, "Family_ID")):
+        families = rows[own[0]]
     return Table(
         name=tables.cohort_name(folder)[0],
         features=features.reset_index(drop=True),

@@ -66,6 +66,12 @@ def test_a_cohorts_table_is_found_and_matched(tmp_path):
         tabular.load(path, cohort=tmp_path)
 
 
+def test_families_of_a_table_outside_the_cohort_are_not_lost(tmp_path):
+    (tmp_path / "participants.tsv").write_text("participant_id\tsex\n1\tF\n2\tM\n")
+    table = "Subject,Gender,Family_ID,ICV\n1,F,a,3\n2,M,a,4\n"
+    assert load(tmp_path / "t", table, cohort=tmp_path).groups.tolist() == ["a", "a"]
+
+
 @pytest.mark.parametrize("column", ["Measure:volume", "lh.aparc.thickness"])
 def test_freesurfers_table_takes_its_sexes_from_the_people(tmp_path, column):
     (tmp_path / "participants.tsv").write_text("participant_id\tsex\nsub-02\tM\nsub-01\tF\n")

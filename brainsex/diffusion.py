@@ -25,9 +25,8 @@ from brainsex.storage import MAX_VOXELS
 
 DATA, MASK, DEVIATIONS = "data.nii.gz", "nodif_brain_mask.nii.gz", "grad_dev.nii.gz"
 NEEDED = (DATA, "bvals", "bvecs", MASK)
-MAX_TEXT = 1 << 20  # bytes of the largest bvals or bvecs, and of what precedes voxels
+MAX_TEXT = 1 << 20  # bytes read of bvals and bvecs
 MAX_VALUES = 1 << 28  # voxels by volumes kept in memory; HCP's series has 1e8, in 0.4 GB
-MAX_DEVIATION = 0.3  # largest element of L accepted (HCP's are below 0.1): I + L has an inverse
 SLAB = 2000  # voxels fitted at a time: DIPY's memory does not grow with the brain
 SEVEN_TESLA = re.compile(r"Diffusion_?7T|_7T_[^/]*\.zip")  # HCP has it beside the series at 3 T
 
@@ -57,7 +56,6 @@ def fit_folder(
     if find_spec("dipy") is None:
         raise ImportError("fitting FA needs DIPY: pip install dipy")
     source, target = Path(source), Path(target)
-    paths = storage.files_below(source, ".zip", f"/{DATA}")
 
     def work(subject: str, files: dict[str, Path]) -> str:
         with ExitStack() as stack:
@@ -65,8 +63,8 @@ def fit_folder(
             _fit_series(series, target / f"{subject}.nii.gz", bmax, b0)
         return "fitted" if DEVIATIONS in series else f"fitted without {DEVIATIONS}"
 
-    run = "fa", {"bmax": bmax, "b0": b0}, workers, overwrite
-    return archives.process_subjects(work, source, paths, target, *run)
+    run = {"command": "fa", "settings": {"bmax": bmax, "b0": b0}, "overwrite": overwrite}
+    return archives.process_subjects(work, source, (".zip", f"/{DATA}"), target, workers, **run)
 
 
 def _find_series(paths: dict[str, Path], stack: ExitStack) -> dict[str, File]:
@@ -99,12 +97,10 @@ def _fit_series(files: dict[str, File], path: Path, bmax: float, b0: float) -> N
     if not 0 < len(voxels) * len(keep) <= MAX_VALUES:
         expected = f"expected 1 to {MAX_VALUES // len(keep)} voxels above 0"
         raise ValueError(f"{files[MASK][0]}: {expected}, found {len(voxels)}")
-    stored = np.zeros((9, len(voxels)), np.float32)
+    deviations = np.zeros((len(voxels), 3, 3), np.float32)
     if DEVIATIONS in files:
         stored = np.float32(_read_nifti(files[DEVIATIONS], grid, voxels, range(9), 9)[1])
-        if np.nanmax(np.abs(stored)) > MAX_DEVIATION:
-            raise ValueError(f"{files[DEVIATIONS][0]}: expected fractions, found more than 0.3")
-    deviations = stored.T.reshape(-1, 3, 3).swapaxes(1, 2)  # HCP stores L by columns
+        deviations = stored.T.reshape(-1, 3, 3).swapaxes(1, 2)  # HCP stores L by columns
     volumes = _read_nifti(files[DATA], grid, voxels, keep, count)[1]
     fa = np.zeros(mask.size, np.float32)
     for start in range(0, len(voxels), SLAB):
@@ -112,9 +108,7 @@ def _fit_series(files: dict[str, File], path: Path, bmax: float, b0: float) -> N
         signal = np.stack([volume[slab] for volume in volumes]).T
         fa[voxels[slab]] = _fractional_anisotropy(signal, design, deviations[slab])
     fa = fa.reshape(grid.get_data_shape(), order="F")
-    image = nib.Nifti1Image(fa, None, grid, dtype=np.float32)
-    with storage.atomic_path(path) as partial_path:
-        partial_path.write_bytes(gzip.compress(image.to_bytes(), 6, mtime=0))
+    storage.write_nifti(path, fa, grid.get_best_affine())
 
 
 def _read_gradients(
@@ -163,10 +157,8 @@ def _fractional_anisotropy(
 def _read_numbers(file: File) -> np.ndarray:
     """Read rows of numbers from a text file of bounded size."""
     with storage.reading(file[0], "rows of as many numbers each"), file[1]() as stream:
-        if len(text := stream.read(MAX_TEXT + 1)) > MAX_TEXT:
-            raise ValueError(f"more than {MAX_TEXT} bytes")
-        rows = text.decode("utf-8-sig").splitlines()
-        return np.array([row.split() for row in rows if row.strip()], float)
+        rows = stream.read(MAX_TEXT).decode("utf-8-sig").splitlines()
+        return np.loadtxt(rows, ndmin=2)
 
 
 def _read_nifti(
@@ -189,12 +181,11 @@ def _read_nifti(
         expected = (*grid.get_data_shape(), count) if grid else shape[:3]
         affine, grid_affine = header.get_best_affine(), (grid or header).get_best_affine()
         fits = shape == expected and np.allclose(affine, grid_affine, atol=1e-3)
-        start, bounded = header.get_data_offset(), 0 < math.prod(shape[:3]) <= MAX_VOXELS
-        if not fits or not bounded or dtype.kind not in "iuf" or start > MAX_TEXT:
-            raise ValueError(
-                f"{label}: expected shape {expected} on the grid of {MASK}, at most {MAX_VOXELS} "
-                f"real voxels, found {shape} of {dtype} from byte {start}, affine {affine.tolist()}"
-            )
+        bounded = 0 < math.prod(shape[:3]) <= MAX_VOXELS
+        if not fits or not bounded or dtype.kind not in "iuf":
+            wanted = f"shape {expected} on the grid of {MASK}, at most {MAX_VOXELS} real voxels"
+            problem = f"expected {wanted}, found {shape} of {dtype}, affine {affine.tolist()}"
+            raise ValueError(f"{label}: {problem}")
         stored = ArrayProxy(stream, header).reshape((*shape[:3], count))
         values = [np.asarray(stored[..., number]).ravel(order="F")[voxels] for number in keep]
         while stream.read(archives.CHUNK):  # to its end

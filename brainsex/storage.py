@@ -88,21 +88,6 @@ def reading(path: str | Path, expected: str, remedy: str = "download it again") 
         raise ValueError(message) from error
 
 
-def files_below(folder: str | Path, *endings: str) -> Iterator[Path]:
-    """Yield the files at any depth whose ``/name`` ends in one of `endings`, behind links too.
-
-    Hidden folders are left out (DataLad's ``.git/annex``). A broken link counts, a pipe does not.
-    """
-    real = cache(os.path.realpath)
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        if real(parent) in map(real, Path(parent).parents):  # a link to a folder above
-            folders.clear()
-            continue
-        folders[:] = (name for name in folders if not name.startswith("."))
-        paths = (Path(parent, name) for name in names if f"/{name}".lower().endswith(endings))
-        yield from (path for path in paths if path.is_file() or not path.exists())
-
-
 def write_nifti(path: str | Path, volume: np.ndarray, affine: np.ndarray) -> None:
     """Write a volume (X, Y, Z) as compressed NIfTI: the same bytes whenever it is written."""
     with atomic_path(path) as partial:

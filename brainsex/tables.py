@@ -204,11 +204,9 @@ def _find_headers(folder: str | Path) -> dict[Path, pd.Series]:
 
 
 def match_subjects(
-    files: dict[str, list[Path]], people: pd.DataFrame, leave_out_qc: bool
+    files: dict[str, list[Path]], people: pd.DataFrame
 ) -> tuple[dict[str, Path], dict[str, str]]:
     """Match volumes by subject to `read_people`: paths to use, and reasons of who is rejected."""
-    if leave_out_qc and "qc_issue" not in people:
-        raise ValueError(f"expected a column QC_Issue in the table, found {', '.join(people)}")
     accepted, rejected = {}, {}
     for subject in sorted({*files, *people.index}):
         if subject not in files:
@@ -222,8 +220,6 @@ def match_subjects(
             rejected[subject] = "no file behind its name: a folder, or a broken link (datalad get)"
         elif (gender := people.at[subject, "Gender"]) not in LABELS:
             rejected[subject] = f"Gender is {gender!r}, expected M or F"
-        elif leave_out_qc and not pd.isna(issue := people.at[subject, "qc_issue"]):
-            rejected[subject] = f"QC_Issue {issue}"
         else:
             accepted[subject] = paths[0]
     return accepted, rejected

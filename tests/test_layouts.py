@@ -274,7 +274,7 @@ def test_most_of_a_cohort_is_not_lost_to_a_preferred_folder(tmp_path):
 
 def test_parts_that_are_both_known_but_differ_are_an_error():
     paths = [Path("/data", name) for name in ("S1_2_FA.nii", "S2_1_FA.nii")]
-    with pytest.raises(ValueError, match=r"S1_2_FA\.nii: expected one ID, found 2 or 1; --id"):
+    with pytest.raises(ValueError, match=r"/data/S1_2_FA: expected one ID, found 2 or 1; --id"):
         layouts.name_subjects(paths, known=["1", "2"])
 
 

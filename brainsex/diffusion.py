@@ -14,14 +14,13 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import pandas as pd
+from nibabel import Nifti1Header
 from nibabel.arrayproxy import ArrayProxy
 
 from brainsex import archives, storage
 from brainsex.archives import File
-from brainsex.storage import MAX_VOXELS
 
 DATA, MASK, DEVIATIONS = "data.nii.gz", "nodif_brain_mask.nii.gz", "grad_dev.nii.gz"
 NEEDED = (DATA, "bvals", "bvecs", MASK)
@@ -92,7 +91,7 @@ def _find_series(paths: dict[str, Path], stack: ExitStack) -> dict[str, File]:
 def _fit_series(files: dict[str, File], path: Path, bmax: float, b0: float) -> None:
     """Write the FA map of the files of a series: float32 in [0, 1], 0 outside the mask."""
     design, keep, count = _read_gradients(files, bmax, b0)
-    grid, (mask,) = _read_nifti(files[MASK])
+    grid, (mask,) = _read_nifti(files[MASK], None, slice(None), (0,), 1)
     voxels = np.flatnonzero(mask > 0)  # X fastest
     if not 0 < len(voxels) * len(keep) <= MAX_VALUES:
         expected = f"expected 1 to {MAX_VALUES // len(keep)} voxels above 0"
@@ -162,32 +161,28 @@ def _read_numbers(file: File) -> np.ndarray:
 
 
 def _read_nifti(
-    file: File,
-    grid: nib.Nifti1Header | None = None,
-    voxels: np.ndarray | slice = slice(None),
-    keep: Sequence[int] = (0,),
-    count: int = 1,
-) -> tuple[nib.Nifti1Header, list[np.ndarray]]:
+    file: File, grid: Nifti1Header | None, voxels: np.ndarray | slice, keep: Sequence, count: int
+) -> tuple[Nifti1Header, list[np.ndarray]]:
     """Stream a gzipped NIfTI-1 file to its end, where gzip compares the checksum.
 
-    The file has `count` volumes on the grid of the header `grid`, or is 3D. Returns its header and,
-    of each volume to `keep` (ascending), the scaled values at `voxels` (X fastest): (N,).
+    The file has `count` volumes on the `grid` of a header; without one, it is 3D. Returns its
+    header and, of each volume to `keep` (ascending), the scaled values at `voxels` (X fastest):
+    (N,).
     """
-    label, opener = file
-    reading = storage.reading(label, "a whole gzipped NIfTI-1 file")
-    with reading, opener() as compressed, gzip.open(compressed) as stream:
-        header = nib.Nifti1Header(stream.read(nib.Nifti1Header.sizeof_hdr))
+    kind = f"a whole gzipped NIfTI-1 file of real voxels, at most {storage.MAX_VOXELS}"
+    reading = storage.reading(file[0], f"{kind}, on the grid of {MASK}")
+    with reading, file[1]() as compressed, gzip.open(compressed) as stream:
+        header = Nifti1Header(stream.read(Nifti1Header.sizeof_hdr))
         shape, dtype = header.get_data_shape(), header.get_data_dtype()
         expected = (*grid.get_data_shape(), count) if grid else shape[:3]
         affine, grid_affine = header.get_best_affine(), (grid or header).get_best_affine()
         fits = shape == expected and np.allclose(affine, grid_affine, atol=1e-3)
-        bounded = 0 < math.prod(shape[:3]) <= MAX_VOXELS
+        bounded = 0 < math.prod(shape[:3]) <= storage.MAX_VOXELS
         if not fits or not bounded or dtype.kind not in "iuf":
-            wanted = f"shape {expected} on the grid of {MASK}, at most {MAX_VOXELS} real voxels"
-            problem = f"expected {wanted}, found {shape} of {dtype}, affine {affine.tolist()}"
-            raise ValueError(f"{label}: {problem}")
+            problem = f"found {shape} of {dtype}, affine {affine.tolist()}"
+            raise ValueError(f"expected shape {expected}, {problem}")
         stored = ArrayProxy(stream, header).reshape((*shape[:3], count))
-        values = [np.asarray(stored[..., number]).ravel(order="F")[voxels] for number in keep]
+        values = [stored[..., number].ravel(order="F")[voxels] for number in keep]
         while stream.read(archives.CHUNK):  # to its end
             pass
     return header, values

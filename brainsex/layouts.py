@@ -257,9 +257,7 @@ def choose_volumes(
     if chosen.empty or subjects.duplicated().sum() > most or subjects.nunique() < most:
         paths = ", ".join(f"{name} ({count})" for name, count in kinds[:8].items()) or "none"
         asked = f"session {session or 'any'}, name {match or 'any'}"
-        commands = {PACKAGES[name][-1] for name in files["kind"] if name in PACKAGES}
-        remedy = " or ".join(sorted(commands)).format(files.attrs["folder"])
-        remedy = f"to make some: {remedy}" if commands else "see DATA_ACCESS.md"
+        remedy = f"python -m brainsex survey {files.attrs['folder']} says how to make some"
         remedy = remedy if chosen.empty else "choose by --match, --session or --id"
         raise ValueError(f"expected one {kind} volume a subject, {asked}, found {paths}; {remedy}")
     return chosen

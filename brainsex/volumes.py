@@ -6,7 +6,6 @@ voxels against aliasing, then linear interpolation; here, a small matrix for eac
 
 import json
 import shutil
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
@@ -163,17 +162,12 @@ def prepare_like(
     native = grid.get("native")
     if native and not registration.same_grid(volume.shape, affine, native):
         if not (grid.get("regrid") or pose):
-            message = f"its grid is {volume.shape} {affine.round(3).tolist()}, not the cohort's"
-            raise ValueError(
-                f"{message} {(*native[0],)} {np.round(native[1], 3).tolist()}; --regrid"
-            )
+            grids = (volume.shape, affine), (tuple(native[0]), native[1])
+            own, wanted = (f"{shape} {np.round(to_mm, 3).tolist()}" for shape, to_mm in grids)
+            raise ValueError(f"its grid is {own}, not the cohort's {wanted}; --regrid")
         volume, affine = registration.regrid(volume, affine, native), np.array(native[1])
     volume = normalise_size(volume) if grid["normalised"] else volume
-    volume, affine = resample(volume, affine, tuple(grid["shape"]))
-    small = volume.shape, affine if grid.get("affine") is None else grid["affine"]
-    if not registration.same_grid(volume.shape, affine, small):
-        raise ValueError(f"another field of view than the cohort's, {affine.round(3).tolist()}")
-    return volume, affine, record
+    return *resample(volume, affine, tuple(grid["shape"])), record
 
 
 def convert(
@@ -214,9 +208,6 @@ def convert(
     files = source.groupby("Subject")["path"].agg(list).to_dict()
     people = people.set_axis(tables.spell_ids(people.index, files)).rename_axis("Subject")
     accepted, rejected = tables.match_subjects(files, people)
-    if not files.keys() & set(people.index):
-        problem = f"expected IDs as those of volumes ({next(iter(files))}), found {people.index[0]}"
-        raise ValueError(f"the table of people: {problem}; --id or --subject take others")
     grid = {"shape": list(map(int, shape)), "modality": str(source["modality"].iloc[0])}
     asked = {"mask": mask, "align": align, "regrid": regrid}
     grid |= {"normalised": normalised} | {name: value for name, value in asked.items() if value}
@@ -226,17 +217,14 @@ def convert(
     jobs = {subject: (path, masks.get(subject)) for subject, path in accepted.items()}
     stats = [(p, p.stat()) for path, own in jobs.values() for p in (path, *(own or ()))]
     stamps = [(*path.parts[-2:], stat.st_size, stat.st_mtime_ns) for path, stat in stats]
-    inputs = [stamps, rejected, people.loc[list(accepted)].to_json(), grid]
-    inputs = joblib.hash(json.dumps(inputs))
+    rows = people.loc[list(accepted)].to_json()
+    inputs = joblib.hash(json.dumps([stamps, rejected, rows, grid]))
     whole = all((out_dir / name).is_file() for name in RESULTS)
     if not whole or storage.read_json(out_dir / "grid.json").get("inputs") != inputs:
         mni = [list(registration.MNI_GRID[0]), registration.MNI_GRID[1].tolist()]
         grid["native"] = mni if align else _commonest_grid(accepted.values())
-        work = joblib.delayed(_convert_subject)
-        calls = (
-            work(out_dir / f".parts/{subject}.npz", *job, grid | {"inputs": inputs})
-            for subject, job in jobs.items()
-        )
+        settings, work = grid | {"inputs": inputs}, joblib.delayed(_convert_subject)
+        calls = (work(out_dir / f".parts/{s}.npz", *job, settings) for s, job in jobs.items())
         run = joblib.Parallel(workers or joblib.cpu_count(), "threading", return_as="generator")
         records = dict(zip(jobs, tqdm(run(calls), "convert", total=len(jobs), unit="subject")))
         rejected |= {s: record["reason"] for s, record in records.items() if "reason" in record}
@@ -252,14 +240,14 @@ def convert(
 
 def _commonest_grid(paths: Iterable[Path]) -> list | None:
     """Return the grid, shape and affine, that most volumes have, to a tenth of a voxel."""
-    grids = []
+    grids: dict[tuple, list] = {}
     for path in paths:
         with suppress(ValueError, OSError):  # `_convert_subject` says why
             shape, affine = read_grid(path)
             step = nib.affines.voxel_sizes(affine).min() / 10
-            grids.append(((shape, (affine / step).round().tobytes()), [[*shape], affine.tolist()]))
-    counts = Counter(key for key, _ in grids)
-    return dict(grids)[counts.most_common(1)[0][0]] if grids else None
+            key = shape, (affine / step).round().tobytes()
+            grids.setdefault(key, []).append([[*shape], affine.tolist()])
+    return max(grids.values(), key=len, default=[None])[-1]
 
 
 def _convert_subject(part: Path, path: Path, masks: list[Path] | None, settings: dict) -> dict:

@@ -132,7 +132,7 @@ def test_packages_old_and_new_are_told_apart_and_led_to_the_next_command(tmp_pat
     summary = layouts.summarise_layout(files, people)
     assert summary.loc["package-t1", ["subjects", "no row", "rows without"]].tolist() == [2, 1, 2]
     assert "no row" not in layouts.summarise_layout(files, None)
-    message = f"found none; to make some: python -m brainsex extract {tmp_path}"
+    message = f"found none; python -m brainsex survey {tmp_path} says how to make some"
     with pytest.raises(ValueError, match=message):
         layouts.choose_volumes(files)
 

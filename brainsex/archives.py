@@ -89,8 +89,7 @@ def process_subjects(
     if not groups:
         expected = "expected archives <ID>_….zip or <ID>.zip (to fit: or <ID>/T1w/Diffusion)"
         raise FileNotFoundError(f"{source}: {expected}, found none; DATA_ACCESS.md has the source")
-    results = [f"{glob.escape(subject)}.nii*" for subject in groups]
-    storage.start_run(target, **run, results=results)
+    storage.start_run(target, **run, results=[f"{glob.escape(name)}.nii*" for name in groups])
     present = {path.name.split(".nii")[0] for path in target.glob("*.nii*")}
 
     def attempt(subject: str) -> tuple[str, str, str]:

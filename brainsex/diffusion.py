@@ -125,9 +125,8 @@ def _read_gradients(
         directions = table.bvecs[keep][bvals[keep] > b0]
         dyads = (directions[:, :, None] * directions[:, None, :]).reshape(-1, 9)
         if np.linalg.matrix_rank(dyads, tol=1e-2) < 6 or not 0 <= bvals.min() <= b0:
-            raise ValueError(
-                f"{len(directions)} volumes, b from {bvals.min():g} to {bvals.max():g}"
-            )
+            shells = f"b from {bvals.min():g} to {bvals.max():g}"
+            raise ValueError(f"{len(directions)} volumes, {shells}")
     return dti.design_matrix(table)[keep], keep, len(bvals)
 
 

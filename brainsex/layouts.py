@@ -55,8 +55,8 @@ HCP = re.compile(r"(?:.*/)?((?!ses-)[^/]+)/(?:ses-[^/]+/)?T1w/")
 def find_files(folder: str | Path, *endings: str) -> list[Path]:
     """Find the files at any depth whose ``/name`` ends in one of `endings`, behind links too.
 
-    Hidden files and folders are left out, and what macOS leaves in archives. A broken link counts,
-    a pipe does not; of two links to one file, the first counts.
+    Hidden files and folders are left out, and what macOS leaves in archives. A broken link counts;
+    of two links to one file, the first.
     """
     paths, real = [], cache(os.path.realpath)
     for parent, folders, names in os.walk(folder, followlinks=True):
@@ -66,8 +66,7 @@ def find_files(folder: str | Path, *endings: str) -> list[Path]:
         folders[:] = (name for name in folders if not name.startswith((".", "__MACOSX")))
         names = (name for name in names if f"/{name}".lower().endswith(endings))
         paths += [Path(parent, name) for name in names if not name.startswith(".")]
-    present = (path for path in sorted(paths, reverse=True) if path.is_file() or not path.exists())
-    return sorted({os.path.realpath(path): path for path in present}.values())
+    return sorted({real(path): path for path in sorted(paths, reverse=True)}.values())
 
 
 def name_subjects(

@@ -16,7 +16,7 @@ from skimage.measure import block_reduce
 from brainsex import BRAIN_THRESHOLD
 
 POSES = ("rigid", "affine")
-MNI_GRID = (91, 109, 91), from_matvec(2 * np.eye(3), (-90, -126, -72))  # shape, affine to mm
+MNI_GRID = [[91, 109, 91], from_matvec(2 * np.eye(3), (-90, -126, -72)).tolist()]  # in mm
 SPACING = 4  # mm, of the template and of the brain while they are fitted
 LEVELS = {"level_iters": [100, 50, 25], "sigmas": [3, 1, 0], "factors": [4, 2, 1]}  # bounds time
 FILLED_SHARE = 0.75  # of each axis of the grid, that `normalise_size` makes a brain fill

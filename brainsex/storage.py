@@ -18,7 +18,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO
 
-import joblib
 import nibabel as nib
 import numpy as np
 from filelock import FileLock, Timeout
@@ -28,7 +27,7 @@ from nibabel.arrayproxy import ArrayProxy
 RUN_RECORD = "run.json"
 MAX_PARTIAL_SECONDS = 24 * 3600  # after which nobody is at work on a temporary file any more
 RECORDED_PACKAGES = "brainsex numpy pandas scipy torch nibabel scikit-learn dipy".split()
-MAX_EXTRA_BYTES = 1 << 20  # read before the voxels (header and extensions), and after them
+MAX_EXTRA_BYTES = 1 << 20  # read after the voxels
 POINTERS = {  # how files begin that stand for content elsewhere
     b"/annex/": "datalad get, or git annex get",
     b"../.git/annex": "datalad get, or git annex get",
@@ -167,7 +166,6 @@ def start_run(
 def _environment() -> dict:
     """Return versions of Python, platform and packages."""
     versions = {"python": platform.python_version(), "platform": platform.platform()}
-    versions["cores"] = joblib.cpu_count()
     for name in RECORDED_PACKAGES:
         with suppress(PackageNotFoundError):
             versions[name] = version(name)
@@ -214,10 +212,9 @@ def _opened(path: str | Path) -> Iterator[tuple]:
         with igzip.open(raw) if packed else nullcontext(raw) as file:
             header = _read_header(path, file)
             shape, dtype = header.get_data_shape(), header.get_data_dtype()
-            offset, bounded = header.get_data_offset(), 0 < math.prod(shape) <= MAX_VOXELS
-            bounded &= 0 <= offset <= MAX_EXTRA_BYTES
+            bounded = 0 < math.prod(shape) <= MAX_VOXELS
             if len(shape) < 3 or set(shape[3:]) - {1} or not bounded or dtype.kind not in "iuf":
-                raise ValueError(f"found {shape} of {dtype} from byte {offset}")
+                raise ValueError(f"found {shape} of {dtype}")
             affine = header.get_best_affine()
             known = any(header.get(code, 1) for code in ("sform_code", "qform_code"))  # .mgz: none
             if not known or not np.isfinite(affine).all() or abs(np.linalg.det(affine)) < 1e-6:

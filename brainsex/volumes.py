@@ -21,9 +21,7 @@ from tqdm.auto import tqdm
 from brainsex import BRAIN_THRESHOLD, LABELS, SHAPE, layouts, registration, storage, tables
 from brainsex.registration import normalise_size
 from brainsex.storage import load_volume, read_grid
-from brainsex.tables import NO_VOLUME
 
-SCALES = (100, 255, 1000, 10000)  # by which programs multiply FA to store whole numbers
 MAX_OUT_OF_RANGE = 0.25  # share of the brain beyond [0, 1], as by ringing, that an FA map may have
 MAX_BRAIN_ML = 2500  # a T1-weighted volume with more of it is a head with its skull
 MEASURES = ["brain_volume_ml", "non_finite", "negative", "above_one"]
@@ -102,8 +100,7 @@ def clean(volume: np.ndarray, modality: str = "fa") -> tuple[np.ndarray, dict[st
         brain = np.abs(values[np.abs(values) > BRAIN_THRESHOLD])  # ringing around 0 is none of it
         out = np.count_nonzero(values < -BRAIN_THRESHOLD) + above
         if modality == "fa" and (np.median(brain) > 1 or out > MAX_OUT_OF_RANGE * len(brain)):
-            scale = next((scale for scale in SCALES if high <= scale), None)
-            remedy = f"divide by {scale}?" if low >= 0 and scale else "is it another kind of image?"
+            remedy = "divide it by its scale, if it has one, as 1000; or is it no FA?"
             problem = f"found values from {low:.4g} to {high:.4g}: {remedy}"
             raise ValueError(f"expected fractional anisotropy in [0, 1], {problem}")
         values = values.clip(0, 1)
@@ -211,8 +208,7 @@ def convert(
     grid = {"shape": list(map(int, shape)), "modality": str(source["modality"].iloc[0])}
     asked = {"mask": mask, "align": align, "regrid": regrid}
     grid |= {"normalised": normalised} | {name: value for name, value in asked.items() if value}
-    results = (*RESULTS, ".parts/*.npz")
-    storage.start_run(out_dir, "convert", grid, overwrite=overwrite, results=results)
+    storage.start_run(out_dir, "convert", grid, overwrite=overwrite, results=[*RESULTS, ".parts/*"])
     masks = source.set_index("Subject").get("mask", {})
     jobs = {subject: (path, masks.get(subject)) for subject, path in accepted.items()}
     stats = [(p, p.stat()) for path, own in jobs.values() for p in (path, *(own or ()))]
@@ -221,8 +217,7 @@ def convert(
     inputs = joblib.hash(json.dumps([stamps, rejected, rows, grid]))
     whole = all((out_dir / name).is_file() for name in RESULTS)
     if not whole or storage.read_json(out_dir / "grid.json").get("inputs") != inputs:
-        mni = [list(registration.MNI_GRID[0]), registration.MNI_GRID[1].tolist()]
-        grid["native"] = mni if align else _commonest_grid(accepted.values())
+        grid["native"] = registration.MNI_GRID if align else _commonest_grid(accepted.values())
         settings, work = grid | {"inputs": inputs}, joblib.delayed(_convert_subject)
         calls = (work(out_dir / f".parts/{s}.npz", *job, settings) for s, job in jobs.items())
         run = joblib.Parallel(workers or joblib.cpu_count(), "threading", return_as="generator")
@@ -277,7 +272,7 @@ def _write_cohort(
     storage.write_text(path := out_dir / "rejected.csv", reasons.to_csv(index=False))
     records = {s: record for s, record in records.items() if s not in rejected}
     if not records or 2 * len(records) < count:
-        lost = _count_reasons(reason for reason in rejected.values() if reason != NO_VOLUME)
+        lost = _count_reasons(reason for reason in rejected.values() if reason != tables.NO_VOLUME)
         problem = f"expected volumes of most of {count} subjects, found {len(records)} usable"
         raise ValueError(f"{path}: {problem}; {lost.iloc[0]} are left out as: {lost.index[0]}")
     measures = pd.DataFrame.from_dict(records, "index")

@@ -176,7 +176,7 @@ def broken(tmp_path, kind):
         ("not NIfTI", "cannot read it"),
         ("truncated NIfTI", "Expected 64400 bytes, got 64396"),
         ("claims more than memory", r"at most 33554432.*found \(32767, 32767, 32767\)"),
-        ("voxels far away", "found .* from byte"),
+        ("voxels far away", "cannot read it"),
         ("4D", r"found \(23, 28, 25, 2\)"),
         ("no affine", "expected an affine that tells left from right"),
         ("singular", "expected an affine that tells left from right"),
@@ -261,9 +261,8 @@ def test_clean_counts_what_it_changes():
 @pytest.mark.parametrize(
     ("volume", "message"),
     [
-        (fa() * 10_000, r"anisotropy in \[0, 1\], found values from 0 to 9\d+: divide by 10000\?"),
-        (fa() * 255, r"divide by 255\?"),
-        (fa() * 1.5, r"divide by 100\?"),  # a third above 1
+        (fa() * 10_000, r"anisotropy in \[0, 1\], found values from 0 to 9\d+: divide it by"),
+        (fa() * 1.5, "divide it by"),  # a third above 1
         (-fa() + 0.5 * (fa() > 0), "values from -0.4"),
         (np.full(SHAPE, np.nan), "empty volume"),
     ],
@@ -510,7 +509,7 @@ def test_losing_most_of_a_cohort_is_an_error_with_the_commonest_reason(tmp_path)
     folder = make(tmp_path / "c", 5)
     for n in (1, 2, 3):
         save(folder / f"fa/00000{n}.nii.gz", fa(n) * 1000)
-    message = r"rejected\.csv: .* of 5 subjects, found 2 usable; 3 are left out as: .*by 1000\?"
+    message = r"rejected\.csv: .* of 5 subjects, found 2 usable; 3 are left out as: .*as 1000"
     with pytest.raises(ValueError, match=message):
         run(folder)
     assert not (folder / "tensors.npy").exists()

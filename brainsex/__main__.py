@@ -99,8 +99,8 @@ def _convert(cohort: Path, out: Path | None, table: Path | None, **settings: obj
     source, out = layouts.choose_volumes(files, **choice), out or cohort
     print(f"taken: {', '.join(source['kind'].value_counts().index[:3])}")
     if settings["mask"]:
-        subjects = source["Subject"], source["session"]
-        source["mask"] = layouts.match_masks(cohort, settings["mask"], *subjects)
+        asked = source["Subject"], choice["session"]
+        source["mask"] = layouts.match_masks(cohort, settings["mask"], *asked)
     volumes.convert(source, people, out, **settings)
     if (cohort / "SYNTHETIC").is_file():
         storage.write_text(out / "SYNTHETIC", (cohort / "SYNTHETIC").read_text())
@@ -206,7 +206,6 @@ OPTIONS = {  # the default of --effect is the function's own: 1 for synthesize, 
     "--match": {"metavar": "GLOB", "help": "of names or paths, where there are several"},
     "--regrid": {"action": "store_true", "help": "resample volumes on other grids"},
     "--normalised": {"action": "store_true", "help": "bring all brains to one size"},
-    "--leave-out-qc": {"action": "store_true", "help": "leave out subjects with a QC_Issue"},
     "--mask": {"metavar": "GLOB", "help": "of brain masks or labels below COHORT, IDs in the path"},
     "--align": {"choices": ("rigid", "affine"), "help": "register to MNI152 (DIPY)"},
     "--channels": {"type": int, "default": 32, "help": "of the first hidden layer"},
@@ -230,7 +229,7 @@ COMMANDS = {  # name: the function, and its arguments
     "convert": (
         _convert,
         "cohort --out --table --subject --sex --id --kind --session --match --mask --align "
-        "--regrid --normalised --leave-out-qc --workers --overwrite",
+        "--regrid --normalised --workers --overwrite",
     ),
     "train": (
         _train,

@@ -2,10 +2,9 @@
 
 import errno
 import glob
-import os
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from fnmatch import fnmatchcase
 from functools import partial
@@ -70,45 +69,34 @@ def extract(
                     file.writelines(_read_chunks(members[0]))
         return "extracted"
 
-    archives, settings = storage.files_below(source, ".zip"), {"member": patterns}
-    return process_subjects(work, source, archives, target, "extract", settings, workers, overwrite)
+    run = {"command": "extract", "settings": {"member": patterns}, "overwrite": overwrite}
+    return process_subjects(work, source, (".zip",), target, workers, **run)
 
 
 def process_subjects(
-    work: Callable[[str, dict[str, Path]], str],
-    source: Path,
-    paths: Iterable[Path],
-    target: Path,
-    command: str,
-    settings: Mapping,
-    workers: int | None,
-    overwrite: bool,
+    work: Callable, source: Path, endings: Sequence[str], target: Path, workers: int | None, **run
 ) -> pd.DataFrame:
     """Call `work` for each subject without a volume in `target`; return the table of `extract`.
 
-    `work` takes the subject and its files among `paths`, by their names below `source`; it writes
-    ``target/<ID>.nii.gz`` and returns the status. A subject for whom it raises is rejected; only a
-    failure to write to `target` ends the run, which ``run.json`` records.
+    `work` takes the subject and its files of these `endings`, by their names below `source`; it
+    writes ``target/<ID>.nii.gz`` and returns the status. A subject for whom it raises is rejected;
+    only a failure to write to `target` ends the `run`, which `storage.start_run` records.
     """
-    groups: dict[str, dict[str, Path]] = {}
-    for subject, path in zip(layouts.name_subjects(paths := sorted(paths)), paths):
-        if subject:  # two links to one file count once
-            groups.setdefault(subject, {}).setdefault(os.path.realpath(path), path)
+    paths, groups = layouts.find_files(source, *endings), {}
+    for subject, path in zip(layouts.name_subjects(paths), paths):
+        if subject:
+            groups.setdefault(subject, {})[path.relative_to(source).as_posix()] = path
     if not groups:
         expected = "expected archives <ID>_….zip or <ID>.zip (to fit: or <ID>/T1w/Diffusion)"
         raise FileNotFoundError(f"{source}: {expected}, found none; DATA_ACCESS.md has the source")
-    names = [path.name for path in target.glob("[!.]*.nii*")]
-    volumes = {name: re.sub(r"(_FA)*\.nii.*$", "", name).removeprefix("sub-") for name in names}
-    stale = [glob.escape(name) for name, subject in volumes.items() if subject in groups]
-    storage.start_run(target, command, settings, overwrite=overwrite, results=stale)
-    present = set() if overwrite else set(volumes.values())
+    storage.start_run(target, **run, results=[f"{glob.escape(name)}.nii*" for name in groups])
+    present = {path.name.split(".nii")[0] for path in target.glob("*.nii*")}
 
     def attempt(subject: str) -> tuple[str, str, str]:
         if subject in present:
             return subject, "present", ""
         try:
-            files = {p.relative_to(source).as_posix(): p for p in groups[subject].values()}
-            return subject, work(subject, files), ""
+            return subject, work(subject, groups[subject]), ""
         except Exception as error:
             path = Path(getattr(error, "filename", None) or "")
             if target in path.parents or getattr(error, "errno", None) in DISK_FULL:
@@ -116,13 +104,13 @@ def process_subjects(
             name = "" if isinstance(error, ValueError) else f"{subject}: {type(error).__name__}: "
             return subject, "rejected", f"{name}{error}"
 
-    run = Parallel(workers or cpu_count(), require="sharedmem", return_as="generator")  # threads
-    rows = run(delayed(attempt)(subject) for subject in sorted(groups))
-    rows = list(tqdm(rows, command, total=len(groups), unit="subject"))
+    threads = Parallel(workers or cpu_count(), require="sharedmem", return_as="generator")
+    rows = threads(delayed(attempt)(subject) for subject in sorted(groups))
+    rows = list(tqdm(rows, run["command"], total=len(groups), unit="subject"))
     table = pd.DataFrame(rows, columns=["Subject", "status", "reason"])
     rejected = table.loc[table["status"] == "rejected", ["Subject", "reason"]]
     storage.write_text(target / "rejected.csv", rejected.to_csv(index=False))
-    print(command, table["status"].value_counts().to_dict(), "(rejected.csv says why)")
+    print(run["command"], table["status"].value_counts().to_dict(), "(rejected.csv says why)")
     return table
 
 

@@ -14,20 +14,18 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import pandas as pd
+from nibabel import Nifti1Header
 from nibabel.arrayproxy import ArrayProxy
 
 from brainsex import archives, storage
 from brainsex.archives import File
-from brainsex.storage import MAX_VOXELS
 
 DATA, MASK, DEVIATIONS = "data.nii.gz", "nodif_brain_mask.nii.gz", "grad_dev.nii.gz"
 NEEDED = (DATA, "bvals", "bvecs", MASK)
-MAX_TEXT = 1 << 20  # bytes of the largest bvals or bvecs, and of what precedes voxels
+MAX_TEXT = 1 << 20  # bytes read of bvals and bvecs
 MAX_VALUES = 1 << 28  # voxels by volumes kept in memory; HCP's series has 1e8, in 0.4 GB
-MAX_DEVIATION = 0.3  # largest element of L accepted (HCP's are below 0.1): I + L has an inverse
 SLAB = 2000  # voxels fitted at a time: DIPY's memory does not grow with the brain
 SEVEN_TESLA = re.compile(r"Diffusion_?7T|_7T_[^/]*\.zip")  # HCP has it beside the series at 3 T
 
@@ -57,7 +55,6 @@ def fit_folder(
     if find_spec("dipy") is None:
         raise ImportError("fitting FA needs DIPY: pip install dipy")
     source, target = Path(source), Path(target)
-    paths = storage.files_below(source, ".zip", f"/{DATA}")
 
     def work(subject: str, files: dict[str, Path]) -> str:
         with ExitStack() as stack:
@@ -65,8 +62,8 @@ def fit_folder(
             _fit_series(series, target / f"{subject}.nii.gz", bmax, b0)
         return "fitted" if DEVIATIONS in series else f"fitted without {DEVIATIONS}"
 
-    run = "fa", {"bmax": bmax, "b0": b0}, workers, overwrite
-    return archives.process_subjects(work, source, paths, target, *run)
+    run = {"command": "fa", "settings": {"bmax": bmax, "b0": b0}, "overwrite": overwrite}
+    return archives.process_subjects(work, source, (".zip", f"/{DATA}"), target, workers, **run)
 
 
 def _find_series(paths: dict[str, Path], stack: ExitStack) -> dict[str, File]:
@@ -94,17 +91,15 @@ def _find_series(paths: dict[str, Path], stack: ExitStack) -> dict[str, File]:
 def _fit_series(files: dict[str, File], path: Path, bmax: float, b0: float) -> None:
     """Write the FA map of the files of a series: float32 in [0, 1], 0 outside the mask."""
     design, keep, count = _read_gradients(files, bmax, b0)
-    grid, (mask,) = _read_nifti(files[MASK])
+    grid, (mask,) = _read_nifti(files[MASK], None, slice(None), (0,), 1)
     voxels = np.flatnonzero(mask > 0)  # X fastest
     if not 0 < len(voxels) * len(keep) <= MAX_VALUES:
         expected = f"expected 1 to {MAX_VALUES // len(keep)} voxels above 0"
         raise ValueError(f"{files[MASK][0]}: {expected}, found {len(voxels)}")
-    stored = np.zeros((9, len(voxels)), np.float32)
+    deviations = np.zeros((len(voxels), 3, 3), np.float32)
     if DEVIATIONS in files:
         stored = np.float32(_read_nifti(files[DEVIATIONS], grid, voxels, range(9), 9)[1])
-        if np.nanmax(np.abs(stored)) > MAX_DEVIATION:
-            raise ValueError(f"{files[DEVIATIONS][0]}: expected fractions, found more than 0.3")
-    deviations = stored.T.reshape(-1, 3, 3).swapaxes(1, 2)  # HCP stores L by columns
+        deviations = stored.T.reshape(-1, 3, 3).swapaxes(1, 2)  # HCP stores L by columns
     volumes = _read_nifti(files[DATA], grid, voxels, keep, count)[1]
     fa = np.zeros(mask.size, np.float32)
     for start in range(0, len(voxels), SLAB):
@@ -112,9 +107,7 @@ def _fit_series(files: dict[str, File], path: Path, bmax: float, b0: float) -> N
         signal = np.stack([volume[slab] for volume in volumes]).T
         fa[voxels[slab]] = _fractional_anisotropy(signal, design, deviations[slab])
     fa = fa.reshape(grid.get_data_shape(), order="F")
-    image = nib.Nifti1Image(fa, None, grid, dtype=np.float32)
-    with storage.atomic_path(path) as partial_path:
-        partial_path.write_bytes(gzip.compress(image.to_bytes(), 6, mtime=0))
+    storage.write_nifti(path, fa, grid.get_best_affine())
 
 
 def _read_gradients(
@@ -132,9 +125,8 @@ def _read_gradients(
         directions = table.bvecs[keep][bvals[keep] > b0]
         dyads = (directions[:, :, None] * directions[:, None, :]).reshape(-1, 9)
         if np.linalg.matrix_rank(dyads, tol=1e-2) < 6 or not 0 <= bvals.min() <= b0:
-            raise ValueError(
-                f"{len(directions)} volumes, b from {bvals.min():g} to {bvals.max():g}"
-            )
+            shells = f"b from {bvals.min():g} to {bvals.max():g}"
+            raise ValueError(f"{len(directions)} volumes, {shells}")
     return dti.design_matrix(table)[keep], keep, len(bvals)
 
 
@@ -163,40 +155,33 @@ def _fractional_anisotropy(
 def _read_numbers(file: File) -> np.ndarray:
     """Read rows of numbers from a text file of bounded size."""
     with storage.reading(file[0], "rows of as many numbers each"), file[1]() as stream:
-        if len(text := stream.read(MAX_TEXT + 1)) > MAX_TEXT:
-            raise ValueError(f"more than {MAX_TEXT} bytes")
-        rows = text.decode("utf-8-sig").splitlines()
-        return np.array([row.split() for row in rows if row.strip()], float)
+        rows = stream.read(MAX_TEXT).decode("utf-8-sig").splitlines()
+        return np.loadtxt(rows, ndmin=2)
 
 
 def _read_nifti(
-    file: File,
-    grid: nib.Nifti1Header | None = None,
-    voxels: np.ndarray | slice = slice(None),
-    keep: Sequence[int] = (0,),
-    count: int = 1,
-) -> tuple[nib.Nifti1Header, list[np.ndarray]]:
+    file: File, grid: Nifti1Header | None, voxels: np.ndarray | slice, keep: Sequence, count: int
+) -> tuple[Nifti1Header, list[np.ndarray]]:
     """Stream a gzipped NIfTI-1 file to its end, where gzip compares the checksum.
 
-    The file has `count` volumes on the grid of the header `grid`, or is 3D. Returns its header and,
-    of each volume to `keep` (ascending), the scaled values at `voxels` (X fastest): (N,).
+    The file has `count` volumes on the `grid` of a header; without one, it is 3D. Returns its
+    header and, of each volume to `keep` (ascending), the scaled values at `voxels` (X fastest):
+    (N,).
     """
-    label, opener = file
-    reading = storage.reading(label, "a whole gzipped NIfTI-1 file")
-    with reading, opener() as compressed, gzip.open(compressed) as stream:
-        header = nib.Nifti1Header(stream.read(nib.Nifti1Header.sizeof_hdr))
+    kind = f"a whole gzipped NIfTI-1 file of real voxels, at most {storage.MAX_VOXELS}"
+    reading = storage.reading(file[0], f"{kind}, on the grid of {MASK}")
+    with reading, file[1]() as compressed, gzip.open(compressed) as stream:
+        header = Nifti1Header(stream.read(Nifti1Header.sizeof_hdr))
         shape, dtype = header.get_data_shape(), header.get_data_dtype()
         expected = (*grid.get_data_shape(), count) if grid else shape[:3]
         affine, grid_affine = header.get_best_affine(), (grid or header).get_best_affine()
         fits = shape == expected and np.allclose(affine, grid_affine, atol=1e-3)
-        start, bounded = header.get_data_offset(), 0 < math.prod(shape[:3]) <= MAX_VOXELS
-        if not fits or not bounded or dtype.kind not in "iuf" or start > MAX_TEXT:
-            raise ValueError(
-                f"{label}: expected shape {expected} on the grid of {MASK}, at most {MAX_VOXELS} "
-                f"real voxels, found {shape} of {dtype} from byte {start}, affine {affine.tolist()}"
-            )
+        bounded = 0 < math.prod(shape[:3]) <= storage.MAX_VOXELS
+        if not fits or not bounded or dtype.kind not in "iuf":
+            problem = f"found {shape} of {dtype}, affine {affine.tolist()}"
+            raise ValueError(f"expected shape {expected}, {problem}")
         stored = ArrayProxy(stream, header).reshape((*shape[:3], count))
-        values = [np.asarray(stored[..., number]).ravel(order="F")[voxels] for number in keep]
+        values = [stored[..., number].ravel(order="F")[voxels] for number in keep]
         while stream.read(archives.CHUNK):  # to its end
             pass
     return header, values

@@ -8,13 +8,14 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
+from functools import cache
 from glob import glob
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from brainsex import storage, tables
+from brainsex import tables
 
 LABEL = "[0-9A-Za-z+]+"
 VOLUME_ENDINGS = (".nii", ".nii.gz", ".mgz")
@@ -51,6 +52,23 @@ BIDS = {name: re.compile(rf".*(?<![^/_]){name}-({LABEL})") for name in ("sub", "
 HCP = re.compile(r"(?:.*/)?((?!ses-)[^/]+)/(?:ses-[^/]+/)?T1w/")
 
 
+def find_files(folder: str | Path, *endings: str) -> list[Path]:
+    """Find the files at any depth whose ``/name`` ends in one of `endings`, behind links too.
+
+    Hidden files and folders are left out, and what macOS leaves in archives. A broken link counts;
+    of two links to one file, the first.
+    """
+    paths, real = [], cache(os.path.realpath)
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        if real(parent) in map(real, Path(parent).parents):  # a link to a folder above
+            folders.clear()
+            continue
+        folders[:] = (name for name in folders if not name.startswith((".", "__MACOSX")))
+        names = (name for name in names if f"/{name}".lower().endswith(endings))
+        paths += [Path(parent, name) for name in names if not name.startswith(".")]
+    return sorted({real(path): path for path in sorted(paths, reverse=True)}.values())
+
+
 def name_subjects(
     paths: Sequence[Path], *, pattern: str | None = None, known: Iterable[str] = ()
 ) -> list[str]:
@@ -85,38 +103,37 @@ def name_subjects(
     if pattern and not any(names):
         raise ValueError(f"expected IDs that --id {pattern} finds, found none as in {paths[0]}")
     for (depth, free), members in alike.items():
-        columns = np.array([fields for _, fields in members], dtype=object)
-        ids, rivals = _tell_apart(columns, np.array(free), depth, known)
-        for (n, _), name, candidates in zip(members, ids, rivals):
+        rows, columns = zip(*members)
+        for n, name in zip(rows, _tell_apart(np.array(columns), np.array(free), depth, known)):
             names[n] = name
-            if len(candidates) > 1:
-                problem = f"expected one ID, found {' or '.join(candidates)}"
-                raise ValueError(f"{paths[n]}: {problem}; --id REGEX says which")
     return [tables.subject_id(name) for name in names]
 
 
 def _tell_apart(
     columns: np.ndarray, free: np.ndarray, depth: int, known: dict[str, str]
-) -> tuple[list[str], list[list[str]]]:
-    """Return the IDs (N,) among the parts of paths (N, parts), and the known IDs of equal merit.
+) -> list[str]:
+    """Return the IDs (N,) among the parts of paths (N, parts); ValueError if two are as likely.
 
     The first `depth` parts are folders, the others words of the file's name, which may be joined;
     `free` (parts,) are no `WORDS`. The part wins that has most known IDs, then most different ones.
     """
     differs, choices = (columns != columns[0]).any(0), []
     for allowed in (differs & free, free, np.ones(len(free), bool)):
-        places = sorted(np.flatnonzero(allowed), key=lambda k: (k >= depth, -k))
-        for k in (sorted(k for k in places if k >= depth), *([k] for k in places)):
-            choices += [["_".join(row) for row in columns[:, k]]] if k else []
+        places = np.flatnonzero(allowed)
+        words, folders = places[places >= depth], places[places < depth][::-1]
+        for k in (words, *folders[:, None], *words[::-1, None]):
+            choices += [["_".join(row) for row in columns[:, k]]] if len(k) else []
     choices += [[_known_within(name, known) for name in choice] for choice in choices]
     keys = [list(map(tables.compare_id, choice)) for choice in choices]
     merits = [(len(set(key) & known.keys()), len(set(key))) for key in keys]
     best = max(merits)
-    rivals = [key for key, merit in zip(keys, merits) if merit == best]
-    candidates = [
-        [known[key] for key in dict.fromkeys(row) if key in known] for row in zip(*rivals)
-    ]
-    return choices[merits.index(best)], candidates
+    for n, row in enumerate(zip(*(key for key, merit in zip(keys, merits) if merit == best))):
+        if len(rivals := dict.fromkeys(known[key] for key in row if key in known)) > 1:
+            problem = f"expected one ID, found {' or '.join(rivals)}; --id REGEX says which"
+            raise ValueError(
+                f"{'/'.join(columns[n, :depth])}/{'_'.join(columns[n, depth:])}: {problem}"
+            )
+    return choices[merits.index(best)]
 
 
 def _known_within(name: str, known: dict[str, str]) -> str:
@@ -137,12 +154,9 @@ def find_volumes(
     key of `PACKAGES`, or the path with * for subject and session; modality (fa, t1, series; "" if
     the name does not tell); and path. Raises FileNotFoundError if nothing is there.
     """
-    folder, paths = Path(folder), {}
-    for path in sorted(storage.files_below(folder, *VOLUME_ENDINGS, ".zip")):
-        if not re.search(r"/(\.|__MACOSX/)|^/truth/", f"/{path.relative_to(folder).as_posix()}"):
-            paths.setdefault(os.path.realpath(path), path)  # of two links, the first
-    subjects, rows = name_subjects([*paths.values()], pattern=pattern, known=known), []
-    for subject, path in zip(subjects, paths.values()):
+    folder, rows = Path(folder), []
+    paths = find_files(folder, *VOLUME_ENDINGS, ".zip")
+    for subject, path in zip(name_subjects(paths, pattern=pattern, known=known), paths):
         below = path.relative_to(folder).as_posix()
         session = hit[1] if (hit := BIDS["ses"].match(below)) else ""
         kind, modality = _describe(f"{Path(os.path.abspath(folder)).name}/{below}")
@@ -182,20 +196,16 @@ def summarise_layout(files: pd.DataFrame, people: pd.DataFrame | None) -> pd.Dat
     ``absent`` (a broken link, as of content that DataLad has not fetched), ``no row`` (in the table
     of people); ``rows without`` (people who have none).
     """
-    rows = {}
-    for kind, part in files[files["modality"] != ""].groupby("kind", sort=False):
-        subjects = set(part["Subject"])
-        rows[kind] = {
-            "modality": part["modality"].iloc[0],
-            "subjects": len(subjects),
-            "several": part["Subject"][part["Subject"].duplicated()].nunique(),
-            "absent": sum(not path.is_file() for path in part["path"]),
-        }
-        if people is not None:
-            known = set(tables.spell_ids(people.index, subjects))
-            rows[kind]["no row"] = len(subjects - known)
-            rows[kind]["rows without"] = len(known - subjects)
-    return pd.DataFrame.from_dict(rows, orient="index")
+    kinds = files[files["modality"] != ""].groupby("kind", sort=False)
+    summary = kinds.agg(modality=("modality", "first"), subjects=("Subject", "nunique"))
+    summary["several"] = kinds["Subject"].agg(lambda ids: ids[ids.duplicated()].nunique())
+    summary["absent"] = kinds["path"].agg(lambda paths: sum(not p.is_file() for p in paths))
+    if people is not None:
+        subjects = kinds["Subject"].agg(set)
+        known = subjects.map(lambda ids: set(tables.spell_ids(people.index, ids)))
+        summary["no row"] = (subjects - known).map(len)
+        summary["rows without"] = (known - subjects).map(len)
+    return summary
 
 
 def next_commands(files: pd.DataFrame, cores: int) -> list[str]:
@@ -207,10 +217,9 @@ def next_commands(files: pd.DataFrame, cores: int) -> list[str]:
     lines, count = [], files["Subject"].nunique()
     for command in (*first, *NEXT):
         seconds, megabytes = COSTS[command.split()[3]]
-        minutes, gigabytes = count * seconds / cores / 60, count * megabytes / 1000
-        time = f"{minutes / 60:.1f} hours" if minutes > 90 else f"{minutes:.0f} minutes"
+        hours, gigabytes = count * seconds / cores / 3600, count * megabytes / 1000
         line = command.format(folder.as_posix(), Path(os.path.abspath(folder)).name)
-        lines.append(f"  {line}  # {time}, {gigabytes:.1f} GB")
+        lines.append(f"  {line}  # {hours:.1f} hours, {gigabytes:.1f} GB")
     return lines
 
 
@@ -247,35 +256,28 @@ def choose_volumes(
     if chosen.empty or subjects.duplicated().sum() > most or subjects.nunique() < most:
         paths = ", ".join(f"{name} ({count})" for name, count in kinds[:8].items()) or "none"
         asked = f"session {session or 'any'}, name {match or 'any'}"
-        commands = {PACKAGES[name][-1] for name in files["kind"] if name in PACKAGES}
-        remedy = " or ".join(sorted(commands)).format(files.attrs["folder"])
-        remedy = f"to make some: {remedy}" if commands else "see DATA_ACCESS.md"
+        remedy = f"python -m brainsex survey {files.attrs['folder']} says how to make some"
         remedy = remedy if chosen.empty else "choose by --match, --session or --id"
         raise ValueError(f"expected one {kind} volume a subject, {asked}, found {paths}; {remedy}")
     return chosen
 
 
 def match_masks(
-    folder: str | Path, pattern: str, subjects: Iterable[str], sessions: Iterable[str] = ()
+    folder: str | Path, pattern: str, subjects: Sequence[str], session: str | None = None
 ) -> list[list[Path]]:
     """Match the files of a glob `pattern` below `folder` to `subjects`, one list a subject.
 
     A file is of the subject whose ID stands in its path as whole words, the longest one, and not as
-    the label of a session or a run. With `sessions`, of which each belongs to a subject, files of
-    others are left out. Raises FileNotFoundError if the pattern matches nothing.
+    the label of a session or a run. Of a `session`, files of others are left out. Raises
+    FileNotFoundError if the pattern matches nothing.
     """
-    names, subjects = sorted(glob(pattern, root_dir=folder, recursive=True)), list(subjects)
-    if not names:
-        raise FileNotFoundError(f"{folder}: expected masks that match {pattern!r}, found none")
+    masks: dict[str, list[Path]] = {subject: [] for subject in subjects}
     known = {tables.compare_id(subject): subject for subject in subjects}
-    masks: dict[str, list[tuple[str, Path]]] = {subject: [] for subject in subjects}
+    if not (names := sorted(glob(pattern, root_dir=folder, recursive=True))):
+        raise FileNotFoundError(f"{folder}: expected masks that match {pattern!r}, found none")
     for name in (name for name in names if name.lower().endswith(VOLUME_ENDINGS)):
-        session = hit[1] if (hit := BIDS["ses"].match(name)) else ""
         subject = _known_within(re.sub(r"(ses|run)-[^\W_]+", "", name), known)
-        if subject in masks:
-            masks[subject].append((session, Path(folder, name)))
-    sessions = list(sessions) or [""] * len(subjects)
-    return [
-        [path for label, path in masks[subject] if "" in (label, session) or label == session]
-        for subject, session in zip(subjects, sessions, strict=True)
-    ]
+        label = BIDS["ses"].match(name) if session else None
+        if subject in masks and (not label or label[1] == session.removeprefix("ses-")):
+            masks[subject].append(Path(folder, name))
+    return [masks[subject] for subject in subjects]

@@ -5,8 +5,6 @@ A rigid pose is the rigid part of an affine fit: fitted rigidly, a small brain w
 
 import logging
 from collections.abc import Sequence
-from functools import cache
-from itertools import product
 
 import numpy as np
 from nibabel.affines import apply_affine, from_matvec, voxel_sizes
@@ -18,7 +16,7 @@ from skimage.measure import block_reduce
 from brainsex import BRAIN_THRESHOLD
 
 POSES = ("rigid", "affine")
-MNI_GRID = (91, 109, 91), from_matvec(2 * np.eye(3), (-90, -126, -72))  # shape, affine to mm
+MNI_GRID = [[91, 109, 91], from_matvec(2 * np.eye(3), (-90, -126, -72)).tolist()]  # in mm
 SPACING = 4  # mm, of the template and of the brain while they are fitted
 LEVELS = {"level_iters": [100, 50, 25], "sigmas": [3, 1, 0], "factors": [4, 2, 1]}  # bounds time
 FILLED_SHARE = 0.75  # of each axis of the grid, that `normalise_size` makes a brain fill
@@ -38,7 +36,8 @@ def align(volume: np.ndarray, affine: np.ndarray, pose: str) -> tuple[np.ndarray
     from dipy.align import affine_registration  # optional: pip install dipy
 
     logging.getLogger("dipy").setLevel(logging.WARNING)
-    template, to_mni = _load_template()
+    mni = load_mni152_template(resolution=SPACING)
+    template, to_mni = mni.get_fdata(dtype=np.float32), mni.affine
     block = np.maximum(1, np.round(SPACING / voxel_sizes(affine))).astype(int)
     coarse = block_reduce(volume, tuple(block), np.mean)
     coarse_affine = affine @ from_matvec(np.diag(block), (block - 1) / 2)
@@ -59,18 +58,11 @@ def align(volume: np.ndarray, affine: np.ndarray, pose: str) -> tuple[np.ndarray
     return np.linalg.inv(to_own) @ affine, round(float(dice), 4)
 
 
-@cache
-def _load_template() -> tuple[np.ndarray, np.ndarray]:
-    """Load the brain of MNI152 (X, Y, Z), 0 outside it, and its affine (4, 4) to mm."""
-    template = load_mni152_template(resolution=SPACING)
-    return template.get_fdata(dtype=np.float32), template.affine
-
-
 def same_grid(shape: Sequence[int], affine: np.ndarray, grid: tuple) -> bool:
     """Say whether a shape and affine (4, 4) are those of a `grid`, to a tenth of a voxel."""
     if tuple(shape) != tuple(grid[0]):
         return False
-    corners = np.array(list(product((0, 1), repeat=3))) * (np.array(shape) - 1)
+    corners = np.array([*np.ndindex(2, 2, 2)]) * (np.array(shape) - 1)
     apart = apply_affine(affine, corners) - apply_affine(np.array(grid[1]), corners)
     return bool(np.linalg.norm(apart, axis=1).max() <= voxel_sizes(affine).min() / 10)
 

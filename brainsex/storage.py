@@ -18,15 +18,16 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO
 
-import joblib
 import nibabel as nib
 import numpy as np
 from filelock import FileLock, Timeout
 from isal import igzip
+from nibabel.arrayproxy import ArrayProxy
 
 RUN_RECORD = "run.json"
+MAX_PARTIAL_SECONDS = 24 * 3600  # after which nobody is at work on a temporary file any more
 RECORDED_PACKAGES = "brainsex numpy pandas scipy torch nibabel scikit-learn dipy".split()
-MAX_EXTRA_BYTES = 1 << 20  # read before the voxels (header and extensions), and after them
+MAX_EXTRA_BYTES = 1 << 20  # read after the voxels
 POINTERS = {  # how files begin that stand for content elsewhere
     b"/annex/": "datalad get, or git annex get",
     b"../.git/annex": "datalad get, or git annex get",
@@ -39,13 +40,15 @@ MAX_VOXELS = 1 << 25  # of the largest NIfTI grid read; a head at 0.7 mm has two
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path, which replaces `path` if the block succeeds: so `path` is whole.
 
-    Temporary files that a killed run left for it are deleted; a writer that outlives its run fails.
+    Several processes may write the same file at the same time: the last one wins. Temporary files
+    that killed runs left for it a day ago or before are deleted.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     for stale in path.parent.glob(f".{glob.escape(path.name)}.????????.partial"):
         with suppress(OSError):
-            stale.unlink()
+            if stale.stat().st_mtime < time.time() - MAX_PARTIAL_SECONDS:
+                stale.unlink()
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         yield partial
@@ -82,21 +85,6 @@ def reading(path: str | Path, expected: str, remedy: str = "download it again") 
         problem = " ".join(str(error).split())[:300] or type(error).__name__
         message = f"{name}: expected {expected}, cannot read it ({problem}); {remedy}"
         raise ValueError(message) from error
-
-
-def files_below(folder: str | Path, *endings: str) -> Iterator[Path]:
-    """Yield the files at any depth whose ``/name`` ends in one of `endings`, behind links too.
-
-    Hidden folders are left out (DataLad's ``.git/annex``). A broken link counts, a pipe does not.
-    """
-    real = cache(os.path.realpath)
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        if real(parent) in map(real, Path(parent).parents):  # a link to a folder above
-            folders.clear()
-            continue
-        folders[:] = (name for name in folders if not name.startswith("."))
-        paths = (Path(parent, name) for name in names if f"/{name}".lower().endswith(endings))
-        yield from (path for path in paths if path.is_file() or not path.exists())
 
 
 def write_nifti(path: str | Path, volume: np.ndarray, affine: np.ndarray) -> None:
@@ -150,28 +138,27 @@ def start_run(
     """Record in ``run.json`` what a command is asked for; refuse to mix it with other results.
 
     Each command has its entry: the `settings`, which are all that the results depend on, as JSON or
-    anything that prints, and in ``made_with`` the versions of all runs that contributed. Versions
-    are not compared: an update must not cost days of finished work. Other settings than before
-    raise a ValueError that names the difference. With `overwrite`, the files that `results` (glob
-    patterns within the folder) match are deleted instead, and the command starts anew.
+    anything that prints, and in ``made_with`` the versions of the run that made the first results.
+    Versions are not compared: an update must not cost days of finished work. Other settings than
+    before raise a ValueError that names the difference. With `overwrite`, the files that `results`
+    (glob patterns within the folder) match are deleted instead, and the command starts anew.
     """
     folder, path = Path(folder), Path(folder) / RUN_RECORD
     settings = json.loads(json.dumps(dict(settings), default=str))
     record = read_json(path) if path.is_file() else {}
     before = record.get(command, {})
-    made_with = before.pop("made_with", [])
+    before.pop("made_with", None)
     names = [name for name in {**settings, **before} if settings.get(name) != before.get(name)]
     if before and names and not overwrite:
         wanted, present = (values.get(names[0]) for values in (settings, before))
         problem = f"with {names[0]} = {wanted!r:.80}, found those with {present!r:.80}"
         remedy = "name another folder, or start anew with --overwrite"
         raise ValueError(f"{folder}: expected results of {command} {problem}; {remedy}")
-    made_with = [] if names else made_with
     for pattern in results if overwrite else ():
         for stale in folder.glob(pattern):
             stale.unlink()
-    if _environment() not in made_with:
-        entry = settings | {"made_with": [*made_with, _environment()]}
+    if names or overwrite or not before:
+        entry = settings | {"made_with": _environment()}
         write_text(path, json.dumps(record | {command: entry}, indent=1) + "\n")
 
 
@@ -179,7 +166,6 @@ def start_run(
 def _environment() -> dict:
     """Return versions of Python, platform and packages."""
     versions = {"python": platform.python_version(), "platform": platform.platform()}
-    versions["cores"] = joblib.cpu_count()
     for name in RECORDED_PACKAGES:
         with suppress(PackageNotFoundError):
             versions[name] = version(name)
@@ -208,17 +194,14 @@ def _read_header(path: Path, file: IO[bytes]) -> nib.spatialimages.SpatialHeader
         if start.startswith(pointer):
             problem = "expected a volume, found a pointer to content that is not here"
             raise ValueError(f"{path}: {problem}; {remedy}")
-    if start[:4] == b"\0\0\0\1":
-        file.seek(0)
-        return nib.MGHImage.header_class.from_fileobj(file)
-    size = {int.from_bytes(start[:4], order) for order in ("little", "big")}
-    header = nib.Nifti2Header if nib.Nifti2Header.sizeof_hdr in size else nib.Nifti1Header
-    return header(start[: header.sizeof_hdr])
+    nifti = nib.Nifti2Header if nib.Nifti2Header.may_contain_header(start) else nib.Nifti1Header
+    header = nib.MGHImage.header_class if start.startswith(b"\0\0\0\1") else nifti
+    return header(start[: header.template_dtype.itemsize])
 
 
 @contextmanager
 def _opened(path: str | Path) -> Iterator[tuple]:
-    """Open a volume, compressed or not whatever its name says: its header, (3D) shape, and file."""
+    """Open a volume, compressed or not whatever its name says: voxels unread, affine, file."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such volume; DATA_ACCESS.md says how to get the data")
@@ -229,25 +212,23 @@ def _opened(path: str | Path) -> Iterator[tuple]:
         with igzip.open(raw) if packed else nullcontext(raw) as file:
             header = _read_header(path, file)
             shape, dtype = header.get_data_shape(), header.get_data_dtype()
-            offset, bounded = header.get_data_offset(), 0 < math.prod(shape) <= MAX_VOXELS
-            bounded &= 0 <= offset <= MAX_EXTRA_BYTES
+            bounded = 0 < math.prod(shape) <= MAX_VOXELS
             if len(shape) < 3 or set(shape[3:]) - {1} or not bounded or dtype.kind not in "iuf":
-                raise ValueError(f"found {shape} of {dtype} from byte {offset}")
+                raise ValueError(f"found {shape} of {dtype}")
             affine = header.get_best_affine()
-            codes = [header[name] for name in ("sform_code", "qform_code") if name in header]
-            known = not codes or any(codes)
+            known = any(header.get(code, 1) for code in ("sform_code", "qform_code"))  # .mgz: none
             if not known or not np.isfinite(affine).all() or abs(np.linalg.det(affine)) < 1e-6:
                 problem = f"expected an affine that tells left from right, found {affine.tolist()}"
                 raise ValueError(f"{path}: {problem} of no known meaning; set its sform")
-            yield header, shape[:3], affine, file
+            yield ArrayProxy(file, header, mmap=False).reshape(shape[:3]), affine, file
 
 
 def read_grid(path: str | Path) -> tuple[tuple[int, ...], np.ndarray]:
     """Return the grid of a volume, in RAS orientation, from its header: shape and affine (4, 4)."""
-    with _opened(path) as (_, shape, affine, _):
-        axes = nib.io_orientation(affine)
-        turned = affine @ nib.orientations.inv_ornt_aff(axes, shape)
-        return tuple(np.array(shape)[np.argsort(axes[:, 0])].tolist()), turned
+    with _opened(path) as (voxels, affine, _):
+        empty = np.broadcast_to(np.float32(0), voxels.shape)
+        image = nib.as_closest_canonical(nib.Nifti1Image(empty, affine))
+        return image.shape, image.affine
 
 
 def load_volume(path: str | Path, *, contiguous: bool = True) -> tuple[np.ndarray, np.ndarray]:
@@ -257,13 +238,8 @@ def load_volume(path: str | Path, *, contiguous: bool = True) -> tuple[np.ndarra
     affine (4, 4) to mm; unless `contiguous`, a view in the file's memory order, whose axes may run
     backwards. Raises FileNotFoundError; ValueError for anything but one real 3D volume.
     """
-    with _opened(path) as (header, shape, affine, file):
-        offset, dtype = header.get_data_offset(), header.get_data_dtype()
-        file.seek(0)
-        content = file.read(offset + dtype.itemsize * math.prod(shape))
+    with _opened(path) as (voxels, affine, file):
+        voxels = np.asarray(voxels).astype(np.float32, copy=False)
         file.read(MAX_EXTRA_BYTES)  # to its end, where gzip compares the checksum
-        voxels = np.ndarray(shape, dtype, content, offset, order="F")  # a view, not a copy
-        voxels = nib.volumeutils.apply_read_scaling(voxels, *header.get_slope_inter())
-        voxels = voxels.astype(np.float32, copy=False)
         image = nib.as_closest_canonical(nib.Nifti1Image(voxels, affine))
     return np.ascontiguousarray(image.dataobj) if contiguous else image.dataobj, image.affine

@@ -4,11 +4,8 @@ The study reduces each volume with ``skimage.transform.resize``: a Gaussian of (
 voxels against aliasing, then linear interpolation; here, a small matrix for each axis.
 """
 
-import hashlib
 import json
-import re
 import shutil
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
@@ -21,16 +18,13 @@ import pandas as pd
 from scipy.ndimage import gaussian_filter1d, zoom
 from tqdm.auto import tqdm
 
-from brainsex import BRAIN_THRESHOLD, LABELS, SHAPE, registration, storage, tables
+from brainsex import BRAIN_THRESHOLD, LABELS, SHAPE, layouts, registration, storage, tables
 from brainsex.registration import normalise_size
 from brainsex.storage import load_volume, read_grid
-from brainsex.tables import NO_VOLUME
 
-SCALES = (100, 255, 1000, 10000)  # by which programs multiply FA to store whole numbers
 MAX_OUT_OF_RANGE = 0.25  # share of the brain beyond [0, 1], as by ringing, that an FA map may have
 MAX_BRAIN_ML = 2500  # a T1-weighted volume with more of it is a head with its skull
 MEASURES = ["brain_volume_ml", "non_finite", "negative", "above_one"]
-VOLUME = re.compile(r"(?i)(.+?)(_FA)*\.(nii(\.gz)?|mgz)")  # <ID>.nii.gz, and how else it is named
 RESULTS = ("subjects.csv", "labels.npy", "rejected.csv", "grid.json", "tensors.npy")
 
 
@@ -106,8 +100,7 @@ def clean(volume: np.ndarray, modality: str = "fa") -> tuple[np.ndarray, dict[st
         brain = np.abs(values[np.abs(values) > BRAIN_THRESHOLD])  # ringing around 0 is none of it
         out = np.count_nonzero(values < -BRAIN_THRESHOLD) + above
         if modality == "fa" and (np.median(brain) > 1 or out > MAX_OUT_OF_RANGE * len(brain)):
-            scale = next((scale for scale in SCALES if high <= scale), None)
-            remedy = f"divide by {scale}?" if low >= 0 and scale else "is it another kind of image?"
+            remedy = "divide it by its scale, if it has one, as 1000; or is it no FA?"
             problem = f"found values from {low:.4g} to {high:.4g}: {remedy}"
             raise ValueError(f"expected fractional anisotropy in [0, 1], {problem}")
         values = values.clip(0, 1)
@@ -166,17 +159,12 @@ def prepare_like(
     native = grid.get("native")
     if native and not registration.same_grid(volume.shape, affine, native):
         if not (grid.get("regrid") or pose):
-            message = f"its grid is {volume.shape} {affine.round(3).tolist()}, not the cohort's"
-            raise ValueError(
-                f"{message} {(*native[0],)} {np.round(native[1], 3).tolist()}; --regrid"
-            )
+            grids = (volume.shape, affine), (tuple(native[0]), native[1])
+            own, wanted = (f"{shape} {np.round(to_mm, 3).tolist()}" for shape, to_mm in grids)
+            raise ValueError(f"its grid is {own}, not the cohort's {wanted}; --regrid")
         volume, affine = registration.regrid(volume, affine, native), np.array(native[1])
     volume = normalise_size(volume) if grid["normalised"] else volume
-    volume, affine = resample(volume, affine, tuple(grid["shape"]))
-    small = volume.shape, affine if grid.get("affine") is None else grid["affine"]
-    if not registration.same_grid(volume.shape, affine, small):
-        raise ValueError(f"another field of view than the cohort's, {affine.round(3).tolist()}")
-    return volume, affine, record
+    return *resample(volume, affine, tuple(grid["shape"])), record
 
 
 def convert(
@@ -187,7 +175,6 @@ def convert(
     shape: tuple[int, int, int] = SHAPE,
     regrid: bool = False,
     normalised: bool = False,
-    leave_out_qc: bool = False,
     mask: str | None = None,
     align: str | None = None,
     workers: int | None = None,
@@ -201,50 +188,40 @@ def convert(
 
     Parameters
     ----------
-    source : folder of FA ``<ID>.nii.gz`` or ``<ID>.nii``; or rows from `layouts.choose_volumes`.
+    source : folder of FA ``<ID>.nii.gz`` and nothing else; or rows of `layouts.choose_volumes`.
     table : of people, the folder that holds it, or what `tables.read_people` returns.
     out_dir : gets ``tensors.npy`` (N, X, Y, Z) float32 in RAS, ``labels.npy`` (N,) int64,
         ``subjects.csv``, ``grid.json`` and ``rejected.csv``; subjects in the order of their IDs.
     regrid : resample volumes on another grid than the commonest, instead of rejecting them.
-    leave_out_qc : reject the subjects whose QC_Issue is not blank.
     mask : the pattern that the column ``mask`` of `source`, lists of paths, was matched by.
     align : ``rigid`` or ``affine``: register to MNI152; how well is ``alignment_dice``.
     overwrite : start anew in a folder made with other options, otherwise a ValueError.
     """
-    out_dir = Path(out_dir)
-    if not isinstance(source, pd.DataFrame):
-        hits = [(VOLUME.fullmatch(path.name), path) for path in sorted(Path(source).glob("[!.]*"))]
-        rows = [(tables.subject_id(hit[1]), path, "fa") for hit, path in hits if hit]
-        if not rows:
-            raise FileNotFoundError(f"{source}: expected <ID>.nii.gz, found none; run `extract`")
-        source = pd.DataFrame(rows, columns=["Subject", "path", "modality"])
-    people, files = table, source.groupby("Subject")["path"].agg(list).to_dict()
+    out_dir, people = Path(out_dir), table
     if not isinstance(table, pd.DataFrame):
-        table = Path(table)
-        people = tables.read_people(tables.find_people(table) if table.is_dir() else table)
+        people = tables.read_people(tables.find_people(table) if Path(table).is_dir() else table)
+    if not isinstance(source, pd.DataFrame):
+        source = layouts.choose_volumes(layouts.find_volumes(source), match="*")
+    files = source.groupby("Subject")["path"].agg(list).to_dict()
     people = people.set_axis(tables.spell_ids(people.index, files)).rename_axis("Subject")
-    accepted, rejected = tables.match_subjects(files, people, leave_out_qc)
-    if not files.keys() & set(people.index):
-        problem = f"expected IDs as those of volumes ({next(iter(files))}), found {people.index[0]}"
-        raise ValueError(f"the table of people: {problem}; --id or --subject take others")
+    accepted, rejected = tables.match_subjects(files, people)
     grid = {"shape": list(map(int, shape)), "modality": str(source["modality"].iloc[0])}
     asked = {"mask": mask, "align": align, "regrid": regrid}
     grid |= {"normalised": normalised} | {name: value for name, value in asked.items() if value}
+    storage.start_run(out_dir, "convert", grid, overwrite=overwrite, results=[*RESULTS, ".parts/*"])
     masks = source.set_index("Subject").get("mask", {})
-    settings = grid | {"leave_out_qc": leave_out_qc}
-    results = (*RESULTS, ".parts/*.npz")
-    storage.start_run(out_dir, "convert", settings, overwrite=overwrite, results=results)
     jobs = {subject: (path, masks.get(subject)) for subject, path in accepted.items()}
-    paths = [path for volume, own in jobs.values() for path in (volume, *(own or ()))]
-    stats = ((path, path.stat()) for path in paths)
+    stats = [(p, p.stat()) for path, own in jobs.values() for p in (path, *(own or ()))]
     stamps = [(*path.parts[-2:], stat.st_size, stat.st_mtime_ns) for path, stat in stats]
-    inputs = json.dumps([stamps, rejected, people.loc[list(accepted)].to_json(), settings])
-    inputs = hashlib.sha256(inputs.encode()).hexdigest()
+    rows = people.loc[list(accepted)].to_json()
+    inputs = joblib.hash(json.dumps([stamps, rejected, rows, grid]))
     whole = all((out_dir / name).is_file() for name in RESULTS)
     if not whole or storage.read_json(out_dir / "grid.json").get("inputs") != inputs:
-        mni = [list(registration.MNI_GRID[0]), registration.MNI_GRID[1].tolist()]
-        grid["native"] = mni if align else _commonest_grid(accepted.values())
-        records = _convert_subjects(jobs, out_dir / ".parts", workers, grid | {"inputs": inputs})
+        grid["native"] = registration.MNI_GRID if align else _commonest_grid(accepted.values())
+        settings, work = grid | {"inputs": inputs}, joblib.delayed(_convert_subject)
+        calls = (work(out_dir / f".parts/{s}.npz", *job, settings) for s, job in jobs.items())
+        run = joblib.Parallel(workers or joblib.cpu_count(), "threading", return_as="generator")
+        records = dict(zip(jobs, tqdm(run(calls), "convert", total=len(jobs), unit="subject")))
         rejected |= {s: record["reason"] for s, record in records.items() if "reason" in record}
         grid["inputs"] = "" if any(record.get("retry") for record in records.values()) else inputs
         _write_cohort(out_dir, grid, people, records, rejected, len(files))
@@ -258,24 +235,14 @@ def convert(
 
 def _commonest_grid(paths: Iterable[Path]) -> list | None:
     """Return the grid, shape and affine, that most volumes have, to a tenth of a voxel."""
-    grids = []
+    grids: dict[tuple, list] = {}
     for path in paths:
         with suppress(ValueError, OSError):  # `_convert_subject` says why
             shape, affine = read_grid(path)
             step = nib.affines.voxel_sizes(affine).min() / 10
-            grids.append(((shape, (affine / step).round().tobytes()), [[*shape], affine.tolist()]))
-    counts = Counter(key for key, _ in grids)
-    return dict(grids)[counts.most_common(1)[0][0]] if grids else None
-
-
-def _convert_subjects(
-    jobs: dict[str, tuple], parts: Path, workers: int | None, settings: dict
-) -> dict[str, dict]:
-    """Reduce each subject into ``parts/<ID>.npz``; return their records."""
-    work = joblib.delayed(_convert_subject)
-    calls = (work(parts / f"{subject}.npz", *job, settings) for subject, job in jobs.items())
-    run = joblib.Parallel(workers or joblib.cpu_count(), "threading", return_as="generator")
-    return dict(zip(jobs, tqdm(run(calls), "convert", total=len(jobs), unit="subject")))
+            key = shape, (affine / step).round().tobytes()
+            grids.setdefault(key, []).append([[*shape], affine.tolist()])
+    return max(grids.values(), key=len, default=[None])[-1]
 
 
 def _convert_subject(part: Path, path: Path, masks: list[Path] | None, settings: dict) -> dict:
@@ -304,10 +271,9 @@ def _write_cohort(
     reasons = pd.DataFrame(sorted(rejected.items()), columns=["Subject", "reason"])
     storage.write_text(path := out_dir / "rejected.csv", reasons.to_csv(index=False))
     records = {s: record for s, record in records.items() if s not in rejected}
-    wanted = count - sum(reason.startswith("QC_Issue") for reason in rejected.values())
-    if not records or 2 * len(records) < wanted:
-        lost = _count_reasons(reason for reason in rejected.values() if reason != NO_VOLUME)
-        problem = f"expected volumes of most of {wanted} subjects, found {len(records)} usable"
+    if not records or 2 * len(records) < count:
+        lost = _count_reasons(reason for reason in rejected.values() if reason != tables.NO_VOLUME)
+        problem = f"expected volumes of most of {count} subjects, found {len(records)} usable"
         raise ValueError(f"{path}: {problem}; {lost.iloc[0]} are left out as: {lost.index[0]}")
     measures = pd.DataFrame.from_dict(records, "index")
     measures = measures.reindex(columns=[*MEASURES, "alignment_dice"]).dropna(axis="columns")

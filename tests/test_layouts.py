@@ -132,7 +132,7 @@ def test_packages_old_and_new_are_told_apart_and_led_to_the_next_command(tmp_pat
     summary = layouts.summarise_layout(files, people)
     assert summary.loc["package-t1", ["subjects", "no row", "rows without"]].tolist() == [2, 1, 2]
     assert "no row" not in layouts.summarise_layout(files, None)
-    message = f"found none; to make some: python -m brainsex extract {tmp_path}"
+    message = f"found none; python -m brainsex survey {tmp_path} says how to make some"
     with pytest.raises(ValueError, match=message):
         layouts.choose_volumes(files)
 
@@ -221,6 +221,9 @@ def test_subject_of_a_path_alone(tmp_path, path, subject):
     assert layouts.name_subjects([tmp_path / path]) == [subject]
 
 
+IXI = [f"IXI0{name}-T1.nii.gz" for name in ("07-Guys-0173", "12-Guys-0901", "13-Guys-0902")]
+
+
 @pytest.mark.parametrize(
     ("paths", "options", "subjects"),
     [
@@ -235,34 +238,21 @@ def test_subject_of_a_path_alone(tmp_path, path, subject):
         ),
         (["PX104/FA.nii", "PX105/FA.nii"], {"known": ["104", "105"]}, ["104", "105"]),
         (["IXI002-HH-01-T1.nii", "IXI012-G-07-T1.nii"], {"pattern": r"IXI(\d+)"}, ["002", "012"]),
+        (["sub-1_ses-2.nii", "sub-3_ses-2.nii"], {"pattern": r"sub-(\d)_ses-(\d)"}, ["1", "3"]),
+        (IXI, {"known": ["7", "12", "13"]}, ["7", "12", "13"]),
+        (IXI, {"known": ["7", "12", "13", "173"]}, ["IXI007-Guys-0173-T1", "12", "13"]),
+        (["mine/T1w/S1_FA.nii", "mine/T1w/S2_FA.nii"], {"known": ["S1", "S2"]}, ["S1", "S2"]),
+        (["sub-acute/a/S1_FA.nii", "sub-acute/a/S2_FA.nii"], {"known": ["S1"]}, ["S1", "S2"]),
     ],
 )
 def test_the_part_that_differs_or_is_known_or_asked_for_is_the_id(paths, options, subjects):
     assert layouts.name_subjects([Path("/data", path) for path in paths], **options) == subjects
 
 
-def test_an_id_is_known_as_whole_words_alone():
-    names = "IXI007-Guys-0173-T1", "IXI012-Guys-0901-T1", "IXI013-Guys-0902-T1"
-    paths = [Path("/data", f"{name}.nii.gz") for name in names]
-    assert layouts.name_subjects(paths, known=["7", "12", "13", "173"])[0] not in ("173", "7")
-    assert layouts.name_subjects(paths, known=["7", "12", "13"]) == ["7", "12", "13"]
-
-
-@pytest.mark.parametrize("folder", ["/data/mine/T1w", "/data/sub-acute/maps"])
-def test_a_folder_above_is_nobody_where_the_table_says_so(folder):
-    paths = [Path(folder, name) for name in ("S01_FA.nii.gz", "S02_FA.nii.gz")]
-    assert layouts.name_subjects(paths, known=["S01", "S02"]) == ["S01", "S02"]
-
-
 def test_a_subject_whose_id_is_in_a_folders_name_is_no_other(tmp_path):
     write(tmp_path, {f"t1/{n}.nii.gz": "" for n in range(1, 7)} | {"t1w_raw/7_T1w.nii": ""})
     chosen = layouts.choose_volumes(layouts.find_volumes(tmp_path))
     assert chosen["Subject"].tolist() == list("123456")
-
-
-def test_the_first_group_of_a_pattern_is_the_id():
-    paths = [Path("sub-01_ses-2.nii"), Path("sub-02_ses-2.nii")]
-    assert layouts.name_subjects(paths, pattern=r"sub-(\d+)_ses-(\d+)") == ["01", "02"]
 
 
 def test_most_of_a_cohort_is_not_lost_to_a_preferred_folder(tmp_path):
@@ -272,14 +262,17 @@ def test_most_of_a_cohort_is_not_lost_to_a_preferred_folder(tmp_path):
         layouts.choose_volumes(layouts.find_volumes(tmp_path))
 
 
-def test_parts_that_are_both_known_but_differ_are_an_error():
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"known": ["1", "2"]}, "/data/S1_2_FA: expected one ID, found 2 or 1; --id REGEX says"),
+        (
+            {"pattern": r"T(\d)"},
+            r"expected IDs that --id T\(\\d\) finds, found none as in /data/S1",
+        ),
+    ],
+)
+def test_parts_that_are_both_known_or_not_asked_for_are_an_error(options, message):
     paths = [Path("/data", name) for name in ("S1_2_FA.nii", "S2_1_FA.nii")]
-    with pytest.raises(ValueError, match=r"S1_2_FA\.nii: expected one ID, found 2 or 1; --id"):
-        layouts.name_subjects(paths, known=["1", "2"])
-
-
-def test_a_pattern_that_finds_no_id_is_an_error():
-    with pytest.raises(
-        ValueError, match=r"expected IDs that --id S\(\\d\) finds, found none as in x"
-    ):
-        layouts.name_subjects([Path("x_FA.nii")], pattern=r"S(\d)")
+    with pytest.raises(ValueError, match=message):
+        layouts.name_subjects(paths, **options)

@@ -174,9 +174,9 @@ def broken(tmp_path, kind):
         ("truncated gzip", "expected a whole file .NIfTI or .mgz. of 3D.*cannot read it.*download"),
         ("flipped byte", "cannot read it.*CRC"),
         ("not NIfTI", "cannot read it"),
-        ("truncated NIfTI", "buffer is too small"),
+        ("truncated NIfTI", "Expected 64400 bytes, got 64396"),
         ("claims more than memory", r"at most 33554432.*found \(32767, 32767, 32767\)"),
-        ("voxels far away", "found .* from byte"),
+        ("voxels far away", "cannot read it"),
         ("4D", r"found \(23, 28, 25, 2\)"),
         ("no affine", "expected an affine that tells left from right"),
         ("singular", "expected an affine that tells left from right"),
@@ -261,9 +261,8 @@ def test_clean_counts_what_it_changes():
 @pytest.mark.parametrize(
     ("volume", "message"),
     [
-        (fa() * 10_000, r"anisotropy in \[0, 1\], found values from 0 to 9\d+: divide by 10000\?"),
-        (fa() * 255, r"divide by 255\?"),
-        (fa() * 1.5, r"divide by 100\?"),  # a third above 1
+        (fa() * 10_000, r"anisotropy in \[0, 1\], found values from 0 to 9\d+: divide it by"),
+        (fa() * 1.5, "divide it by"),  # a third above 1
         (-fa() + 0.5 * (fa() > 0), "values from -0.4"),
         (np.full(SHAPE, np.nan), "empty volume"),
     ],
@@ -392,7 +391,7 @@ def test_convert_writes_the_cohort(tmp_path, capsys):
 def test_convert_leaves_out_every_bad_subject_and_does_the_rest(tmp_path, capsys):
     folder = make(tmp_path / "c", 9, rows=[("900000", "F", ""), ("000014", "U", "")])
     fa_dir, shifted = folder / "fa", LAS + np.outer([1, 1, 1, 0], [0, 0, 0, 40])
-    for name, kind in (("000000", "no affine"), ("000012", "flipped byte"), ("000020", "folder")):
+    for name, kind in (("000000", "no affine"), ("000012", "flipped byte")):
         broken(tmp_path, kind).rename(fa_dir / f"{name}.nii.gz")
     save(fa_dir / "000014.nii.gz", fa(14))
     save(fa_dir / "000017.nii.gz", fa(17, (23, 28, 26)))
@@ -402,7 +401,7 @@ def test_convert_leaves_out_every_bad_subject_and_does_the_rest(tmp_path, capsys
     save(fa_dir / "000023.nii.gz", fa(23), shifted)
     (fa_dir / "800001.nii.gz").symlink_to("nowhere")
     with (folder / "unrestricted_behavioral.csv").open("a") as file:
-        file.writelines(f"0000{n},M,\n" for n in ("00", 12, 17, 18, 20, 22, 23))
+        file.writelines(f"0000{n},M,\n" for n in ("00", 12, 17, 18, 22, 23))
     run(folder, workers=2)
     reasons = rejected(folder)
     for subject, reason in {
@@ -411,7 +410,6 @@ def test_convert_leaves_out_every_bad_subject_and_does_the_rest(tmp_path, capsys
         "000014": "Gender is 'U', expected M or F",
         "000017": "its grid is (23, 28, 26)",
         "000018": "2 volumes: c/fa/000018.nii.gz, c/fa/000018_FA.nii: keep one",
-        "000020": "no file behind its name",
         "000023": "not the cohort's (23, 28, 25)",
         "800001": "a volume, but no row in the table",
         "900000": "a row, but no volume",
@@ -422,7 +420,7 @@ def test_convert_leaves_out_every_bad_subject_and_does_the_rest(tmp_path, capsys
     for tensor, n in zip(np.load(folder / "tensors.npy"), (*range(9), 22), strict=True):
         np.testing.assert_allclose(tensor, resize(fa(n)[::-1], SMALL), atol=1e-6)
     assert np.load(folder / "labels.npy").tolist() == [0, 1] * 5
-    assert "10 subjects, 9 left out" in capsys.readouterr().out
+    assert "10 subjects, 8 left out" in capsys.readouterr().out
 
 
 def test_workers_and_the_order_of_files_change_no_byte(tmp_path, monkeypatch):
@@ -511,7 +509,7 @@ def test_losing_most_of_a_cohort_is_an_error_with_the_commonest_reason(tmp_path)
     folder = make(tmp_path / "c", 5)
     for n in (1, 2, 3):
         save(folder / f"fa/00000{n}.nii.gz", fa(n) * 1000)
-    message = r"rejected\.csv: .* of 5 subjects, found 2 usable; 3 are left out as: .*by 1000\?"
+    message = r"rejected\.csv: .* of 5 subjects, found 2 usable; 3 are left out as: .*as 1000"
     with pytest.raises(ValueError, match=message):
         run(folder)
     assert not (folder / "tensors.npy").exists()
@@ -530,25 +528,21 @@ def test_normalised_brains_have_one_size_on_any_field_of_view(tmp_path):
     np.testing.assert_allclose(padded, first, atol=1e-5)
 
 
-def test_convert_takes_rows_of_chosen_volumes_and_leaves_out_who_has_a_qc_issue(tmp_path):
-    folder = make(tmp_path / "c", 3)
-    paths = [folder / "fa" / f"00000{n}.nii.gz" for n in (1, 2, 3)]
-    chosen = pd.DataFrame({"Subject": ["a", "b", "c"], "path": paths, "modality": "t1"})
-    options = {"shape": SMALL, "workers": 1, "leave_out_qc": True}
+def test_convert_takes_rows_of_chosen_volumes(tmp_path):
+    folder = make(tmp_path / "c", 2)
+    paths = [folder / "fa" / f"00000{n}.nii.gz" for n in (1, 2)]
+    chosen = pd.DataFrame({"Subject": ["a", "b"], "path": paths, "modality": "t1"})
     table = folder / "unrestricted_behavioral.csv"
-    with pytest.raises(ValueError, match="expected a column QC_Issue"):
-        convert(chosen, table, folder, **options)
-    table.write_text("Subject,Gender,QC_Issue\na,F,\nb,M,A;B\nc,F,\n")
-    convert(chosen, table, folder, **options)
-    assert subjects_of(folder) == ["a", "c"]
-    assert rejected(folder) == {"b": "QC_Issue A;B"}
-    expected, _ = resample(*prepare(paths[2], "t1")[:2], SMALL)
+    table.write_text("Subject,Gender,QC_Issue\na,F,\nb,M,A;B\n")
+    convert(chosen, table, folder, shape=SMALL, workers=1)
+    assert subjects_of(folder) == ["a", "b"]
+    expected, _ = resample(*prepare(paths[1], "t1")[:2], SMALL)
     np.testing.assert_array_equal(np.load(folder / "tensors.npy")[1], expected)
 
 
 def test_convert_without_a_table_or_anything_usable(tmp_path):
     folder = make(tmp_path / "c", 3, rows=[("000000", "F", "")])
-    with pytest.raises(FileNotFoundError, match=r"found none.*extract"):
+    with pytest.raises(FileNotFoundError, match=r"expected volumes.*found \[\]"):
         convert(tmp_path / "nowhere", folder, tmp_path / "out")
     with pytest.raises(FileNotFoundError, match=r"expected one table with columns.*DATA_ACCESS"):
         convert(folder / "fa", tmp_path, tmp_path / "out")

@@ -99,8 +99,8 @@ def _convert(cohort: Path, out: Path | None, table: Path | None, **settings: obj
     source, out = layouts.choose_volumes(files, **choice), out or cohort
     print(f"taken: {', '.join(source['kind'].value_counts().index[:3])}")
     if settings["mask"]:
-        asked = source["Subject"], choice["session"]
-        source["mask"] = layouts.match_masks(cohort, settings["mask"], *asked)
+        subjects = source["Subject"], source["session"]
+        source["mask"] = layouts.match_masks(cohort, settings["mask"], *subjects)
     volumes.convert(source, people, out, **settings)
     if (cohort / "SYNTHETIC").is_file():
         storage.write_text(out / "SYNTHETIC", (cohort / "SYNTHETIC").read_text())

@@ -41,7 +41,8 @@ def extract(
     Parameters
     ----------
     source : folder of archives ``<ID>_….zip``, at any depth; a subject's hold one such volume.
-    member : glob patterns of the volume's name, in any case; inner archives are searched, too.
+    member : glob patterns of the volume's name, or of the end of its path, in any case; inner
+        archives are searched, too.
     workers : subjects at the same time; by default the cores that this process may use.
     overwrite : delete these subjects' volumes first.
 
@@ -126,10 +127,10 @@ def find_members(
     with storage.reading(label, "a whole zip archive"):
         archive = stack.enter_context(zipfile.ZipFile(file))
         for info in archive.infolist():
-            name, place = re.split(r"[/\\]", info.filename.lower())[-1], f"{label}/{info.filename}"
-            inner = name.endswith(".zip") and isinstance(file, Path)  # no deeper than this
-            wanted = inner or any(fnmatchcase(name, pattern.lower()) for pattern in patterns)
-            if not wanted or "__MACOSX" in info.filename or name.startswith("._"):
+            path, place = "/" + info.filename.replace("\\", "/").lower(), f"{label}/{info.filename}"
+            inner = path.endswith(".zip") and isinstance(file, Path)  # no deeper than this
+            wanted = inner or any(fnmatchcase(path, f"*/{name.lower()}") for name in patterns)
+            if not wanted or "/__macosx/" in path or "/._" in path:
                 continue
             stored = min(info.compress_size, archive.start_dir)  # the declared size could be a lie
             most = min(MAX_INNER if inner else limit, MAX_RATIO * stored + CHUNK)

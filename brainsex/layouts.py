@@ -21,11 +21,13 @@ LABEL = "[0-9A-Za-z+]+"
 VOLUME_ENDINGS = (".nii", ".nii.gz", ".mgz")
 FIT_FA = "python -m brainsex fa {0} {0}/fa"
 EXTRACT_FA = "python -m brainsex extract {0} {0}/fa"
+EXTRACT_UKB = "python -m brainsex extract {0} {0}/fa --member dMRI/dMRI/dti_FA.nii.gz"
 EXTRACT_T1 = "python -m brainsex extract {0} {0}/t1 --member T1w_acpc_dc_restore_brain.nii.gz"
 PACKAGES = {  # kind: modality, how its path ends, and the command that makes volumes of it
     "package": ("series", r"_(3T_Diffusion_preproc|Diffusion3TRecommended)\.zip", FIT_FA),
     "series": ("series", r"(?<!_7T)/data\.nii\.gz", FIT_FA),
     "package-t1": ("t1", r"_(3T_Structural_preproc|StructuralRecommended)\.zip", EXTRACT_T1),
+    "package-ukb": ("fa", r"_20250_\d_\d\.zip", EXTRACT_UKB),  # UK Biobank's, by its field
     "archive": ("fa", rf"/(sub-)?{LABEL}([_-]([^/]*[_-])?(FA|DTI)([_-][^/]*)?)?\.zip", EXTRACT_FA),
 }
 NEXT = (  # what is run on a folder of volumes
@@ -55,8 +57,8 @@ HCP = re.compile(r"(?:.*/)?((?!ses-)[^/]+)/(?:ses-[^/]+/)?T1w/")
 def find_files(folder: str | Path, *endings: str) -> list[Path]:
     """Find the files at any depth whose ``/name`` ends in one of `endings`, behind links too.
 
-    Hidden files and folders are left out, and what macOS leaves in archives. A broken link counts;
-    of two links to one file, the first.
+    Hidden files and folders are left out, and what macOS leaves in archives. A broken link counts,
+    a pipe does not; of two links to one file, the first.
     """
     paths, real = [], cache(os.path.realpath)
     for parent, folders, names in os.walk(folder, followlinks=True):
@@ -66,7 +68,8 @@ def find_files(folder: str | Path, *endings: str) -> list[Path]:
         folders[:] = (name for name in folders if not name.startswith((".", "__MACOSX")))
         names = (name for name in names if f"/{name}".lower().endswith(endings))
         paths += [Path(parent, name) for name in names if not name.startswith(".")]
-    return sorted({real(path): path for path in sorted(paths, reverse=True)}.values())
+    paths = [path for path in sorted(paths, reverse=True) if path.is_file() or not path.exists()]
+    return sorted({real(path): path for path in paths}.values())
 
 
 def name_subjects(
@@ -217,9 +220,10 @@ def next_commands(files: pd.DataFrame, cores: int) -> list[str]:
     lines, count = [], files["Subject"].nunique()
     for command in (*first, *NEXT):
         seconds, megabytes = COSTS[command.split()[3]]
-        hours, gigabytes = count * seconds / cores / 3600, count * megabytes / 1000
+        minutes, gigabytes = count * seconds / cores / 60, count * megabytes / 1000
+        time = f"{minutes / 60:.1f} hours" if minutes > 90 else f"{minutes:.0f} minutes"
         line = command.format(folder.as_posix(), Path(os.path.abspath(folder)).name)
-        lines.append(f"  {line}  # {hours:.1f} hours, {gigabytes:.1f} GB")
+        lines.append(f"  {line}  # {time}, {gigabytes:.1f} GB")
     return lines
 
 
@@ -263,21 +267,24 @@ def choose_volumes(
 
 
 def match_masks(
-    folder: str | Path, pattern: str, subjects: Sequence[str], session: str | None = None
+    folder: str | Path, pattern: str, subjects: Sequence[str], sessions: Iterable[str] = ()
 ) -> list[list[Path]]:
     """Match the files of a glob `pattern` below `folder` to `subjects`, one list a subject.
 
     A file is of the subject whose ID stands in its path as whole words, the longest one, and not as
-    the label of a session or a run. Of a `session`, files of others are left out. Raises
-    FileNotFoundError if the pattern matches nothing.
+    the label of a session or a run. With `sessions`, of which each belongs to a subject, files of
+    others are left out. Raises FileNotFoundError if the pattern matches nothing.
     """
-    masks: dict[str, list[Path]] = {subject: [] for subject in subjects}
+    masks: dict[str, list[tuple[str, Path]]] = {subject: [] for subject in subjects}
     known = {tables.compare_id(subject): subject for subject in subjects}
     if not (names := sorted(glob(pattern, root_dir=folder, recursive=True))):
         raise FileNotFoundError(f"{folder}: expected masks that match {pattern!r}, found none")
     for name in (name for name in names if name.lower().endswith(VOLUME_ENDINGS)):
+        session = hit[1] if (hit := BIDS["ses"].match(name)) else ""
         subject = _known_within(re.sub(r"(ses|run)-[^\W_]+", "", name), known)
-        label = BIDS["ses"].match(name) if session else None
-        if subject in masks and (not label or label[1] == session.removeprefix("ses-")):
-            masks[subject].append(Path(folder, name))
-    return [masks[subject] for subject in subjects]
+        if subject in masks:
+            masks[subject].append((session, Path(folder, name)))
+    return [
+        [path for label, path in masks[subject] if not label or session in ("", label)]
+        for subject, session in zip(subjects, list(sessions) or [""] * len(subjects), strict=True)
+    ]

@@ -164,7 +164,11 @@ def prepare_like(
             raise ValueError(f"its grid is {own}, not the cohort's {wanted}; --regrid")
         volume, affine = registration.regrid(volume, affine, native), np.array(native[1])
     volume = normalise_size(volume) if grid["normalised"] else volume
-    return *resample(volume, affine, tuple(grid["shape"])), record
+    volume, affine = resample(volume, affine, tuple(grid["shape"]))
+    small = volume.shape, affine if grid.get("affine") is None else grid["affine"]
+    if not registration.same_grid(volume.shape, affine, small):
+        raise ValueError(f"another field of view than the cohort's, {affine.round(3).tolist()}")
+    return volume, affine, record
 
 
 def convert(

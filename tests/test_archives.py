@@ -115,6 +115,17 @@ def test_two_archives_of_a_subject_count_as_one(source, target):
         extract(source, target, "T1w*.gz")
 
 
+def test_a_pattern_of_a_path_chooses_among_files_of_one_name(source, target):
+    """As UK Biobank's packages have them."""
+    files = [("dMRI/dMRI/dti_FA.nii.gz", volume(1)), ("dMRI/TBSS/FA/dti_FA.nii.gz", volume(2))]
+    save(source, _1000001_20250_2_0=zipped(files))
+    assert extract(source, target)["status"].tolist() == ["rejected"]
+    extract(source, target, "dmri/DMRI/dti_FA.nii.gz", overwrite=True)
+    assert contents(target) == {"1000001.nii.gz": volume(1)}
+    (command,) = {layouts.PACKAGES[kind][-1] for kind in layouts.find_volumes(source)["kind"]}
+    assert command.endswith("extract {0} {0}/fa --member dMRI/dMRI/dti_FA.nii.gz")
+
+
 def test_what_is_no_volume_never_matches(source, target):
     names = ["__MACOSX/x_FA.nii.gz", "a/._x_FA.nii.gz", "FA.nii.gz/", "x_FA.nii.gz.json", "xFA.nii"]
     files = [(name, b"") for name in names] + [("__MACOSX/._packed.zip", b"no archive")]

@@ -54,7 +54,7 @@ def test_survey_says_what_is_there_and_what_to_run_next(folder, capsys):
     said = capsys.readouterr().out
     assert f"people: {folder / 'unrestricted_behavioral.csv'}, 1113; the families of 1113" in said
     assert f"morphometry: {folder / 'unrestricted_hcp_freesurfer.csv'}" in said
-    assert f"python -m brainsex convert {folder.as_posix()}  # 0.0 hours, 0.0 GB" in said
+    assert f"python -m brainsex convert {folder.as_posix()}  # 0 minutes, 0.0 GB" in said
     rows = {line.split()[0]: line.split()[2] for line in said.splitlines() if " fa  " in line}
     assert rows == {"archive": "8", "fa/*.nii.gz": "10"}
 

@@ -100,7 +100,7 @@ def test_a_mask_is_of_the_longest_id_and_of_the_same_session(tmp_path):
     for path in map(tmp_path.joinpath, names):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-    masks = layouts.match_masks(tmp_path, "**/*", ["P01", "P01_2", "03"], "2")
+    masks = layouts.match_masks(tmp_path, "**/*", ["P01", "P01_2", "03"], ["", "", "2"])
     assert masks == [[], [tmp_path / names[0]], [tmp_path / names[2]]]
 
 

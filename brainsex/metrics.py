@@ -82,24 +82,20 @@ def deletion_insertion(
     counts = np.rint(steps * np.count_nonzero(brain)).astype(int)
     device = networks.device()
     plain = speed.inference_copy(network, device)
+    measures = ("deletion", "insertion") if insertion else ("deletion",)
+    curves = {name: np.empty((len(volumes), len(steps)), np.float32) for name in measures}
 
-    def work(rows: np.ndarray) -> list[np.ndarray]:
+    def work(rows: np.ndarray) -> None:
         volume = perturbation.volume_tensor(volumes, rows, device)
         replacement = perturbation.reference_images(reference, rows, volume)
         order = torch.from_numpy(_order_voxels(maps[rows[0]], brain)).to(device)
-        curves = []
-        for start, end in ((volume, replacement), (replacement, volume))[: 1 + insertion]:
+        for curve, start, end in zip(curves.values(), (volume, replacement), (replacement, volume)):
             images = start.repeat(len(counts), 1, 1, 1, 1)
             for image, count in zip(images, counts):
                 image.view(-1)[order[:count]] = end.reshape(-1)[order[:count]]
             logits = networks.average_slab_logits(speed.forward_in_chunks(plain, images))
-            curves.append(logits.softmax(1)[:, int(target[rows[0]])].cpu().numpy())
-        return curves
+            curve[rows] = logits.softmax(1)[:, int(target[rows[0]])].cpu()
 
-    curves = list(speed.map_batches(work, len(volumes), device, size=1))
-    curves = np.array(curves).reshape(-1, 1 + insertion, len(steps))
-    areas = np.trapezoid(curves, steps, axis=2) / (steps[-1] - steps[0])
-    scores = {}
-    for n, measure in enumerate(("deletion", "insertion")[: 1 + insertion]):
-        scores |= {measure: curves[:, n], f"{measure}_area": areas[:, n]}
-    return scores
+    list(speed.map_batches(work, len(volumes), device, size=1))
+    areas = {name: np.trapezoid(curve, steps) for name, curve in curves.items()}
+    return curves | {f"{name}_area": area / np.ptp(steps) for name, area in areas.items()}

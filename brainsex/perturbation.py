@@ -97,8 +97,11 @@ def optimise_masks(
     draws = [np.random.default_rng(int.from_bytes(key[:7], "big")) for key in keys]
     shifts = [draw.integers(-MAX_SHIFT, MAX_SHIFT + 1, (iterations, 3)) for draw in draws]
 
-    def work(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, list]:
-        count, rows = len(rows), np.resize(rows, size or len(rows))
+    masks, persistence = np.empty((2, *volumes.shape), np.float32)
+    history = np.empty((len(volumes), 4))
+
+    def work(places: np.ndarray) -> None:
+        count, rows = len(places), np.resize(places, size or len(places))
         batch = volume_tensor(volumes, rows, device)
         logits = speed.forward_in_chunks(plain, batch)
         classes = logits.argmax(1)
@@ -107,21 +110,17 @@ def optimise_masks(
         removed = reference_images(reference, rows, batch) - batch
         steps = np.stack([shifts[row] for row in rows], 1).tolist()
         evidence = _weighted_evidence(fast, batch, removed, classes, logits)
-        masks, persistence = _descend(evidence, batch, steps, area)
-        after = speed.forward_in_chunks(plain, batch + masks * removed)
+        last, mean = _descend(evidence, batch, steps, area)
+        after = speed.forward_in_chunks(plain, batch + last * removed)
         chances = (part.softmax(1).gather(1, classes[:, None])[:, 0] for part in (logits, after))
-        columns = classes, *chances, masks.mean((1, 2, 3, 4))
-        records = list(zip(*(column[:count].tolist() for column in columns)))
-        return masks[:count, 0].cpu().numpy(), persistence[:count, 0].cpu().numpy(), records
+        columns = torch.stack([classes, *chances, last.mean((1, 2, 3, 4))], 1)
+        history[places] = columns[:count].cpu()
+        masks[places], persistence[places] = last[:count, 0].cpu(), mean[:count, 0].cpu()
 
-    masks, persistence = np.empty((2, *volumes.shape), np.float32)
-    history, name = [], "masks" if progress else None
-    for *maps, records in speed.map_batches(work, len(volumes), device, name=name, size=size):
-        rows = slice(len(history), len(history) + len(records))
-        masks[rows], persistence[rows] = maps
-        history += records
+    name = "masks" if progress else None
+    list(speed.map_batches(work, len(volumes), device, name=name, size=size))
     history = pd.DataFrame(history, columns=["target", "before", "after", "volume"])
-    return Masks(masks, persistence, history)
+    return Masks(masks, persistence, history.astype({"target": int}))
 
 
 def optimise_group_mask(
@@ -205,11 +204,10 @@ def _weighted_evidence(
     weight = torch.ones(len(volumes), device=volumes.device)
 
     def evidence(coarse: Tensor, iteration: int, shifts: Sequence) -> Tensor:
-        nonlocal weight
         logits = network(_perturb(volumes, coarse, removed, shifts))
         above, distance = _evidence(logits, target, original)
         if iteration >= RAMP:
-            weight = torch.where(above > 0, WEIGHT_GROWTH * weight, weight).detach()
+            weight.mul_(torch.where(above > 0, WEIGHT_GROWTH, 1.0))
         return weight * above / distance
 
     return evidence
@@ -284,9 +282,8 @@ def reference_images(images: np.ndarray | None, rows: np.ndarray, batch: Tensor)
 def volume_tensor(images: np.ndarray, rows: np.ndarray, device: torch.device) -> Tensor:
     """Return rows of images (N, X, Y, Z) as a tensor (n, 1, X, Y, Z); ValueError if not finite."""
     values = np.array(images[rows], np.float32)
-    finite = np.isfinite(values).all((1, 2, 3))
-    if not finite.all():
-        raise ValueError(f"volume {rows[finite.argmin()]} holds NaN or infinity, not finite FA.")
+    if not np.isfinite(values).all():
+        raise ValueError(f"expected finite images, found NaN or infinity in rows {rows}.")
     return torch.from_numpy(values)[:, None].to(device)
 
 
@@ -295,19 +292,14 @@ def broadcast_inputs(
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
     """Return targets (N,) and references (N, X, Y, Z), a view, of N volumes; None stays None.
 
-    Raises ValueError for a class other than 0 or 1, or a reference not finite or of another shape.
+    Raises ValueError for a class other than 0 or 1, or for other shapes.
     """
     if len(volumes.shape) != 4:
         raise ValueError(f"expected volumes (N, X, Y, Z), found {volumes.shape}.")
     if target is not None:
-        if np.shape(target) not in ((), (len(volumes),)) or not np.isin(target, (0, 1)).all():
-            expected = f"a target of 0 or 1, or one for each of {len(volumes)} volumes"
-            raise ValueError(f"expected {expected}, found {target}.")
+        if not np.isin(target, (0, 1)).all():
+            raise ValueError(f"expected a target of 0 or 1 for each volume, found {target}.")
         target = np.broadcast_to(target, len(volumes))
     if reference is not None:
-        shape = np.shape(reference)
-        if shape not in (volumes.shape, volumes.shape[1:]) or not np.isfinite(reference).all():
-            expected = f"{volumes.shape[1:]}, or one for each of {len(volumes)} volumes"
-            raise ValueError(f"expected a finite reference {expected}, found {shape}.")
         reference = np.broadcast_to(reference, volumes.shape)
     return target, reference

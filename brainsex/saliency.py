@@ -79,8 +79,7 @@ def attribute(
         raise ValueError(f"expected a method among {', '.join(METHODS)}, found {method!r}.")
     entry, needed = METHODS[method], METHODS[method].reference is not None
     if needed != (reference is not None):
-        expected, passed = ("a", "none") if needed else ("no", "one")
-        raise ValueError(f"{method}: expected {expected} reference, found {passed}.")
+        raise ValueError(f"{method} takes {'a' if needed else 'no'} reference; see reference_for.")
     if entry.compute is None:
         options |= {"target": target, "reference": reference, "subjects": subjects, "seed": seed}
         options["progress"] = progress
@@ -91,23 +90,24 @@ def attribute(
     if target is None and len(volumes):
         target = predicted_classes(plain, volumes)
 
-    def work(rows: np.ndarray) -> np.ndarray:
+    maps = np.empty(volumes.shape, np.float32)
+
+    def work(rows: np.ndarray) -> None:
         batch = perturbation.volume_tensor(volumes, rows, device)
         classes = torch.as_tensor(target[rows], dtype=torch.long, device=device)
         images = [perturbation.volume_tensor(reference, rows, device)] if needed else []
         score = _LogOdds(copy.deepcopy(plain))  # Captum hangs its hooks on it
-        maps = entry.compute(score, batch.requires_grad_(), classes, *images, **options)
-        return maps.detach()[:, 0].cpu().numpy()
+        attributed = entry.compute(score, batch.requires_grad_(), classes, *images, **options)
+        maps[rows] = attributed.detach()[:, 0].cpu()
 
-    maps = speed.map_batches(work, len(volumes), device, name=name)
-    maps = np.concatenate([np.empty((0, *volumes.shape[1:]), np.float32), *maps])
+    list(speed.map_batches(work, len(volumes), device, name=name))
     return gaussian_filter(maps, sigma, axes=(1, 2, 3), mode="nearest")
 
 
 def predicted_classes(network: nn.Module, volumes: np.ndarray) -> np.ndarray:
     """Return the class (N,) that a network predicts for volumes (N, X, Y, Z), in float32."""
-    network = networks.to_device(copy.deepcopy(network), networks.device())
-    logits = speed.predict_logits(network, volumes, torch.float32)
+    plain = speed.inference_copy(network, networks.device())
+    logits = speed.predict_logits(plain, volumes, torch.float32)
     return networks.average_slab_logits(logits).argmax(1).numpy()
 
 

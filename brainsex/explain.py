@@ -81,7 +81,7 @@ def explain(
     for method, fold, chunk in tqdm(chunks, "explain", unit="chunk"):
         volumes, network = np.array(cohort.volumes[chunk]), load_fold(fold)
         settings = {"seed": seed, "progress": False, "subjects": cohort.subjects[chunk]}
-        settings |= used[method] | {"target": saliency.predicted_classes(network, volumes)}
+        settings |= used[method] | {"target": perturbation.predicted_classes(network, volumes)}
         if METHODS[method].reference:
             inputs = load_means(fold), settings["target"], settings.get("sigma")
             settings["reference"] = saliency.reference_for(method, *inputs)
@@ -189,15 +189,12 @@ def fold_network(networks_folder: str | Path, fold: int, cohort: Cohort) -> nn.M
 
 
 def training_means(cohort: Cohort, folds: np.ndarray, fold: int) -> np.ndarray:
-    """Average the women and the men (2, X, Y, Z) in training; ValueError if there are none."""
-    means = np.zeros((2, *cohort.volumes.shape[1:]), np.float32)
-    for sex, mean in enumerate(means):
+    """Average the women and the men (2, X, Y, Z) in training; there are some of both sexes."""
+    means = []
+    for sex in (0, 1):
         rows = np.flatnonzero((folds != fold) & (cohort.sex == sex))
-        if len(rows) == 0:
-            raise ValueError(f"fold {fold}: no {('women', 'men')[sex]} among training subjects.")
-        for row in rows:
-            mean += cohort.volumes[row] / len(rows)
-    return means
+        means.append(sum(cohort.volumes[row] / np.float32(len(rows)) for row in rows))
+    return np.stack(means)
 
 
 def randomised_layers(network: nn.Module, *, seed: int = 0) -> Iterator[tuple[str, nn.Module]]:

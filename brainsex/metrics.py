@@ -38,9 +38,7 @@ def localisation(maps: np.ndarray, truth: np.ndarray, brain: np.ndarray) -> pd.D
 
 
 def top_voxels(values: np.ndarray, brain: np.ndarray, voxels: int) -> np.ndarray:
-    """Return, as bool (X, Y, Z), exactly so many of the brain's voxels: those of largest value."""
-    if not 0 <= voxels <= np.count_nonzero(brain):
-        raise ValueError(f"expected 0 to {np.count_nonzero(brain)} voxels, found {voxels}")
+    """Return, as bool (X, Y, Z), so many of the brain's voxels: those of largest value."""
     chosen = np.zeros(brain.size, bool)
     chosen[_order_voxels(values, brain)[:voxels]] = True
     return chosen.reshape(brain.shape)
@@ -75,13 +73,12 @@ def deletion_insertion(
     shapes or target do not fit, or anything is not finite.
     """
     if maps.shape != volumes.shape or brain.shape != volumes.shape[1:]:
-        shapes = f"{maps.shape}, {volumes.shape} and {brain.shape}"
-        raise ValueError(f"expected maps, volumes and a brain on one grid, found {shapes}")
-    target, reference = perturbation.broadcast_inputs(volumes, target, reference)
-    steps = np.array(FRACTIONS, float)
-    counts = np.rint(steps * np.count_nonzero(brain)).astype(int)
+        raise ValueError(f"expected maps {volumes.shape}, found {maps.shape} in {brain.shape}")
     device = networks.device()
     plain = speed.inference_copy(network, device)
+    target, reference = perturbation.broadcast_inputs(plain, volumes, target, reference)
+    steps = np.array(FRACTIONS, float)
+    counts = np.rint(steps * np.count_nonzero(brain)).astype(int)
     measures = ("deletion", "insertion") if insertion else ("deletion",)
     curves = {name: np.empty((len(volumes), len(steps)), np.float32) for name in measures}
 

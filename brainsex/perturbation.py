@@ -92,7 +92,7 @@ def optimise_masks(
     subjects = range(len(volumes)) if subjects is None else subjects
     if len(subjects) != len(volumes):
         raise ValueError(f"expected {len(volumes)} subjects, found {len(subjects)}.")
-    target, reference = broadcast_inputs(volumes, target, reference)
+    target, reference = broadcast_inputs(plain, volumes, target, reference)
     keys = (hashlib.sha256(f"{seed}/{subject}".encode()).digest() for subject in subjects)
     draws = [np.random.default_rng(int.from_bytes(key[:7], "big")) for key in keys]
     shifts = [draw.integers(-MAX_SHIFT, MAX_SHIFT + 1, (iterations, 3)) for draw in draws]
@@ -104,9 +104,7 @@ def optimise_masks(
         count, rows = len(places), np.resize(places, size or len(places))
         batch = volume_tensor(volumes, rows, device)
         logits = speed.forward_in_chunks(plain, batch)
-        classes = logits.argmax(1)
-        if target is not None:
-            classes = torch.as_tensor(target[rows], dtype=torch.long, device=device)
+        classes = torch.as_tensor(target[rows], dtype=torch.long, device=device)
         removed = reference_images(reference, rows, batch) - batch
         steps = np.stack([shifts[row] for row in rows], 1).tolist()
         evidence = _weighted_evidence(fast, batch, removed, classes, logits)
@@ -117,8 +115,7 @@ def optimise_masks(
         history[places] = columns[:count].cpu()
         masks[places], persistence[places] = last[:count, 0].cpu(), mean[:count, 0].cpu()
 
-    name = "masks" if progress else None
-    list(speed.map_batches(work, len(volumes), device, name=name, size=size))
+    list(speed.map_batches(work, len(volumes), device, name="masks" * progress, size=size))
     history = pd.DataFrame(history, columns=["target", "before", "after", "volume"])
     return Masks(masks, persistence, history.astype({"target": int}))
 
@@ -144,11 +141,10 @@ def optimise_group_mask(
     subjects each; all have their turn before any has another. `volumes` may be memory-mapped; all
     else is as in `optimise_masks`.
     """
-    target, reference = broadcast_inputs(volumes, target, reference)
     device = networks.device()
     plain = speed.inference_copy(network, device)
-    logits = speed.predict_logits(plain, volumes, torch.float32)
-    classes = logits.argmax(1) if target is None else torch.tensor(target, dtype=torch.long)
+    target, reference = broadcast_inputs(plain, volumes, target, reference)
+    logits, classes = speed.predict_logits(plain, volumes, torch.float32), torch.tensor(target)
     fast = plain.to(networks.fast_precision(device))
     rng = np.random.default_rng(seed)
     turns = iterations * batch_size
@@ -160,7 +156,7 @@ def optimise_group_mask(
         removed = reference_images(reference, rows, batch) - batch
         shifts = rng.integers(-MAX_SHIFT, MAX_SHIFT + 1, (len(rows), 3)).tolist()
         seen = _perturb(batch, coarse, removed, shifts)
-        rest = (part[rows].to(device) for part in (classes, logits))
+        rest = (part[rows].to(device) for part in (classes.long(), logits))
         above, distance = _evidence(fast(seen), *rest)
         return (above / distance).mean(0, keepdim=True)
 
@@ -288,18 +284,27 @@ def volume_tensor(images: np.ndarray, rows: np.ndarray, device: torch.device) ->
 
 
 def broadcast_inputs(
-    volumes: np.ndarray, target: int | np.ndarray | None, reference: np.ndarray | None
-) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Return targets (N,) and references (N, X, Y, Z), a view, of N volumes; None stays None.
+    network: nn.Module,
+    volumes: np.ndarray,
+    target: int | np.ndarray | None,
+    reference: np.ndarray | None,
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return targets (N,) and references (N, X, Y, Z), a view, of N volumes.
 
-    Raises ValueError for a class other than 0 or 1, or for other shapes.
+    Targets are by default the classes that the network predicts; no reference stays None. Raises
+    ValueError for a class other than 0 or 1, or for other shapes.
     """
     if len(volumes.shape) != 4:
         raise ValueError(f"expected volumes (N, X, Y, Z), found {volumes.shape}.")
-    if target is not None:
-        if not np.isin(target, (0, 1)).all():
-            raise ValueError(f"expected a target of 0 or 1 for each volume, found {target}.")
-        target = np.broadcast_to(target, len(volumes))
-    if reference is not None:
-        reference = np.broadcast_to(reference, volumes.shape)
-    return target, reference
+    target = predicted_classes(network, volumes) if target is None else target
+    if not np.isin(target, (0, 1)).all():
+        raise ValueError(f"expected a target of 0 or 1 for each volume, found {target}.")
+    reference = None if reference is None else np.broadcast_to(reference, volumes.shape)
+    return np.broadcast_to(target, len(volumes)), reference
+
+
+def predicted_classes(network: nn.Module, volumes: np.ndarray) -> np.ndarray:
+    """Return the class (N,) that a network predicts for volumes (N, X, Y, Z), in float32."""
+    plain = speed.inference_copy(network, networks.device())
+    logits = speed.predict_logits(plain, volumes, torch.float32)
+    return networks.average_slab_logits(logits).argmax(1).numpy()

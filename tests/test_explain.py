@@ -63,11 +63,6 @@ def last_randomised(network, fold, seed=0):
     return list(explain.randomised_layers(network, seed=100 * seed + fold))[-1][1]
 
 
-def test_training_means_need_both_sexes(study):
-    with pytest.raises(ValueError, match="fold 1: no men among training subjects"):
-        explain.training_means(study[0], study[0].sex, 1)
-
-
 def test_gradients_are_of_the_network_that_did_not_see_the_subject(study, tmp_path):
     cohort, folder, networks, fold = study
     rows, methods = [5, 0, 3], ["gradient_input", "gradient_difference"]

@@ -72,14 +72,11 @@ def compare_sexes(values: np.ndarray, sex: np.ndarray) -> pd.DataFrame:
 
     Columns: women, men (means); d, d_low, d_high (Cohen's d, positive where men are higher, with
     the 95 % interval of Hedges and Olkin 1985); t, p (Welch); fdr (p corrected over maps after
-    Benjamini and Hochberg 1995); p_u (Mann-Whitney). A map that varies within neither sex has
-    ``tested`` False and no test (NaN). Raises ValueError for fewer than two women or men.
+    Benjamini and Hochberg 1995); p_u (Mann-Whitney). A map that varies within neither sex, or of
+    fewer than two women or men, has ``tested`` False and no test (NaN).
     """
     values, sex = np.asarray(values, float), np.asarray(sex)
     counts = np.array([(sex == LABELS[letter]).sum() for letter in "FM"])
-    if values.ndim != 2 or not len(values) == len(sex) == counts.sum() or counts.min() < 2:
-        sizes = f"{values.shape} of {len(sex)} subjects, {counts[0]} women and {counts[1]} men"
-        raise ValueError(f"expected values (N, maps) of two women and two men or more, not {sizes}")
     women, men = groups = [values[sex == LABELS[letter]] for letter in "FM"]
     spread = np.array([group.std(0, ddof=1) for group in groups])
     table = pd.DataFrame({"women": women.mean(0), "men": men.mean(0)}).rename_axis("map")

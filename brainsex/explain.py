@@ -94,11 +94,10 @@ def explain(
 
 def _used_options(methods: Sequence[str], options: dict) -> dict[str, dict]:
     """Each method's options, with their defaults."""
-    if unknown := set(methods) - set(METHODS):
-        raise ValueError(f"expected methods among {', '.join(METHODS)}, found {sorted(unknown)}.")
-    used = {method: METHODS[method].options for method in methods}
-    if unknown := set(options).difference(*used.values()):
-        raise ValueError(f"expected options of {', '.join(methods)}, found {sorted(unknown)}.")
+    used = {method: METHODS[method].options for method in methods if method in METHODS}
+    if unknown := {*methods, *options}.difference(METHODS, *used.values()):
+        expected = f"methods among {', '.join(METHODS)}, and options of those"
+        raise ValueError(f"expected {expected}, found {sorted(unknown)}.")
     for values in used.values():
         values |= {name: options[name] for name in values if name in options}
     return used
@@ -123,9 +122,9 @@ def _save_chunk(
 
 def _mask_records(table: pd.DataFrame, out: Path) -> pd.DataFrame:
     """Return the records of masks, by Subject; write them and the table as ``masks.csv``."""
-    paths = {name: out / "mask" / f"{name}.json" for name in table["Subject"]}
-    records = {name: storage.read_json(path) for name, path in paths.items() if path.is_file()}
-    records = pd.DataFrame(records.values(), index=pd.Index(list(records), dtype=str))
+    paths = sorted((out / "mask").glob("[!.]*.json"))
+    names = pd.Index([path.stem for path in paths], dtype=str)
+    records = pd.DataFrame(map(storage.read_json, paths), index=names)
     if len(records):
         masks = table.join(records, on="Subject", how="inner").sort_values("Subject")
         with suppress(FileNotFoundError):  # another process of the run writes it, too
@@ -154,15 +153,13 @@ def t_map(
     """Test men against women voxel by voxel, by nilearn, in a linear model with confounds (N, K).
 
     Volumes (N, X, Y, Z) are tested under a Gaussian of `sigma` voxels in the `brain` (X, Y, Z).
-    Raises ValueError where anything is not finite.
+    Raises ValueError for confounds that are not finite: leave out who has blanks.
 
     Returns t (X, Y, Z) float32, positive where men's values are higher, and 0 outside the brain and
     where all volumes are equal.
     """
     smooth = (gaussian_filter(volume, sigma, mode="nearest") for volume in volumes)
     values = np.array([volume[brain] for volume in smooth], np.float32)
-    if not all(np.isfinite(part).all() for part in (values, confounds) if part is not None):
-        raise ValueError("expected finite volumes and confounds, found blanks; leave those out.")
     tested = permuted_ols(np.asarray(sex, float)[:, None], values, confounds, n_perm=0)
     t = np.zeros(brain.shape, np.float32)
     t[brain] = np.where(np.ptp(values, axis=0) > 0, tested["t"][0], 0)

@@ -46,8 +46,6 @@ def top_voxels(values: np.ndarray, brain: np.ndarray, voxels: int) -> np.ndarray
 
 def _order_voxels(values: np.ndarray, brain: np.ndarray) -> np.ndarray:
     """Return the flat indices of the brain's voxels, the one of the largest value first."""
-    if not np.isfinite(values[brain]).all():
-        raise ValueError("expected a finite map, found NaN or infinity in the brain")
     voxels = np.random.default_rng(0).permutation(np.flatnonzero(brain))
     return voxels[np.argsort(-values.ravel()[voxels], kind="stable")]
 
@@ -70,7 +68,7 @@ def deletion_insertion(
 
     Returns deletion and insertion, (N, `FRACTIONS`), and their means over these, deletion_area and
     insertion_area, (N,): low is faithful in deletion, high in insertion. Raises ValueError if
-    shapes or target do not fit, or anything is not finite.
+    shapes or target do not fit, or a volume or a reference is not finite.
     """
     if maps.shape != volumes.shape or brain.shape != volumes.shape[1:]:
         raise ValueError(f"expected maps {volumes.shape}, found {maps.shape} in {brain.shape}")

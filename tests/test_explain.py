@@ -164,7 +164,7 @@ def test_other_networks_and_draws_are_refused(study, tmp_path):
         ({"affine": None}, ["mask"], {}, r"no affine .* pass cohort\.load"),
         ({"subjects": np.array([*"abcdefgh"])}, ["mask"], {}, "does not know a, b, c, d, e, f, g"),
         ({}, ["masks"], {}, r"methods among mask, .*, found \['masks'\]"),
-        ({}, ["mask", "grad_cam"], {"steps": 1}, r"options of mask, grad_cam, found \['steps'\]"),
+        ({}, ["mask", "grad_cam"], {"steps": 1}, r"options of those, found \['steps'\]"),
     ],
 )
 def test_bad_input(study, tmp_path, change, methods, options, message):
@@ -188,7 +188,7 @@ def test_t_of_sex_in_a_linear_model_with_brain_volume(study):
         assert t[at] == pytest.approx(beta[1] / np.sqrt(variance), rel=1e-3)
         assert not t[0].any()
     assert not explain.t_map(np.ones_like(cohort.volumes), cohort.sex, brain).any()
-    with pytest.raises(ValueError, match="finite volumes and confounds"):
+    with pytest.raises(ValueError, match="infs or NaNs"):
         explain.t_map(cohort.volumes, cohort.sex, brain, confounds=volume * np.nan)
 
 

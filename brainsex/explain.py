@@ -3,8 +3,9 @@
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from functools import cache, partial
 from pathlib import Path
 
 import nibabel as nib
@@ -21,7 +22,6 @@ from brainsex.cohort import Cohort, digest
 from brainsex.saliency import METHODS
 
 CHUNK = 64  # subjects explained and saved at a time: what a killed run may lose
-PERMUTATION_JOBS = 4  # processes of a permutation test on any machine: its draws depend on them
 
 
 def explain(
@@ -60,11 +60,10 @@ def explain(
     folds, used = held_out_folds(networks_folder, cohort.subjects), _used_options(methods, options)
     if cohort.affine is None:
         raise ValueError("cohort has no affine to save maps with; pass cohort.load(…, affine=…)")
-    checksum = hashlib.sha256((networks_folder / "folds.csv").read_bytes())
-    for path in sorted(networks_folder.glob("fold-*.pt")):
-        checksum.update(path.read_bytes())
-    sources = {"networks": checksum.hexdigest()[:16], "cohort": digest(cohort)[:16]}
-    suffix, missing = "-random" * random_weights, {}
+    files = [networks_folder / "folds.csv", *sorted(networks_folder.glob("fold-*.pt"))]
+    checksum = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+    sources = {"networks": checksum[:16], "cohort": digest(cohort)[:16]}
+    suffix, chunks = "-random" * random_weights, []
     for method, values in used.items():
         drawn = random_weights or METHODS[method].compute is None
         settings = sources | values | ({"seed": seed} if drawn else {})
@@ -72,37 +71,33 @@ def explain(
         options = {"overwrite": overwrite, "results": results}
         storage.start_run(out, f"explain {method}{suffix}", settings, **options)
         paths = (out / (method + suffix) / f"{name}.nii.gz" for name in cohort.subjects[rows])
-        missing[method] = rows[[not path.is_file() for path in paths]]
-    with tqdm(total=sum(map(len, missing.values())), desc="explain", unit="map") as bar:
-        for fold in sorted({folds[row] for left in missing.values() for row in left}):
-            of_fold = {method: left[folds[left] == fold] for method, left in missing.items()}
-            network = explained = fold_network(networks_folder, fold, cohort)
-            if random_weights:
-                *_, (_, explained) = randomised_layers(network, seed=100 * seed + fold)
-            needed = any(METHODS[method].reference for method in of_fold if len(of_fold[method]))
-            means = training_means(cohort, folds, fold) if needed else None
-            for method, left in of_fold.items():
-                for start in range(0, len(left), CHUNK):
-                    chunk = left[start : start + CHUNK]
-                    volumes, values = np.array(cohort.volumes[chunk]), used[method]
-                    target = saliency.predicted_classes(network, volumes)
-                    settings = {"target": target, "seed": seed, "progress": False} | values
-                    settings["subjects"], sigma = cohort.subjects[chunk], values.get("sigma")
-                    settings["reference"] = saliency.reference_for(method, means, target, sigma)
-                    folder = out / (method + suffix)
-                    _save_chunk(explained, volumes, folder, cohort.affine, settings)
-                    bar.update(len(chunk))
+        missing = rows[[not path.is_file() for path in paths]]
+        for fold in np.unique(folds[missing]):
+            left = missing[folds[missing] == fold]
+            parts = np.array_split(left, range(CHUNK, len(left), CHUNK))
+            chunks += [(method, fold, part) for part in parts]
+    load_fold = cache(partial(fold_network, networks_folder, cohort=cohort))
+    load_means = cache(partial(training_means, cohort, folds))
+    for method, fold, chunk in tqdm(chunks, "explain", unit="chunk"):
+        volumes, network = np.array(cohort.volumes[chunk]), load_fold(fold)
+        settings = {"seed": seed, "progress": False, "subjects": cohort.subjects[chunk]}
+        settings |= used[method] | {"target": perturbation.predicted_classes(network, volumes)}
+        if METHODS[method].reference:
+            inputs = load_means(fold), settings["target"], settings.get("sigma")
+            settings["reference"] = saliency.reference_for(method, *inputs)
+        if random_weights:
+            *_, (_, network) = randomised_layers(network, seed=100 * seed + fold)
+        _save_chunk(network, volumes, out / (method + suffix), cohort.affine, settings)
     table = pd.DataFrame({"Subject": cohort.subjects, "sex": cohort.sex, "fold": folds})
     return table.iloc[rows].join(_mask_records(table, out), on="Subject").reset_index(drop=True)
 
 
 def _used_options(methods: Sequence[str], options: dict) -> dict[str, dict]:
     """Each method's options, with their defaults."""
-    if unknown := set(methods) - set(METHODS):
-        raise ValueError(f"expected methods among {', '.join(METHODS)}, found {sorted(unknown)}.")
-    used = {method: METHODS[method].options for method in methods}
-    if unknown := set(options).difference(*used.values()):
-        raise ValueError(f"expected options of {', '.join(methods)}, found {sorted(unknown)}.")
+    used = {method: METHODS[method].options for method in methods if method in METHODS}
+    if unknown := {*methods, *options}.difference(METHODS, *used.values()):
+        expected = f"methods among {', '.join(METHODS)}, and options of those"
+        raise ValueError(f"expected {expected}, found {sorted(unknown)}.")
     for values in used.values():
         values |= {name: options[name] for name in values if name in options}
     return used
@@ -127,9 +122,9 @@ def _save_chunk(
 
 def _mask_records(table: pd.DataFrame, out: Path) -> pd.DataFrame:
     """Return the records of masks, by Subject; write them and the table as ``masks.csv``."""
-    paths = {name: out / "mask" / f"{name}.json" for name in table["Subject"]}
-    records = {name: storage.read_json(path) for name, path in paths.items() if path.is_file()}
-    records = pd.DataFrame(records.values(), index=pd.Index(list(records), dtype=str))
+    paths = sorted((out / "mask").glob("[!.]*.json"))
+    names = pd.Index([path.stem for path in paths], dtype=str)
+    records = pd.DataFrame(map(storage.read_json, paths), index=names)
     if len(records):
         masks = table.join(records, on="Subject", how="inner").sort_values("Subject")
         with suppress(FileNotFoundError):  # another process of the run writes it, too
@@ -137,22 +132,14 @@ def _mask_records(table: pd.DataFrame, out: Path) -> pd.DataFrame:
     return records
 
 
-def _load_map(path: str | Path) -> np.ndarray:
-    """Read a map (X, Y, Z) float32 of our own."""
-    with storage.reading(path, "a map", "delete it"):
-        return np.ascontiguousarray(nib.load(path).get_fdata(dtype=np.float32))
-
-
 def load_maps(out: str | Path, method: str, subjects: Sequence[str]) -> np.ndarray:
     """Load the maps (N, X, Y, Z) of a folder in `out`, as ``persistence`` or ``mask-random``."""
-    return np.stack([_load_map(Path(out) / method / f"{name}.nii.gz") for name in subjects])
-
-
-def load_or_compute(path: Path, compute: Callable, affine: np.ndarray) -> np.ndarray:
-    """Load a finished map (X, Y, Z), or compute and save it."""
-    if not path.is_file():
-        storage.write_nifti(path, compute(), affine)
-    return _load_map(path)
+    maps = []
+    for name in subjects:
+        path = Path(out) / method / f"{name}.nii.gz"
+        with storage.reading(path, "a map", "delete it"):
+            maps.append(np.ascontiguousarray(nib.load(path).get_fdata(dtype=np.float32)))
+    return np.stack(maps)
 
 
 def t_map(
@@ -162,29 +149,21 @@ def t_map(
     *,
     sigma: float = 1.0,
     confounds: np.ndarray | None = None,
-    permutations: int = 0,
-    seed: int = 0,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> np.ndarray:
     """Test men against women voxel by voxel, by nilearn, in a linear model with confounds (N, K).
 
     Volumes (N, X, Y, Z) are tested under a Gaussian of `sigma` voxels in the `brain` (X, Y, Z).
-    With `permutations`, p is corrected over the brain by the largest t. Relatives are not
-    exchangeable, as it takes them for. Raises ValueError where anything is not finite.
+    Raises ValueError for confounds that are not finite: leave out who has blanks.
 
-    Returns t, positive where men's values are higher, and minus log10 of the corrected two-sided p,
-    0 without permutations: (X, Y, Z) float32, 0 outside the brain and where all volumes are equal.
+    Returns t (X, Y, Z) float32, positive where men's values are higher, and 0 outside the brain and
+    where all volumes are equal.
     """
-    smooth = (gaussian_filter(np.asarray(volume), sigma, mode="nearest") for volume in volumes)
+    smooth = (gaussian_filter(volume, sigma, mode="nearest") for volume in volumes)
     values = np.array([volume[brain] for volume in smooth], np.float32)
-    if not all(np.isfinite(part).all() for part in (values, confounds) if part is not None):
-        raise ValueError("expected finite volumes and confounds, found blanks; leave those out.")
-    options = {"n_perm": permutations, "random_state": seed, "n_jobs": PERMUTATION_JOBS}
-    statistics = permuted_ols(np.asarray(sex, float)[:, None], values, confounds, **options)
-    maps, varies = np.zeros((2, *brain.shape), np.float32), np.ptp(values, axis=0) > 0
-    maps[0][brain] = np.where(varies, statistics["t"][0], 0)
-    if permutations:
-        maps[1][brain] = varies * statistics["logp_max_t"][0]
-    return tuple(maps)
+    tested = permuted_ols(np.asarray(sex, float)[:, None], values, confounds, n_perm=0)
+    t = np.zeros(brain.shape, np.float32)
+    t[brain] = np.where(np.ptp(values, axis=0) > 0, tested["t"][0], 0)
+    return t
 
 
 def held_out_folds(networks_folder: str | Path, subjects: Sequence[str]) -> np.ndarray:
@@ -207,15 +186,12 @@ def fold_network(networks_folder: str | Path, fold: int, cohort: Cohort) -> nn.M
 
 
 def training_means(cohort: Cohort, folds: np.ndarray, fold: int) -> np.ndarray:
-    """Average the women and the men (2, X, Y, Z) in training; ValueError if there are none."""
-    means = np.zeros((2, *cohort.volumes.shape[1:]), np.float32)
-    for sex, mean in enumerate(means):
+    """Average the women and the men (2, X, Y, Z) in training; there are some of both sexes."""
+    means = []
+    for sex in (0, 1):
         rows = np.flatnonzero((folds != fold) & (cohort.sex == sex))
-        if len(rows) == 0:
-            raise ValueError(f"fold {fold}: no {('women', 'men')[sex]} among training subjects.")
-        for row in rows:
-            mean += cohort.volumes[row] / len(rows)
-    return means
+        means.append(sum(cohort.volumes[row] / np.float32(len(rows)) for row in rows))
+    return np.stack(means)
 
 
 def randomised_layers(network: nn.Module, *, seed: int = 0) -> Iterator[tuple[str, nn.Module]]:

@@ -20,7 +20,6 @@ from torch import Tensor
 from brainsex import LABELS, networks, speed
 
 BINS = 256
-PLANES = 4  # of the convolution's output at once: an even number, pooling pairs them
 
 
 def summarise(network: networks.MriNet3d, volumes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -32,9 +31,9 @@ def summarise(network: networks.MriNet3d, volumes: np.ndarray) -> tuple[np.ndarr
     """
 
     def extremes(maps: Tensor) -> Tensor:
-        return torch.stack([maps.amin(2), maps.amax(2), maps.mean(2)])
+        return torch.stack([maps.amin(2), maps.amax(2), maps.mean(2)], 2)
 
-    lowest, highest, mean = np.concatenate(_measure_maps(network, volumes, extremes), 1)
+    lowest, highest, mean = np.moveaxis(_measure_maps(network, volumes, extremes), 2, 0)
     if bad := np.flatnonzero(~np.isfinite(mean).all(1)).tolist():
         raise ValueError(f"volumes {bad[:10]}: expected finite FA; clean the volumes first")
     low, high = lowest.min(0), highest.max(0)
@@ -49,26 +48,23 @@ def summarise(network: networks.MriNet3d, volumes: np.ndarray) -> tuple[np.ndarr
         counts = torch.bincount(bins.flatten(), minlength=BINS * count * channels)
         return torch.special.entr(counts.view(count, channels, BINS).double() / voxels).sum(2)
 
-    return mean, np.concatenate(_measure_maps(network, volumes, entropies))
+    return mean, _measure_maps(network, volumes, entropies)
 
 
-def _measure_maps(network: networks.MriNet3d, volumes: np.ndarray, measure: Callable) -> list[list]:
-    """Return `measure` of each batch's maps (n, C, voxels), batch after batch."""
-    fits = isinstance(network, networks.MriNet3d) and tuple(volumes.shape[1:]) == network.shape
-    if not fits or len(volumes) == 0:
-        problem = f"found a {type(network).__name__} and volumes {tuple(volumes.shape)}"
-        raise ValueError(f"expected a MriNet3d and volumes (N, X, Y, Z) of its shape, {problem}")
+def _measure_maps(network: networks.MriNet3d, volumes: np.ndarray, measure: Callable) -> np.ndarray:
+    """Return `measure` (N, …) of all volumes' maps, which it takes in batches (n, C, voxels)."""
+    if not isinstance(network, networks.MriNet3d):
+        raise ValueError(f"expected a MriNet3d, found a {type(network).__name__}")
     device = networks.device()
     layer = speed.inference_copy(copy.deepcopy(network).double(), device).hidden1
 
     def work(rows: np.ndarray) -> list:
         batch = speed.read_batch(volumes, rows, device).double()
-        starts = range(0, batch.shape[2] - 3, PLANES)  # few planes stay in the processor's cache
-        maps = torch.cat([layer(batch[:, :, start : start + PLANES + 2]) for start in starts], 2)
+        networks.check_input(batch, network.shape)
         # arrays would lie between, and so hold, freed memory
-        return measure(maps.flatten(2)).tolist()
+        return measure(layer(batch).flatten(2)).tolist()
 
-    return list(speed.map_batches(work, len(volumes), device))
+    return np.concatenate(list(speed.map_batches(work, len(volumes), device)))
 
 
 def compare_sexes(values: np.ndarray, sex: np.ndarray) -> pd.DataFrame:
@@ -76,17 +72,11 @@ def compare_sexes(values: np.ndarray, sex: np.ndarray) -> pd.DataFrame:
 
     Columns: women, men (means); d, d_low, d_high (Cohen's d, positive where men are higher, with
     the 95 % interval of Hedges and Olkin 1985); t, p (Welch); fdr (p corrected over maps after
-    Benjamini and Hochberg 1995); u, p_u (Mann-Whitney). A map that varies within neither sex has
-    ``tested`` False and no test (NaN). Raises ValueError for values that are not finite, and for
-    fewer than two women or men.
+    Benjamini and Hochberg 1995); p_u (Mann-Whitney). A map that varies within neither sex, or of
+    fewer than two women or men, has ``tested`` False and no test (NaN).
     """
     values, sex = np.asarray(values, float), np.asarray(sex)
     counts = np.array([(sex == LABELS[letter]).sum() for letter in "FM"])
-    if values.ndim != 2 or not len(values) == len(sex) == counts.sum() or counts.min() < 2:
-        sizes = f"{values.shape} of {len(sex)} subjects, {counts[0]} women and {counts[1]} men"
-        raise ValueError(f"expected values (N, maps) of two women and two men or more, not {sizes}")
-    if not np.isfinite(values).all():
-        raise ValueError(f"expected finite values, but {(~np.isfinite(values)).sum()} are not")
     women, men = groups = [values[sex == LABELS[letter]] for letter in "FM"]
     spread = np.array([group.std(0, ddof=1) for group in groups])
     table = pd.DataFrame({"women": women.mean(0), "men": men.mean(0)}).rename_axis("map")
@@ -96,9 +86,7 @@ def compare_sexes(values: np.ndarray, sex: np.ndarray) -> pd.DataFrame:
     variance = counts.sum() / counts.prod() + d**2 / (2 * counts.sum())
     half = stats.norm.ppf(0.975) * np.sqrt(variance)
     t, p = stats.ttest_ind(men[:, tested], women[:, tested], equal_var=False)
-    u, p_u = stats.mannwhitneyu(men[:, tested], women[:, tested])
     fdr = stats.false_discovery_control(p) if len(p) else p
-    columns = {"d": d, "d_low": d - half, "d_high": d + half, "t": t, "p": p}
-    for name, column in (columns | {"fdr": fdr, "u": u, "p_u": p_u}).items():
-        table.loc[tested, name] = column
-    return table
+    tests = {"d": d, "d_low": d - half, "d_high": d + half, "t": t, "p": p, "fdr": fdr}
+    tests["p_u"] = stats.mannwhitneyu(men[:, tested], women[:, tested]).pvalue
+    return table.join(pd.DataFrame(tests, index=table.index[tested]))

@@ -38,9 +38,7 @@ def localisation(maps: np.ndarray, truth: np.ndarray, brain: np.ndarray) -> pd.D
 
 
 def top_voxels(values: np.ndarray, brain: np.ndarray, voxels: int) -> np.ndarray:
-    """Return, as bool (X, Y, Z), exactly so many of the brain's voxels: those of largest value."""
-    if not 0 <= voxels <= np.count_nonzero(brain):
-        raise ValueError(f"expected 0 to {np.count_nonzero(brain)} voxels, found {voxels}")
+    """Return, as bool (X, Y, Z), so many of the brain's voxels: those of largest value."""
     chosen = np.zeros(brain.size, bool)
     chosen[_order_voxels(values, brain)[:voxels]] = True
     return chosen.reshape(brain.shape)
@@ -48,8 +46,6 @@ def top_voxels(values: np.ndarray, brain: np.ndarray, voxels: int) -> np.ndarray
 
 def _order_voxels(values: np.ndarray, brain: np.ndarray) -> np.ndarray:
     """Return the flat indices of the brain's voxels, the one of the largest value first."""
-    if not np.isfinite(values[brain]).all():
-        raise ValueError("expected a finite map, found NaN or infinity in the brain")
     voxels = np.random.default_rng(0).permutation(np.flatnonzero(brain))
     return voxels[np.argsort(-values.ravel()[voxels], kind="stable")]
 
@@ -72,34 +68,29 @@ def deletion_insertion(
 
     Returns deletion and insertion, (N, `FRACTIONS`), and their means over these, deletion_area and
     insertion_area, (N,): low is faithful in deletion, high in insertion. Raises ValueError if
-    shapes or target do not fit, or anything is not finite.
+    shapes or target do not fit, or a volume or a reference is not finite.
     """
     if maps.shape != volumes.shape or brain.shape != volumes.shape[1:]:
-        shapes = f"{maps.shape}, {volumes.shape} and {brain.shape}"
-        raise ValueError(f"expected maps, volumes and a brain on one grid, found {shapes}")
-    target, reference = perturbation.broadcast_inputs(volumes, target, reference)
-    steps = np.array(FRACTIONS, float)
-    counts = np.rint(steps * np.count_nonzero(brain)).astype(int)
+        raise ValueError(f"expected maps {volumes.shape}, found {maps.shape} in {brain.shape}")
     device = networks.device()
     plain = speed.inference_copy(network, device)
+    target, reference = perturbation.broadcast_inputs(plain, volumes, target, reference)
+    steps = np.array(FRACTIONS, float)
+    counts = np.rint(steps * np.count_nonzero(brain)).astype(int)
+    measures = ("deletion", "insertion") if insertion else ("deletion",)
+    curves = {name: np.empty((len(volumes), len(steps)), np.float32) for name in measures}
 
-    def work(rows: np.ndarray) -> list[np.ndarray]:
+    def work(rows: np.ndarray) -> None:
         volume = perturbation.volume_tensor(volumes, rows, device)
         replacement = perturbation.reference_images(reference, rows, volume)
         order = torch.from_numpy(_order_voxels(maps[rows[0]], brain)).to(device)
-        curves = []
-        for start, end in ((volume, replacement), (replacement, volume))[: 1 + insertion]:
+        for curve, start, end in zip(curves.values(), (volume, replacement), (replacement, volume)):
             images = start.repeat(len(counts), 1, 1, 1, 1)
             for image, count in zip(images, counts):
                 image.view(-1)[order[:count]] = end.reshape(-1)[order[:count]]
             logits = networks.average_slab_logits(speed.forward_in_chunks(plain, images))
-            curves.append(logits.softmax(1)[:, int(target[rows[0]])].cpu().numpy())
-        return curves
+            curve[rows] = logits.softmax(1)[:, int(target[rows[0]])].cpu()
 
-    curves = list(speed.map_batches(work, len(volumes), device, size=1))
-    curves = np.array(curves).reshape(-1, 1 + insertion, len(steps))
-    areas = np.trapezoid(curves, steps, axis=2) / (steps[-1] - steps[0])
-    scores = {}
-    for n, measure in enumerate(("deletion", "insertion")[: 1 + insertion]):
-        scores |= {measure: curves[:, n], f"{measure}_area": areas[:, n]}
-    return scores
+    list(speed.map_batches(work, len(volumes), device, size=1))
+    areas = {name: np.trapezoid(curve, steps) for name, curve in curves.items()}
+    return curves | {f"{name}_area": area / np.ptp(steps) for name, area in areas.items()}

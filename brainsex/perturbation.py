@@ -92,36 +92,32 @@ def optimise_masks(
     subjects = range(len(volumes)) if subjects is None else subjects
     if len(subjects) != len(volumes):
         raise ValueError(f"expected {len(volumes)} subjects, found {len(subjects)}.")
-    target, reference = broadcast_inputs(volumes, target, reference)
+    target, reference = broadcast_inputs(plain, volumes, target, reference)
     keys = (hashlib.sha256(f"{seed}/{subject}".encode()).digest() for subject in subjects)
     draws = [np.random.default_rng(int.from_bytes(key[:7], "big")) for key in keys]
     shifts = [draw.integers(-MAX_SHIFT, MAX_SHIFT + 1, (iterations, 3)) for draw in draws]
 
-    def work(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, list]:
-        count, rows = len(rows), np.resize(rows, size or len(rows))
+    masks, persistence = np.empty((2, *volumes.shape), np.float32)
+    history = np.empty((len(volumes), 4))
+
+    def work(places: np.ndarray) -> None:
+        count, rows = len(places), np.resize(places, size or len(places))
         batch = volume_tensor(volumes, rows, device)
         logits = speed.forward_in_chunks(plain, batch)
-        classes = logits.argmax(1)
-        if target is not None:
-            classes = torch.as_tensor(target[rows], dtype=torch.long, device=device)
+        classes = torch.as_tensor(target[rows], dtype=torch.long, device=device)
         removed = reference_images(reference, rows, batch) - batch
         steps = np.stack([shifts[row] for row in rows], 1).tolist()
         evidence = _weighted_evidence(fast, batch, removed, classes, logits)
-        masks, persistence = _descend(evidence, batch, steps, area)
-        after = speed.forward_in_chunks(plain, batch + masks * removed)
+        last, mean = _descend(evidence, batch, steps, area)
+        after = speed.forward_in_chunks(plain, batch + last * removed)
         chances = (part.softmax(1).gather(1, classes[:, None])[:, 0] for part in (logits, after))
-        columns = classes, *chances, masks.mean((1, 2, 3, 4))
-        records = list(zip(*(column[:count].tolist() for column in columns)))
-        return masks[:count, 0].cpu().numpy(), persistence[:count, 0].cpu().numpy(), records
+        columns = torch.stack([classes, *chances, last.mean((1, 2, 3, 4))], 1)
+        history[places] = columns[:count].cpu()
+        masks[places], persistence[places] = last[:count, 0].cpu(), mean[:count, 0].cpu()
 
-    masks, persistence = np.empty((2, *volumes.shape), np.float32)
-    history, name = [], "masks" if progress else None
-    for *maps, records in speed.map_batches(work, len(volumes), device, name=name, size=size):
-        rows = slice(len(history), len(history) + len(records))
-        masks[rows], persistence[rows] = maps
-        history += records
+    list(speed.map_batches(work, len(volumes), device, name="masks" * progress, size=size))
     history = pd.DataFrame(history, columns=["target", "before", "after", "volume"])
-    return Masks(masks, persistence, history)
+    return Masks(masks, persistence, history.astype({"target": int}))
 
 
 def optimise_group_mask(
@@ -145,11 +141,10 @@ def optimise_group_mask(
     subjects each; all have their turn before any has another. `volumes` may be memory-mapped; all
     else is as in `optimise_masks`.
     """
-    target, reference = broadcast_inputs(volumes, target, reference)
     device = networks.device()
     plain = speed.inference_copy(network, device)
-    logits = speed.predict_logits(plain, volumes, torch.float32)
-    classes = logits.argmax(1) if target is None else torch.tensor(target, dtype=torch.long)
+    target, reference = broadcast_inputs(plain, volumes, target, reference)
+    logits, classes = speed.predict_logits(plain, volumes, torch.float32), torch.tensor(target)
     fast = plain.to(networks.fast_precision(device))
     rng = np.random.default_rng(seed)
     turns = iterations * batch_size
@@ -161,7 +156,7 @@ def optimise_group_mask(
         removed = reference_images(reference, rows, batch) - batch
         shifts = rng.integers(-MAX_SHIFT, MAX_SHIFT + 1, (len(rows), 3)).tolist()
         seen = _perturb(batch, coarse, removed, shifts)
-        rest = (part[rows].to(device) for part in (classes, logits))
+        rest = (part[rows].to(device) for part in (classes.long(), logits))
         above, distance = _evidence(fast(seen), *rest)
         return (above / distance).mean(0, keepdim=True)
 
@@ -205,11 +200,10 @@ def _weighted_evidence(
     weight = torch.ones(len(volumes), device=volumes.device)
 
     def evidence(coarse: Tensor, iteration: int, shifts: Sequence) -> Tensor:
-        nonlocal weight
         logits = network(_perturb(volumes, coarse, removed, shifts))
         above, distance = _evidence(logits, target, original)
         if iteration >= RAMP:
-            weight = torch.where(above > 0, WEIGHT_GROWTH * weight, weight).detach()
+            weight.mul_(torch.where(above > 0, WEIGHT_GROWTH, 1.0))
         return weight * above / distance
 
     return evidence
@@ -284,30 +278,33 @@ def reference_images(images: np.ndarray | None, rows: np.ndarray, batch: Tensor)
 def volume_tensor(images: np.ndarray, rows: np.ndarray, device: torch.device) -> Tensor:
     """Return rows of images (N, X, Y, Z) as a tensor (n, 1, X, Y, Z); ValueError if not finite."""
     values = np.array(images[rows], np.float32)
-    finite = np.isfinite(values).all((1, 2, 3))
-    if not finite.all():
-        raise ValueError(f"volume {rows[finite.argmin()]} holds NaN or infinity, not finite FA.")
+    if not np.isfinite(values).all():
+        raise ValueError(f"expected finite images, found NaN or infinity in rows {rows}.")
     return torch.from_numpy(values)[:, None].to(device)
 
 
 def broadcast_inputs(
-    volumes: np.ndarray, target: int | np.ndarray | None, reference: np.ndarray | None
-) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Return targets (N,) and references (N, X, Y, Z), a view, of N volumes; None stays None.
+    network: nn.Module,
+    volumes: np.ndarray,
+    target: int | np.ndarray | None,
+    reference: np.ndarray | None,
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return targets (N,) and references (N, X, Y, Z), a view, of N volumes.
 
-    Raises ValueError for a class other than 0 or 1, or a reference not finite or of another shape.
+    Targets are by default the classes that the network predicts; no reference stays None. Raises
+    ValueError for a class other than 0 or 1, or for other shapes.
     """
     if len(volumes.shape) != 4:
         raise ValueError(f"expected volumes (N, X, Y, Z), found {volumes.shape}.")
-    if target is not None:
-        if np.shape(target) not in ((), (len(volumes),)) or not np.isin(target, (0, 1)).all():
-            expected = f"a target of 0 or 1, or one for each of {len(volumes)} volumes"
-            raise ValueError(f"expected {expected}, found {target}.")
-        target = np.broadcast_to(target, len(volumes))
-    if reference is not None:
-        shape = np.shape(reference)
-        if shape not in (volumes.shape, volumes.shape[1:]) or not np.isfinite(reference).all():
-            expected = f"{volumes.shape[1:]}, or one for each of {len(volumes)} volumes"
-            raise ValueError(f"expected a finite reference {expected}, found {shape}.")
-        reference = np.broadcast_to(reference, volumes.shape)
-    return target, reference
+    target = predicted_classes(network, volumes) if target is None else target
+    if not np.isin(target, (0, 1)).all():
+        raise ValueError(f"expected a target of 0 or 1 for each volume, found {target}.")
+    reference = None if reference is None else np.broadcast_to(reference, volumes.shape)
+    return np.broadcast_to(target, len(volumes)), reference
+
+
+def predicted_classes(network: nn.Module, volumes: np.ndarray) -> np.ndarray:
+    """Return the class (N,) that a network predicts for volumes (N, X, Y, Z), in float32."""
+    plain = speed.inference_copy(network, networks.device())
+    logits = speed.predict_logits(plain, volumes, torch.float32)
+    return networks.average_slab_logits(logits).argmax(1).numpy()

@@ -79,36 +79,26 @@ def attribute(
         raise ValueError(f"expected a method among {', '.join(METHODS)}, found {method!r}.")
     entry, needed = METHODS[method], METHODS[method].reference is not None
     if needed != (reference is not None):
-        expected, passed = ("a", "none") if needed else ("no", "one")
-        raise ValueError(f"{method}: expected {expected} reference, found {passed}.")
+        raise ValueError(f"{method} takes {'a' if needed else 'no'} reference; see reference_for.")
     if entry.compute is None:
         options |= {"target": target, "reference": reference, "subjects": subjects, "seed": seed}
         options["progress"] = progress
         return perturbation.optimise_masks(network, volumes, **options).persistence
-    device, name = networks.device(), entry.name if progress else None
+    device = networks.device()
     plain = speed.inference_copy(network, device, fuse=method != "grad_cam")
-    target, reference = perturbation.broadcast_inputs(volumes, target, reference)
-    if target is None and len(volumes):
-        target = predicted_classes(plain, volumes)
+    target, reference = perturbation.broadcast_inputs(plain, volumes, target, reference)
+    maps = np.empty(volumes.shape, np.float32)
 
-    def work(rows: np.ndarray) -> np.ndarray:
+    def work(rows: np.ndarray) -> None:
         batch = perturbation.volume_tensor(volumes, rows, device)
         classes = torch.as_tensor(target[rows], dtype=torch.long, device=device)
         images = [perturbation.volume_tensor(reference, rows, device)] if needed else []
         score = _LogOdds(copy.deepcopy(plain))  # Captum hangs its hooks on it
-        maps = entry.compute(score, batch.requires_grad_(), classes, *images, **options)
-        return maps.detach()[:, 0].cpu().numpy()
+        attributed = entry.compute(score, batch.requires_grad_(), classes, *images, **options)
+        maps[rows] = attributed.detach()[:, 0].cpu()
 
-    maps = speed.map_batches(work, len(volumes), device, name=name)
-    maps = np.concatenate([np.empty((0, *volumes.shape[1:]), np.float32), *maps])
+    list(speed.map_batches(work, len(volumes), device, name=entry.name * progress))
     return gaussian_filter(maps, sigma, axes=(1, 2, 3), mode="nearest")
-
-
-def predicted_classes(network: nn.Module, volumes: np.ndarray) -> np.ndarray:
-    """Return the class (N,) that a network predicts for volumes (N, X, Y, Z), in float32."""
-    network = networks.to_device(copy.deepcopy(network), networks.device())
-    logits = speed.predict_logits(network, volumes, torch.float32)
-    return networks.average_slab_logits(logits).argmax(1).numpy()
 
 
 def reference_for(
@@ -119,12 +109,11 @@ def reference_for(
     `means` (2, X, Y, Z) are those of women and men in training: the mean of the other sex, or, for
     ``difference``, the mean of the target's minus the other's, under a Gaussian of `sigma` voxels.
     """
-    if METHODS[method].reference == "other":
-        return means[1 - target]
-    if METHODS[method].reference == "difference":
+    kind = METHODS[method].reference
+    if kind == "difference":
         difference = means - means[::-1]
         return gaussian_filter(difference, sigma, axes=(1, 2, 3), mode="nearest")[target]
-    return None
+    return means[1 - target] if kind else None
 
 
 def _gradient(
@@ -174,8 +163,6 @@ def _grad_cam(score: _LogOdds, volumes: Tensor, target: Tensor) -> Tensor:
 
 def _guided_backpropagation(score: _LogOdds, volumes: Tensor, target: Tensor) -> Tensor:
     """The gradient, kept positive at every nn.ReLU (Springenberg et al. 2015, arXiv 1412.6806)."""
-    if not any(isinstance(module, nn.ReLU) for module in score.modules()):
-        raise ValueError("guided_backpropagation: expected a network with nn.ReLU, found none.")
     return GuidedBackprop(score).attribute(volumes, target)
 
 

@@ -83,8 +83,6 @@ def test_top_voxels_are_of_the_brain_and_ties_know_no_order():
     assert chosen[1, 2, 3]
     assert not chosen[0].any()
     assert min(chosen[1].sum(), chosen[2].sum()) > 4, "ties are not taken in the order of voxels"
-    with pytest.raises(ValueError, match="0 to 40 voxels, found 41"):
-        metrics.top_voxels(values, brain, 41)
 
 
 def test_deletion_and_insertion_by_hand(monkeypatch):
@@ -139,9 +137,8 @@ def test_deletion_leaves_the_network_alone_and_ignores_company():
     ("change", "message"),
     [
         ({"maps": np.zeros((1, 3, 4, 6))}, r"found \(1, 3, 4, 6\)"),
-        ({"maps": np.full((1, *SHAPE), np.inf)}, "finite map"),
-        ({"reference": np.zeros((4, 5))}, r"a finite reference \(3, 4, 5\).* found \(4, 5\)"),
-        ({"volumes": np.full((1, *SHAPE), np.nan)}, "volume 0 holds NaN or infinity"),
+        ({"reference": np.zeros((4, 6))}, r"\(4,6\) .* shape \(1,3,4,5\)"),
+        ({"volumes": np.full((1, *SHAPE), np.nan)}, r"NaN or infinity in rows \[0\]"),
         ({"target": -1}, "target of 0 or 1.* found -1"),
     ],
 )

@@ -59,11 +59,9 @@ def plant(
     settings = {"cohort": data.name, "effect": float(effect), "seed": seed, "inputs": digest(data)}
     stale = ("*.npy", "*.csv", "grid.json", "truth/*")
     storage.start_run(out, "plant", settings, overwrite=overwrite, results=stale)
-    settings["d"] = dict(zip(regions["name"], regions["d"].round(3)))
     storage.write_text(out / "PLANTED", json.dumps(settings))  # first, so nothing passes for real
     if marker.is_file():
         storage.write_text(out / marker.name, marker.read_text())
-    (out / "tensors.npy").unlink(missing_ok=True)
     storage.write_text(out / "truth/regions.csv", regions.to_csv(index=False, float_format="%.4f"))
     regions_map = truth.reshape(data.volumes.shape[1:]).astype(np.int16)
     storage.write_nifti(out / "truth/regions.nii.gz", regions_map, data.affine)

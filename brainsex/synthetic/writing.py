@@ -85,9 +85,8 @@ def write_cohort(
     storage.start_run(folder, "synthesize", options, overwrite=overwrite, results=stale)
     storage.write_text(marker, json.dumps(options))  # first, so that nothing passes for real
     people = _draw_people(subjects, seed)
-    images, labels, affine = make_anatomy(spacing)
-    with storage.atomic_path(folder / "truth" / "regions.nii.gz") as path:
-        path.write_bytes(_nifti(labels, affine))
+    anatomy = _, labels, affine = make_anatomy(spacing)
+    storage.write_nifti(folder / "truth" / "regions.nii.gz", labels, affine)
     regions = REGIONS.drop(columns="radius_mm")
     regions["volume_ml"] = np.bincount(labels.flat)[1:] * spacing**3 / 1000
     text = regions.to_csv(index=False, float_format="%.3f")
@@ -101,8 +100,7 @@ def write_cohort(
             rng, sex = np.random.default_rng([seed, row]), LABELS[person["Gender"]]
             draws = _anatomical_draws(person, seed, DRAWS)
             head = _head_volume(sex, head_size, draws[0])
-            positions = _template_positions(images.shape[1:], affine, head, draws)
-            volume = _subject_volume(images, positions, draws, effect * (sex - 0.5), rng)
+            volume = _subject_volume(anatomy, head, draws, effect * (sex - 0.5), rng)
             write(path, person["Subject"], volume, affine)
 
     imaged = people[people["3T_dMRI_Compl"] == "true"]
@@ -125,24 +123,19 @@ def head_size_alone(cohort: str | Path, folder: str | Path) -> Path:
     return folder
 
 
-def _template_positions(
-    shape: tuple[int, ...], affine: np.ndarray, head: float, draws: np.ndarray
-) -> list[np.ndarray]:
-    """Return where in the template each voxel of a subject lies: three (X, Y, Z) of indices."""
-    centre = np.linalg.solve(affine[:3, :3], np.array([0, -18, 8]) - affine[:3, 3])
-    axes, fields = np.ogrid[tuple(map(slice, shape))], draws[2:].reshape(FIELDS)
-    return [
-        (axis - c) / head ** (1 / 3) + c + DEFORMATION / affine[0, 0] * _smooth_field(shape, field)
-        for axis, c, field in zip(axes, centre, fields)
-    ]
-
-
 def _subject_volume(
-    images: np.ndarray, positions: list, draws: np.ndarray, effect: float, rng: Generator
+    anatomy: tuple, head: float, draws: np.ndarray, effect: float, rng: Generator
 ) -> np.ndarray:
     """Make a subject's FA (X, Y, Z) in [0, 1], `effect` multiplying what is planted, with noise."""
+    images, _, affine = anatomy
+    *fields, level = (_smooth_field(images.shape[1:], f) for f in draws[2:].reshape(FIELDS))
+    centre = np.linalg.solve(affine[:3, :3], np.array([0, -18, 8]) - affine[:3, 3])
+    positions = [  # of the subject's voxels in the template, as indices along each axis
+        (axis - c) / head ** (1 / 3) + c + DEFORMATION / affine[0, 0] * field
+        for axis, c, field in zip(np.ogrid[tuple(map(slice, level.shape))], centre, fields)
+    ]
     fa, mask, planted = (map_coordinates(image, positions, order=1) for image in images)
-    fa *= 1 + 0.03 * draws[1] + 0.05 * _smooth_field(fa.shape, draws[2:].reshape(FIELDS)[3])
+    fa *= 1 + 0.03 * draws[1] + 0.05 * level
     fa += effect * planted
     noise = NOISE * rng.standard_normal((2, *fa.shape), np.float32)
     fa, mask = np.hypot(0.9 * fa + noise[0], noise[1]), mask > 0.5
@@ -303,13 +296,11 @@ def _freesurfer_table(
     sex = people["Gender"].map(LABELS).to_numpy()[:, None]
     first_draws = [_anatomical_draws(person, seed, 1) for _, person in people.iterrows()]
     head = _head_volume(sex, head_size, np.array(first_draws))
-    columns = ["median", "head_exponent", "men_minus_women"]
-    median, exponent, difference = MEASURES[columns].to_numpy().T
+    median, exponent, difference = MEASURES.loc[:, "median":"men_minus_women"].to_numpy().T
     loadings = MEASURES[["loading_1", "loading_2"]].fillna(0).to_numpy()
     sides = MEASURES[["factor_1", "factor_2"]].fillna("")
-    structures = sides.replace(" [^ ]+$", "", regex=True)
-    kinds = structures.replace(" .+$", "", regex=True)
-    names, positions = np.unique([kinds, structures, sides], return_inverse=True)
+    levels = [sides.replace(end, "", regex=True) for end in (" .+$", " [^ ]+$", "^$")]
+    names, positions = np.unique(levels, return_inverse=True)  # of kinds, structures and sides
     draws = _correlated_draws(people, np.random.default_rng([seed, 1]), len(names))
     shares = zip(FACTOR_SHARES, positions)  # of the measures' two factors, of unit variance
     scores = sum(math.sqrt(share) * draws[:, position] for share, position in shares)

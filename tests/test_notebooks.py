@@ -22,7 +22,7 @@ FIGURES = {
     "feature_effects.png", "feature_maps.png",
     "CNN_arch.png", "training_curves.png", "fold_accuracies.png",
     "man.png", "woman.png", "both.png", "regions.png",
-    "mask.html", "mask.png",
+    "mask.html", "mask.png", "explore.html",
     "explanations_subject.png", "explanations_groups.png", "explanations_curves.png",
     "explanations_regions.png", "dose.png", "person.png",
 }  # fmt: skip

@@ -65,9 +65,9 @@ def extract(
                 expected = f"expected one file named like {' or '.join(patterns)}"
                 raise ValueError(f"{', '.join(paths)}: {expected}, found {hits}")
             ending = ".nii.gz" if members[0][0].lower().endswith(".gz") else ".nii"
-            with storage.atomic_path(target / f"{subject}{ending}") as path:
-                with open(path, "wb") as file:
-                    file.writelines(_read_chunks(members[0]))
+            whole = storage.atomic_path(target / f"{subject}{ending}")
+            with whole as partial_path, open(partial_path, "wb") as file:
+                file.writelines(_read_chunks(members[0]))
         return "extracted"
 
     run = {"command": "extract", "settings": {"member": patterns}, "overwrite": overwrite}

@@ -26,6 +26,7 @@ DATA, MASK, DEVIATIONS = "data.nii.gz", "nodif_brain_mask.nii.gz", "grad_dev.nii
 NEEDED = (DATA, "bvals", "bvecs", MASK)
 MAX_TEXT = 1 << 20  # bytes read of bvals and bvecs
 MAX_VALUES = 1 << 28  # voxels by volumes kept in memory; HCP's series has 1e8, in 0.4 GB
+MAX_B0 = 50  # s/mm², up to which a volume counts as not weighted by diffusion
 SLAB = 2000  # voxels fitted at a time: DIPY's memory does not grow with the brain
 SEVEN_TESLA = re.compile(r"Diffusion_?7T|_7T_[^/]*\.zip")  # HCP has it beside the series at 3 T
 
@@ -35,7 +36,6 @@ def fit_folder(
     target: str | Path,
     *,
     bmax: float = 1500,
-    b0: float = 50,
     workers: int | None = None,
     overwrite: bool = False,
 ) -> pd.DataFrame:
@@ -46,7 +46,6 @@ def fit_folder(
     source : packages ``<ID>_….zip`` or folders ``<ID>/T1w/Diffusion``, at any depth, of
         ``data.nii.gz``, ``bvals``, ``bvecs``, the mask and, if there is one, ``grad_dev.nii.gz``.
     bmax : s/mm², the largest shell fitted; a volume's shell is its b rounded to hundreds.
-    b0 : s/mm², up to which a volume counts as not weighted by diffusion.
     workers : subjects at the same time, all cores by default; 1.1 GB each for HCP's series.
 
     `target` and `overwrite`, what is returned (status ``fitted``) and raised are as in
@@ -59,10 +58,10 @@ def fit_folder(
     def work(subject: str, files: dict[str, Path]) -> str:
         with ExitStack() as stack:
             series = _find_series(files, stack)
-            _fit_series(series, target / f"{subject}.nii.gz", bmax, b0)
+            _fit_series(series, target / f"{subject}.nii.gz", bmax)
         return "fitted" if DEVIATIONS in series else f"fitted without {DEVIATIONS}"
 
-    run = {"command": "fa", "settings": {"bmax": bmax, "b0": b0}, "overwrite": overwrite}
+    run = {"command": "fa", "settings": {"bmax": bmax}, "overwrite": overwrite}
     return archives.process_subjects(work, source, (".zip", f"/{DATA}"), target, workers, **run)
 
 
@@ -88,9 +87,9 @@ def _find_series(paths: dict[str, Path], stack: ExitStack) -> dict[str, File]:
     return folders[whole[0]]
 
 
-def _fit_series(files: dict[str, File], path: Path, bmax: float, b0: float) -> None:
+def _fit_series(files: dict[str, File], path: Path, bmax: float) -> None:
     """Write the FA map of the files of a series: float32 in [0, 1], 0 outside the mask."""
-    design, keep, count = _read_gradients(files, bmax, b0)
+    design, keep, count = _read_gradients(files, bmax)
     grid, (mask,) = _read_nifti(files[MASK], None, slice(None), (0,), 1)
     voxels = np.flatnonzero(mask > 0)  # X fastest
     if not 0 < len(voxels) * len(keep) <= MAX_VALUES:
@@ -110,21 +109,19 @@ def _fit_series(files: dict[str, File], path: Path, bmax: float, b0: float) -> N
     storage.write_nifti(path, fa, grid.get_best_affine())
 
 
-def _read_gradients(
-    files: dict[str, File], bmax: float, b0: float
-) -> tuple[np.ndarray, np.ndarray, int]:
+def _read_gradients(files: dict[str, File], bmax: float) -> tuple[np.ndarray, np.ndarray, int]:
     """Return DIPY's design matrix (fitted, 7), the volumes to fit, and how many there are."""
     from dipy.core.gradients import gradient_table
     from dipy.reconst import dti
 
     bvals, bvecs = _read_numbers(files["bvals"]).ravel(), _read_numbers(files["bvecs"]).T
-    keep = np.flatnonzero(np.where(bvals <= b0, 0, np.round(bvals, -2)) <= bmax)
-    expected = f"b0 volumes (b ≤ {b0:g}) and six independent directions up to b = {bmax:g} in bvecs"
+    keep = np.flatnonzero(np.where(bvals <= MAX_B0, 0, np.round(bvals, -2)) <= bmax)
+    expected = f"b0 volumes (b ≤ {MAX_B0}) and six directions up to b = {bmax:g} in bvecs"
     with storage.reading(files["bvals"][0], expected):
-        table = gradient_table(bvals, bvecs=bvecs, b0_threshold=b0)
-        directions = table.bvecs[keep][bvals[keep] > b0]
+        table = gradient_table(bvals, bvecs=bvecs, b0_threshold=MAX_B0)
+        directions = table.bvecs[keep][bvals[keep] > MAX_B0]
         dyads = (directions[:, :, None] * directions[:, None, :]).reshape(-1, 9)
-        if np.linalg.matrix_rank(dyads, tol=1e-2) < 6 or not 0 <= bvals.min() <= b0:
+        if np.linalg.matrix_rank(dyads, tol=1e-2) < 6 or not 0 <= bvals.min() <= MAX_B0:
             shells = f"b from {bvals.min():g} to {bvals.max():g}"
             raise ValueError(f"{len(directions)} volumes, {shells}")
     return dti.design_matrix(table)[keep], keep, len(bvals)

@@ -4,7 +4,6 @@ import copy
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
 
@@ -127,8 +126,7 @@ def _mask_records(table: pd.DataFrame, out: Path) -> pd.DataFrame:
     records = pd.DataFrame(map(storage.read_json, paths), index=names)
     if len(records):
         masks = table.join(records, on="Subject", how="inner").sort_values("Subject")
-        with suppress(FileNotFoundError):  # another process of the run writes it, too
-            storage.write_text(out / "masks.csv", masks.to_csv(index=False))
+        storage.write_text(out / "masks.csv", masks.to_csv(index=False))
     return records
 
 

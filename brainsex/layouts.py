@@ -169,9 +169,8 @@ def find_volumes(
         if subject and (modality or path.suffix.lower() != ".zip"):
             rows.append((subject, session, kind, modality, path))
     if not rows:
-        names = [path.name for path in folder.glob("*")][:9]
         expected = "expected volumes (NIfTI, .mgz), packages or archives, at any depth"
-        raise FileNotFoundError(f"{folder}: {expected}, found {names}; see DATA_ACCESS.md")
+        raise FileNotFoundError(f"{folder}: {expected}, found none; see DATA_ACCESS.md")
     files = pd.DataFrame(rows, columns=["Subject", "session", "kind", "modality", "path"])
     files.attrs["folder"] = str(folder)
     return files

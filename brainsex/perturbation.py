@@ -299,7 +299,10 @@ def broadcast_inputs(
     target = predicted_classes(network, volumes) if target is None else target
     if not np.isin(target, (0, 1)).all():
         raise ValueError(f"expected a target of 0 or 1 for each volume, found {target}.")
-    reference = None if reference is None else np.broadcast_to(reference, volumes.shape)
+    if reference is not None:
+        if np.shape(reference)[-3:] != volumes.shape[1:]:
+            raise ValueError(f"expected a reference {volumes.shape}, found {np.shape(reference)}.")
+        reference = np.broadcast_to(reference, volumes.shape)
     return np.broadcast_to(target, len(volumes)), reference
 
 

@@ -119,8 +119,6 @@ def folder_lock(folder: str | Path) -> Iterator[None]:
     except Timeout:
         problem = "another run is writing here; wait, stop it, or name another folder"
         raise BlockingIOError(f"{folder}: {problem}") from None
-    except OSError as error:
-        raise OSError(error.errno, f"cannot write ({error.strerror})", str(folder)) from error
     try:
         yield
     finally:

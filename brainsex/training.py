@@ -6,7 +6,6 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import joblib
@@ -191,8 +190,6 @@ def cross_validate(
         assignment = evaluation.folds(cohort.sex, groups=cohort.groups, folds=folds, seed=seed)
     folds = range(int(assignment.max()) + 1)
     only = sorted(set(folds if only is None else only))
-    if not set(only) <= set(folds):
-        raise ValueError(f"expected some of folds 0 to {folds[-1]}, found {only}.")
     settings = {"milestones": (5, 15), **settings, "seed": seed}
     cores, on_cpu = joblib.cpu_count(), networks.device().type == "cpu"
     jobs = max(1, min(len(only), workers or cores)) if on_cpu else 1
@@ -214,10 +211,9 @@ def cross_validate(
         path, text = out / "folds.csv", table[["Subject", "fold"]].to_csv(index=False)
         if not path.is_file() or path.read_text("utf-8", "replace") != text:
             storage.write_text(path, text)
-        run = _Run(out, cohort, assignment, make_network, confounds, settings)
-        results = joblib.Parallel(jobs, return_as="generator")(
-            joblib.delayed(_fit_fold)(run, fold, threads, os.getpid()) for fold in only
-        )
+        run = out, cohort, assignment, make_network, confounds, settings, threads, os.getpid()
+        calls = (joblib.delayed(_fit_fold)(fold, *run) for fold in only)
+        results = joblib.Parallel(jobs, return_as="generator")(calls)
         records = list(tqdm(results, "cross-validate", total=len(only), unit="fold"))
     table["probability"] = np.nan
     for fold, record in zip(only, records):
@@ -227,35 +223,33 @@ def cross_validate(
     return table
 
 
-@dataclass(frozen=True)
-class _Run:
-    """What the folds of a cross-validation have in common."""
-
-    out: Path
-    cohort: Cohort
-    assignment: np.ndarray
-    make_network: Callable[[], nn.Module]
-    confounds: np.ndarray | None
-    settings: dict
-
-
-def _fit_fold(run: _Run, fold: int, threads: int, parent_pid: int) -> dict:
+def _fit_fold(
+    fold: int,
+    out: Path,
+    cohort: Cohort,
+    assignment: np.ndarray,
+    make_network: Callable[[], nn.Module],
+    confounds: np.ndarray | None,
+    settings: dict,
+    threads: int,
+    parent_pid: int,
+) -> dict:
     """Fit and test one fold, or read its record if it is finished."""
     storage.exit_with_parent(parent_pid)
-    path, weights = run.out / f"fold-{fold}.json", run.out / f"fold-{fold}.pt"
+    path, weights = out / f"fold-{fold}.json", out / f"fold-{fold}.pt"
     if path.is_file() and weights.is_file():
         return storage.read_json(path)
     torch.set_num_threads(threads)
-    train, test = np.flatnonzero(run.assignment != fold), np.flatnonzero(run.assignment == fold)
-    seed = 1000 * run.settings["seed"] + fold
+    train, test = np.flatnonzero(assignment != fold), np.flatnonzero(assignment == fold)
+    seed = 1000 * settings["seed"] + fold
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        network = run.make_network()
-    volumes = run.cohort.volumes
-    if run.confounds is not None:
-        volumes = RegressedVolumes(volumes, run.confounds, train)
-    seen, held_out = ((VolumeRows(volumes, rows), run.cohort.sex[rows]) for rows in (train, test))
-    options = {"progress": False, **run.settings, "seed": seed}
+        network = make_network()
+    volumes = cohort.volumes
+    if confounds is not None:
+        volumes = RegressedVolumes(volumes, confounds, train)
+    seen, held_out = ((VolumeRows(volumes, rows), cohort.sex[rows]) for rows in (train, test))
+    options = {"progress": False, **settings, "seed": seed}
     history = fit(network, *seen, validation=held_out, **options).assign(fold=fold)
     probability = predict(network, held_out[0])[:, 1].tolist()
     record = {"probability": probability, "history": history.to_dict("records")}

@@ -128,7 +128,6 @@ def test_2d_forward_is_the_studys_layers_on_slabs(residual: bool) -> None:
     [
         (MriNet3d, {"shape": (21, 26, 24)}, r"at least 22 voxels .*, found \(21, 26, 24\)"),
         (MriNet2d, {"depth": 0, "shape": SHAPE}, "of 1 to 26 whole layers, found 0"),
-        (MriNet2d, {"depth": 2.5, "shape": SHAPE}, "whole layers, found 2.5"),
         (MriNet2d, {"shape": (22, 26, 21)}, r"at least 22 voxels .*\(22, 21\)"),
     ],
 )

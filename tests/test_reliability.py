@@ -124,7 +124,7 @@ def test_a_full_or_read_only_disk_is_named_and_then_a_command_goes_on(
     mount = ["mount", "-t", "tmpfs", "tmpfs", tmp_path, "-o"]
     subprocess.run([*mount, f"ro,size={room}"], check=True)
     try:
-        with pytest.raises(SystemExit, match=r"cannot write \(Read-only.*/out'"):
+        with pytest.raises(SystemExit, match=r"Read-only.*/out"):
             run(inputs, name, tmp_path / "out")
         subprocess.run([*mount, "remount,rw"], check=True)
         with pytest.raises(SystemExit, match=r"No space left.*/out.*; make room and run"):

@@ -107,7 +107,7 @@ def test_a_second_run_in_a_folder_is_refused_and_a_third_after_it_is_not(tmp_pat
         holder.kill()  # which frees the lock
     with storage.folder_lock(tmp_path / "out"):
         (tmp_path / "file").touch()
-    with pytest.raises(OSError, match=r"cannot write \(.*file'"):
+    with pytest.raises(OSError, match=r"(?i)file.*exists|not a directory"):
         storage.folder_lock(tmp_path / "file").__enter__()
 
 

@@ -110,14 +110,15 @@ def training_curves(histories: Mapping[str, pd.DataFrame], *, title: str, cohort
     `histories` is network -> table with the columns fold, epoch, train_loss, validation_loss,
     train_accuracy and validation_accuracy.
     """
-    size = {"figsize": (2.6 * len(histories) + 1.4, 4.6), "squeeze": False}
+    size = {"figsize": (min(9, 2.6 * len(histories) + 2.9), 4.6), "squeeze": False}
     figure, axes = new_figure(2, len(histories), sharex=True, sharey="row", **size)
+    parts = ("train", "training", PALE), ("validation", "held-out fold", ACCENT)
     for column, (name, history) in zip(axes.T, histories.items()):
         for ax, measure, chance in zip(column, ("loss", "accuracy"), (np.log(2), 0.5)):
-            for part, colour in (("train", PALE), ("validation", ACCENT)):
+            for part, label, colour in parts:
                 curves = history.pivot(index="epoch", columns="fold", values=f"{part}_{measure}")
                 ax.plot(curves, color=colour, linewidth=0.7, alpha=0.5)
-                ax.plot(curves.mean(axis=1), color=colour, linewidth=2.2, label=part)
+                ax.plot(curves.mean(axis=1), color=colour, linewidth=2.2, label=label)
             ax.axhline(chance, label="chance", **CHANCE)
         column[0].set_title(name)
         column[1].set_xlabel("epoch")
@@ -141,8 +142,8 @@ def score_dots(
 ) -> Figure:
     """Draw scores with intervals: a line of dots a row, a colour and mark a kind.
 
-    `table` has the columns `rows`, `hue`, accuracy (`label` on the axis), low and high. `folds`,
-    one row a fold, and `published`, which has sd too (NaN where unknown), have the first three.
+    `table` has the columns `rows`, `hue`, accuracy (`label` on the axis), low, high and maybe n.
+    `folds`, one row a fold, and `published`, with sd too (NaN if unknown), have the first three.
     Raises ValueError for more kinds than colours.
     """
     names, kinds = (list(dict.fromkeys(table[column])) for column in (rows, hue))
@@ -157,9 +158,10 @@ def score_dots(
         scores = table[table[hue] == kind]
         ax.plot(scores["accuracy"], heights(scores), marker, color=colour, markersize=5, label=kind)
         ax.hlines(heights(scores), scores["low"], scores["high"], color=colour, linewidth=1.6)
-        look = {"color": colour, "transform": ax.get_yaxis_transform(), "va": "center"}
-        for y, score in zip(heights(scores), scores["accuracy"]):
-            ax.text(1.01, y, f"{score:.3f}", fontsize=7, **look)
+        look = {"transform": ax.get_yaxis_transform(), "va": "center"}
+        for y, row in zip(heights(scores), scores.itertuples()):
+            n = f", n={row.n}" if "n" in scores else ""
+            ax.text(1.01, y, f"{row.accuracy:.2f}{n}", fontsize=8, **look)
         if folds is not None:
             dots = folds[folds[hue] == kind]
             ax.plot(dots["accuracy"], heights(dots) - 0.3 * step, ".", color=colour, alpha=0.4)

@@ -127,12 +127,12 @@ def test_training_curves_draw_folds_and_their_mean():
     figure = figures.training_curves({"3D": history, "2D": history[:3]}, **HEAD)
     above, _, below, _ = figure.axes
     means = {line.get_label(): line for line in above.lines}
-    assert means["train"].get_xdata().tolist() == [1, 2, 3]
-    assert means["train"].get_ydata() == pytest.approx([0.65, 0.4, 0.15])
-    assert means["validation"].get_ydata() == pytest.approx([0.75, 0.5, 0.25])
+    assert means["training"].get_xdata().tolist() == [1, 2, 3]
+    assert means["training"].get_ydata() == pytest.approx([0.65, 0.4, 0.15])
+    assert means["held-out fold"].get_ydata() == pytest.approx([0.75, 0.5, 0.25])
     assert means["chance"].get_ydata() == pytest.approx([np.log(2)] * 2)
     means = {line.get_label(): line for line in below.lines}
-    assert means["validation"].get_ydata() == pytest.approx([0.35, 0.6, 0.85])
+    assert means["held-out fold"].get_ydata() == pytest.approx([0.35, 0.6, 0.85])
     assert len(above.lines) == 2 * (2 + 1) + 1
     assert [ax.get_title() for ax in figure.axes[:2]] == ["3D", "2D"]
 
@@ -176,10 +176,11 @@ def test_dots_draw_scores_intervals_and_numbers_in_their_row_and_kind():
         segments = np.array(bars.get_segments())
         np.testing.assert_allclose(segments[:, :, 0], rows[["low", "high"]], err_msg=kind)
         np.testing.assert_allclose(segments[:, :, 1], line.get_ydata()[:, None] * [[1, 1]])
-        assert [written[f"{x:.3f}"] for x in line.get_xdata()] == line.get_ydata().tolist()
+        assert [written[f"{x:.2f}"] for x in line.get_xdata()] == line.get_ydata().tolist()
     with pytest.raises(ValueError, match="shorter"):  # there are eight colours
         dots(pd.concat([SCORES[:1].assign(protocol=kind) for kind in "abcdefghi"]))
     assert dots(label="AUC").get_xlabel() == "AUC"
+    assert {"0.91, n=40", "0.74, n=40"} <= set(texts(dots(SCORES.assign(n=40))))
 
 
 def test_dots_draw_folds_above_and_published_values_below_their_own():

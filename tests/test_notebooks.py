@@ -15,8 +15,8 @@ from brainsex import synthetic
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 FIGURES = {
-    "tabular_accuracy.png", "knn_sweep.png", "xgb_importance_20.png", "log_reg_importance_20.png",
-    "overlap.png", "volumes_controlled.png", "table_controlled.png", "table_head_size_alone.png",
+    "tabular_accuracy.png", "xgb_importance_20.png", "log_reg_importance_20.png",
+    "overlap.png", "volumes_controlled.png", "table_controlled.png",
     "fa_volumes.png", "brain_volume.png",
     "cnn2d_curves.png", "slab_positions.png",
     "feature_effects.png", "feature_maps.png",

@@ -94,7 +94,7 @@ def brain_panels(
         for sex, regions in (outlines or {}).items():
             image = to_image(regions, panel["stat_map_img"].affine)
             display.add_contours(image, levels=[0.5], colors=OUTLINES[sex], linewidths=1.2)
-        display.annotate(size=7)
+        display.annotate(size=8)
     return figure
 
 

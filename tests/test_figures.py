@@ -106,16 +106,18 @@ def test_a_row_of_panels_shows_each_image_in_the_plane_asked_for(volume):
 
 
 def test_planted_regions_are_outlined_where_they_lie(volume):
-    outlines = np.zeros(SHAPE, int)
-    outlines[2:5, 3:5, 7:10] = 2
+    region = np.zeros(SHAPE, bool)
+    region[2:5, 3:5, 7:10] = True
     panel = {"label": "", "planes": "z", "cut_coords": [14], "vmax": 1, "cmap": "gray"}
     panel["stat_map_img"] = figures.to_image(volume, AFFINE)
-    figure = figures.brain_panels([[panel]], outlines=outlines, **HEAD)
+    figure = figures.brain_panels([[panel]], outlines={"men": region}, **HEAD)
     ax = planes(figure, "z")[14]  # through the outlined region: voxel 8, −18 + 8 · 4 mm
     corners = np.concatenate([path.vertices for c in ax.collections for path in c.get_paths()])
     middle = (corners.min(0) + corners.max(0)) / 2
     assert middle == pytest.approx((-14, -10.5), abs=2)  # voxels 2 to 4 and 3 to 4
-    assert any("blue contours: planted regions" in text for text in texts(figure))
+    colours = {to_hex(colour) for c in ax.collections for colour in c.get_edgecolor()}
+    assert colours == {figures.OUTLINES["men"].lower()}
+    assert any("orange higher in women, blue in men" in text for text in texts(figure))
 
 
 def test_training_curves_draw_folds_and_their_mean():

@@ -182,7 +182,7 @@ def test_of_several_sessions_or_spaces_one_is_chosen(tmp_path):
 
 
 def test_nothing_there(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"at any depth, found \[\]; see DATA_ACCESS"):
+    with pytest.raises(FileNotFoundError, match=r"at any depth, found none; see DATA_ACCESS"):
         layouts.find_volumes(tmp_path / "nowhere")
     hidden = ".hidden/fa/1.nii.gz", "__MACOSX/900001/T1w/FA.nii.gz", "FA/._900001_FA.nii.gz"
     write(tmp_path, dict.fromkeys(["readme.txt", *hidden], ""))

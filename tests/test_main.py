@@ -3,7 +3,9 @@
 import errno
 import inspect
 import re
+import runpy
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -66,6 +68,20 @@ def test_nobody_who_can_be_used_is_an_error(folder, tmp_path):
         (tmp_path / "hcp" / path.name).write_bytes(path.read_bytes())
     with pytest.raises(SystemExit, match=r"error: nobody could be used.*HCP ships no FA map"):
         main(["extract", str(tmp_path / "hcp"), str(tmp_path / "fa")])
+
+
+def test_the_tour_is_of_people_whom_its_network_has_not_seen(
+    folder, trained, tmp_path, monkeypatch
+):
+    notebooks = Path(__file__).parents[1] / "notebooks"
+    monkeypatch.syspath_prepend(notebooks)
+    runpy.run_path(str(notebooks / "tour.py"))["write_tour"](folder, trained, tmp_path / "t", 1)
+    tour, data = cohort.load(tmp_path / "t"), cohort.load(folder)
+    folds = pd.read_csv(trained / "folds.csv", dtype={"Subject": str}).set_index("Subject")["fold"]
+    assert (folds[tour.subjects] == 0).all()
+    assert sorted(tour.sex) == [0, 1]
+    row = list(data.subjects).index(tour.subjects[0])
+    np.testing.assert_allclose(tour.volumes[0], data.volumes[row], atol=1e-3)
 
 
 def test_predict_takes_folders_and_wildcards(folder, trained, capsys):

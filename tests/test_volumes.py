@@ -542,7 +542,7 @@ def test_convert_takes_rows_of_chosen_volumes(tmp_path):
 
 def test_convert_without_a_table_or_anything_usable(tmp_path):
     folder = make(tmp_path / "c", 3, rows=[("000000", "F", "")])
-    with pytest.raises(FileNotFoundError, match=r"expected volumes.*found \[\]"):
+    with pytest.raises(FileNotFoundError, match=r"expected volumes.*found none"):
         convert(tmp_path / "nowhere", folder, tmp_path / "out")
     with pytest.raises(FileNotFoundError, match=r"expected one table with columns.*DATA_ACCESS"):
         convert(folder / "fa", tmp_path, tmp_path / "out")

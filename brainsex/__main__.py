@@ -148,14 +148,12 @@ def predict_files(
     Returns a row a volume: path, Subject, and probability_of_man, or the reason why it has none.
     Raises ValueError for a network that was trained on volumes less their confounds.
     """
-    record, grid = Path(checkpoint).with_name(storage.RUN_RECORD), {"shape": SHAPE}
-    if record.is_file():
-        trained = storage.read_json(record).get("train", {})
-        grid = trained.get("grid", grid)
-        if trained.get("confounds"):
-            problem = "expected a network on volumes as they are, found confounds regressed out"
-            raise ValueError(f"{record}: {problem}; train one without")
-    grid = check_grid(grid, record)
+    record = Path(checkpoint).with_name(storage.RUN_RECORD)
+    trained = storage.read_json(record).get("train", {}) if record.is_file() else {}
+    if trained.get("confounds"):
+        problem = "expected a network on volumes as they are, found confounds regressed out"
+        raise ValueError(f"{record}: {problem}; train one without")
+    grid = check_grid(trained.get("grid", {"shape": SHAPE}), record)
     network, rows, files = networks.load(checkpoint, grid["shape"]), [], []
     for path in paths:
         if path.is_dir():

@@ -103,7 +103,7 @@ def write_array(path: Path, shape: tuple, dtype: np.dtype, parts: Iterable[np.nd
 
 def read_json(path: str | Path) -> dict:
     """Read a JSON object that the project wrote, or raise FileNotFoundError or ValueError."""
-    with reading(path, "a JSON object", "delete it"):
+    with reading(path, "a JSON object", "make its folder anew"):
         return dict(json.loads(Path(path).read_text(encoding="utf-8")))
 
 

@@ -93,7 +93,7 @@ def test_damaged_json_is_named(tmp_path):
     assert storage.read_json(path) == {"a": "ä"}
     for content in (b"{", b"[1]", b"\xff", b"[" * 100_000):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"fold-1\.json: expected a JSON object.*; delete it"):
+        with pytest.raises(ValueError, match=r"fold-1\.json: expected a JSON object.*; make"):
             storage.read_json(path)
 
 

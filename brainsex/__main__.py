@@ -1,22 +1,18 @@
-"""The commands for what runs for hours: ``python -m brainsex COMMAND -h``.
-
-``torchrun … -m brainsex train`` (or ``masks``) shares whole folds (subjects) among its processes.
-This module alone knows of it. Processes do not talk to each other: what is finished lies in files.
-"""
+"""The commands for what runs for hours: ``python -m brainsex COMMAND -h``."""
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import nullcontext, redirect_stdout
+from contextlib import nullcontext
 from glob import glob
 from pathlib import Path
 
 import joblib
 import numpy as np
 import pandas as pd
-import torch
 from tqdm.auto import tqdm
 
 from brainsex import (
@@ -37,23 +33,6 @@ from brainsex import (
 from brainsex.cohort import check_grid, load_cohort
 
 
-def process_share(count: int) -> range | None:
-    """Return which of `count` folds or subjects are this process's of torchrun; None for all."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return None
-    return range(int(os.environ["RANK"]), count, int(os.environ["WORLD_SIZE"]))
-
-
-def place_process() -> bool:
-    """Give a process of torchrun its GPU, before CUDA is used, and cores; return if it is first."""
-    local_rank, local_processes = (int(os.environ[f"LOCAL_{n}"]) for n in ("RANK", "WORLD_SIZE"))
-    if gpus := torch.cuda.device_count():
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[local_rank % gpus]
-    torch.set_num_threads(max(1, joblib.cpu_count() // local_processes))
-    return os.environ["RANK"] == "0"
-
-
 def _read_layout(
     cohort: Path, table: Path | None, id: str | None, **names: str | None
 ) -> tuple[pd.DataFrame, pd.DataFrame | None]:
@@ -61,7 +40,9 @@ def _read_layout(
     people, columns = None, {name: names[name] for name in ("subject", "sex")}
     try:
         people_table = table or tables.find_people(cohort, **columns)
-        people = tables.read_people(people_table, **names)
+        paths = layouts.find_files(cohort, *layouts.VOLUME_ENDINGS, ".zip")
+        paths = [path.relative_to(cohort).as_posix() for path in paths]
+        people = tables.read_people(people_table, **names, paths=paths)
         if people_table.parent != cohort:
             beside = people_table, names["subject"], names["session"]
             people = tables.join_beside(people, cohort, *beside)
@@ -84,7 +65,9 @@ def _survey(cohort: Path, table: Path | None, **names: str | None) -> None:
     files, _ = _read_layout(cohort, table, **names)
     print(f"morphometry: {tabular.find_table(cohort) or 'none'}")
     print("next, and what it takes here without a GPU, roughly:")
-    print(*layouts.next_commands(files, joblib.cpu_count()), sep="\n")
+    given = ({"table": table} | names).items()
+    options = "".join(f" --{name} {shlex.quote(str(value))}" for name, value in given if value)
+    print(*layouts.next_commands(files, joblib.cpu_count(), options), sep="\n")
 
 
 def _convert(cohort: Path, out: Path | None, table: Path | None, **settings: object) -> None:
@@ -106,16 +89,14 @@ def _convert(cohort: Path, out: Path | None, table: Path | None, **settings: obj
         storage.write_text(out / "SYNTHETIC", (cohort / "SYNTHETIC").read_text())
 
 
-def _train(cohort: Path, channels: int, workers: int | None, **settings: object) -> None:
+def _train(cohort: Path, channels: int, **settings: object) -> None:
     """Cross-validate the 3D CNN; fold-K.pt and folds.csv go to OUT."""
-    data, share = load_cohort(cohort), process_share(settings["folds"])
-    if share is not None:
-        workers = workers or torch.get_num_threads()
+    data = load_cohort(cohort)
 
     def make_network() -> networks.MriNet3d:
         return networks.MriNet3d(channels, data.volumes.shape[1:])
 
-    table = training.cross_validate(data, make_network, only=share, workers=workers, **settings)
+    table = training.cross_validate(data, make_network, **settings)
     correct = (table["probability"] > 0.5) == table["sex"]
     print(correct.groupby(table["fold"]).mean().to_string())
     print(f"accuracy {correct.mean():.4f} over {len(table)} subjects")
@@ -123,8 +104,7 @@ def _train(cohort: Path, channels: int, workers: int | None, **settings: object)
 
 def _masks(cohort: Path, networks: Path, out: Path, **settings: object) -> None:
     """Learn perturbation masks of held-out subjects, saved as NIfTI."""
-    data = load_cohort(cohort)
-    table = explain.explain(data, networks, out, rows=process_share(len(data)), **settings)
+    table = explain.explain(load_cohort(cohort), networks, out, **settings)
     print(table[["before", "after", "volume"]].describe().loc[["mean", "min", "max"]].to_string())
 
 
@@ -206,6 +186,7 @@ OPTIONS = {  # the default of --effect is the function's own: 1 for synthesize, 
     "--mask": {"metavar": "GLOB", "help": "of brain masks or labels below COHORT, IDs in the path"},
     "--align": {"choices": ("rigid", "affine"), "help": "register to MNI152 (DIPY)"},
     "--channels": {"type": int, "default": 32, "help": "of the first hidden layer"},
+    "--only": {"type": int, "nargs": "+", "help": "folds, from 0, where machines share the work"},
     "--folds": {"type": int, "default": 10, "help": "of the cross-validation"},
     "--epochs": {"type": int, "default": 14, "help": "a fold"},
     "--batch-size": {"type": int, "default": 10, "help": "subjects"},
@@ -230,22 +211,18 @@ COMMANDS = {  # name: the function, and its arguments
     ),
     "train": (
         _train,
-        "cohort out --channels --folds --epochs --batch-size --lr --milestones --weight-decay "
-        "--no-neutral --seed --workers --overwrite",
+        "cohort out --channels --folds --only --epochs --batch-size --lr --milestones "
+        "--weight-decay --no-neutral --seed --workers --overwrite",
     ),
     "masks": (_masks, "cohort networks out --seed --overwrite"),
     "predict": (_predict, "network volumes --mask --id"),
 }
-EXAMPLES = """which commands, in which order, and what they take: python -m brainsex survey data/hcp
-without HCP: python -m brainsex synthesize data/synthetic
-T1 of whole heads: python -m brainsex convert data/ixi --mask 'masks/*' --align rigid
-"""
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands; a command's help is the first line of its docstring."""
-    look = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": EXAMPLES}
-    top = argparse.ArgumentParser(prog="python -m brainsex", description=__doc__, **look)
+    about = f"{__doc__} Start with survey, which says what to run; without data, with synthesize."
+    top = argparse.ArgumentParser(prog="python -m brainsex", description=about)
     commands = top.add_subparsers(required=True, metavar="COMMAND", dest="command")
     for command, (function, names) in COMMANDS.items():
         line, look = function.__doc__.partition("\n")[0], argparse.ArgumentDefaultsHelpFormatter
@@ -265,12 +242,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if command == "convert" and not folder.is_dir() and folder == options["cohort"]:
             raise FileNotFoundError(f"{folder}: no such folder; DATA_ACCESS.md says how to start")
-        launched = process_share(1) is not None
-        if launched and (command not in ("train", "masks") or options["overwrite"]):
-            raise ValueError("torchrun shares train and masks, without --overwrite: delete OUT")
-        is_first = place_process() if launched else True
-        lock = storage.folder_lock(folder) if is_first and folder else nullcontext()
-        with lock, redirect_stdout(sys.stdout if is_first else None):
+        shared = options.get("only") is not None  # folds of one run, by several processes
+        with storage.folder_lock(folder) if folder and not shared else nullcontext():
             table = COMMANDS[command][0](**options)
         if isinstance(table, pd.DataFrame) and (table["status"] == "rejected").all():
             reason = table["reason"].iloc[0]

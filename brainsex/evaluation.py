@@ -65,11 +65,9 @@ def bootstrap_interval(
 
     Subjects are drawn, networks are not: the interval says how another sample of subjects would
     come out. Subjects are drawn within `strata` (N,), such as fold and sex, if a fixed number of
-    each stratum was chosen. Raises ValueError for NaN and for no subjects.
+    each stratum was chosen.
     """
     values = np.asarray(values, float)
-    if len(values) == 0 or not np.isfinite(values).all():
-        raise ValueError(f"expected finite values of subjects, found {values}.")
     strata = np.zeros(len(values)) if strata is None else np.asarray(strata)
     rng, draws = np.random.default_rng(0), np.empty((BOOTSTRAP_DRAWS, len(values)))
     for stratum in np.unique(strata):

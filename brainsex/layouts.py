@@ -31,7 +31,7 @@ PACKAGES = {  # kind: modality, how its path ends, and the command that makes vo
     "archive": ("fa", rf"/(sub-)?{LABEL}([_-]([^/]*[_-])?(FA|DTI)([_-][^/]*)?)?\.zip", EXTRACT_FA),
 }
 NEXT = (  # what is run on a folder of volumes
-    "python -m brainsex convert {0}",
+    "python -m brainsex convert {0}{2}",
     "python -m brainsex train {0} results/{1}/cnn3d",
     "python -m brainsex masks {0} results/{1}/cnn3d results/{1}/masks",
 )
@@ -39,11 +39,12 @@ COSTS = {"fa": (90, 4), "extract": (2, 4), "convert": (0.3, 1), "train": (60, 1)
 """Rough seconds of a core and MB on disk a subject; of 10 folds and 32 channels (`make bench`)."""
 PREFERRED = {  # how the paths of volumes look that are taken where there are others of a modality
     "fa": (r"fa/[^/]+", r"(.*/)?origdata/[^/]+", r"(.*/)?FA/\*_FA\..*", r".*/dMRI/dMRI/dti_FA\..*"),
-    "t1": (r"t1/[^/]+", r"(.*/)?T1w/T1w_acpc_dc_restore_brain\..*"),
+    "t1": (r"t1/[^/]+", r"(.*/)?T1w/T1w_acpc_dc_restore_brain\..*", r"(.*/)?mri/brain\.mgz"),
 }
 FOLDERS = {"fa": "fa", "origdata": "fa", "t1": "t1"}  # whose volumes are of what modality
 NAMES = {"fa": r"fa(map)?|(fractional)?anisotropy", "t1": r"t1w?|mprage"}  # words of names
 NO_MAP_WORDS = set("mask mean all skeleton skeletonised seg dseg probseg labels".split())
+SPM_PARTS = re.compile(r"(m0?w?|r)?(p|wp)[0-7]|i?y_")  # how names of tissues and fields begin
 WORDS = re.compile(  # parts of paths that are no subject's ID
     r"fa(map)?|t1w?|dti|dwi|dmri|data|diffusion.*|anat|dtifit|tensor|maps?|brain|restore|acpc|dc|to"
     r"|target|mni.*|native|std|origdata|stats|tbss|results|derivatives|mri|metrics|models?|fdt"
@@ -124,7 +125,7 @@ def _tell_apart(
     for allowed in (differs & free, free, np.ones(len(free), bool)):
         places = np.flatnonzero(allowed)
         words, folders = places[places >= depth], places[places < depth][::-1]
-        for k in (words, *folders[:, None], *words[::-1, None]):
+        for k in (words, *folders[:, None], *words[::-1, None], places):
             choices += [["_".join(row) for row in columns[:, k]]] if len(k) else []
     choices += [[_known_within(name, known) for name in choice] for choice in choices]
     keys = [list(map(tables.compare_id, choice)) for choice in choices]
@@ -136,7 +137,13 @@ def _tell_apart(
             raise ValueError(
                 f"{'/'.join(columns[n, :depth])}/{'_'.join(columns[n, depth:])}: {problem}"
             )
-    return choices[merits.index(best)]
+    ids = choices[merits.index(best)]
+    if merits.index(best) >= len(choices) // 2 and ids[0].isdecimal():
+        place = "/".join(columns[0])[-60:]
+        print(
+            f"WARNING: IDs stand only within names, as {ids[0]} in {place}: do they mean the same?"
+        )
+    return ids
 
 
 def _known_within(name: str, known: dict[str, str]) -> str:
@@ -182,8 +189,8 @@ def _describe(path: str) -> tuple[str, str]:
         if re.search(f"(?i){ending}$", f"/{path}"):
             return kind, modality
     *folders, name = path.lower().split("/")
-    words = set(re.split(r"[\W_]+", name))
-    if words & NO_MAP_WORDS or "7t" in re.split("[/_]", path.lower()):
+    words = set(re.split(r"[\W_]+", name)) | ({"t1"} if name == "brain.mgz" else set())
+    if words & NO_MAP_WORDS or SPM_PARTS.match(name) or "7t" in re.split("[/_]", path.lower()):
         return "", ""
     for modality, pattern in NAMES.items():
         if any(re.fullmatch(pattern, word) for word in words):
@@ -210,8 +217,11 @@ def summarise_layout(files: pd.DataFrame, people: pd.DataFrame | None) -> pd.Dat
     return summary
 
 
-def next_commands(files: pd.DataFrame, cores: int) -> list[str]:
-    """Return what to run after `find_volumes`, each command with the time and room it takes."""
+def next_commands(files: pd.DataFrame, cores: int, options: str = "") -> list[str]:
+    """Return what to run after `find_volumes`, each command with the time and room it takes.
+
+    `options` are those of ``survey``, which ``convert`` needs, too.
+    """
     files, folder = files[files["modality"] != ""], Path(files.attrs["folder"])
     packages = [kind for kind in PACKAGES if kind in set(files["kind"])]
     only_packages = files["kind"].isin(packages).all()
@@ -221,7 +231,7 @@ def next_commands(files: pd.DataFrame, cores: int) -> list[str]:
         seconds, megabytes = COSTS[command.split()[3]]
         minutes, gigabytes = count * seconds / cores / 60, count * megabytes / 1000
         time = f"{minutes / 60:.1f} hours" if minutes > 90 else f"{minutes:.0f} minutes"
-        line = command.format(folder.as_posix(), Path(os.path.abspath(folder)).name)
+        line = command.format(folder.as_posix(), Path(os.path.abspath(folder)).name, options)
         lines.append(f"  {line}  # {time}, {gigabytes:.1f} GB")
     return lines
 
@@ -245,8 +255,12 @@ def choose_volumes(
         names = (f"{path.name}\n/{path.as_posix()}".split("\n") for path in chosen["path"])
         patterns = match, f"*/{match}"
         chosen = chosen[[any(map(fnmatchcase, name, patterns)) for name in names]]
-    if session is not None and (chosen["session"] != "").any():  # else it is of the table's rows
-        chosen = chosen[chosen["session"] == session.removeprefix("ses-")]
+    if session is not None:  # of BIDS, or a part of paths; else it is of the table's rows
+        parts = chosen["path"].map(lambda path: re.split(r"[/\\_.]", str(path)))
+        own = (chosen["session"] == session.removeprefix("ses-")) | parts.map(
+            lambda p: session in p
+        )
+        chosen = chosen[own] if own.any() or (chosen["session"] != "").any() else chosen
     kind = kind or next((name for name in NAMES if name in set(chosen["modality"])), "fa")
     allowed = (kind,) if match is None else (kind, "")
     chosen = chosen[chosen["modality"].isin(allowed)].assign(modality=kind)

@@ -5,7 +5,6 @@ import os
 import zipfile
 from functools import partial
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from torch import Tensor, nn
@@ -185,9 +184,7 @@ def load_network(path: str | Path, shape: tuple[int, int, int] = SHAPE) -> MriNe
     except Exception as error:
         if isinstance(error, OSError) and error.errno not in (None, 22):  # 22: a damaged offset
             raise
-        problem = " ".join(str(error).split())[:1000]
-        if isinstance(error, UnpicklingError):
-            problem = "objects beside tensors, which could run code and are not loaded"
+        problem = " ".join(str(error).split())[:100]
         expected = f"expected a state dict of MriNet3d or MriNet2d for {shape}, found {problem}"
         raise ValueError(f"{path}: {expected}; save network.state_dict()") from error
     return network.float().eval()

@@ -90,8 +90,6 @@ def optimise_masks(
     fast = copy.deepcopy(plain).to(dtype)
     size = speed.CPU_BATCH if device.type == "cpu" and dtype == torch.float32 else None
     subjects = range(len(volumes)) if subjects is None else subjects
-    if len(subjects) != len(volumes):
-        raise ValueError(f"expected {len(volumes)} subjects, found {len(subjects)}.")
     target, reference = broadcast_inputs(plain, volumes, target, reference)
     keys = (hashlib.sha256(f"{seed}/{subject}".encode()).digest() for subject in subjects)
     draws = [np.random.default_rng(int.from_bytes(key[:7], "big")) for key in keys]

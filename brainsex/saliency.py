@@ -163,8 +163,6 @@ def _grad_cam(score: _LogOdds, volumes: Tensor, target: Tensor) -> Tensor:
 
 def _guided_backpropagation(score: _LogOdds, volumes: Tensor, target: Tensor) -> Tensor:
     """The gradient, kept positive at every nn.ReLU (Springenberg et al. 2015, arXiv 1412.6806)."""
-    if not any(isinstance(module, nn.ReLU) for module in score.modules()):
-        raise ValueError("guided_backpropagation: expected a network with nn.ReLU, found none.")
     return GuidedBackprop(score).attribute(volumes, target)
 
 

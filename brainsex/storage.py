@@ -3,13 +3,12 @@
 import errno
 import glob
 import gzip
+import io
 import json
 import math
 import os
 import platform
 import secrets
-import signal
-import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -20,6 +19,7 @@ from typing import IO
 
 import nibabel as nib
 import numpy as np
+import pandas as pd
 from filelock import FileLock, Timeout
 from isal import igzip
 from nibabel.arrayproxy import ArrayProxy
@@ -27,6 +27,7 @@ from nibabel.arrayproxy import ArrayProxy
 RUN_RECORD = "run.json"
 MAX_PARTIAL_SECONDS = 24 * 3600  # after which nobody is at work on a temporary file any more
 RECORDED_PACKAGES = "brainsex numpy pandas scipy torch nibabel scikit-learn dipy".split()
+MAX_TABLE_BYTES = 1 << 31
 MAX_EXTRA_BYTES = 1 << 20  # read after the voxels
 POINTERS = {  # how files begin that stand for content elsewhere
     b"/annex/": "datalad get, or git annex get",
@@ -85,6 +86,33 @@ def reading(path: str | Path, expected: str, remedy: str = "download it again") 
         problem = " ".join(str(error).split())[:300] or type(error).__name__
         message = f"{name}: expected {expected}, cannot read it ({problem}); {remedy}"
         raise ValueError(message) from error
+
+
+def open_table(table: Path) -> tuple[io.StringIO, dict]:
+    """Return a table's text, and how pandas reads it; a repeated name gets " (2)" appended.
+
+    The separator is the commonest in the header: comma, semicolon or tab; the encoding UTF-8,
+    UTF-16 or Windows' (cp1252).
+    """
+    if table.stat().st_size > MAX_TABLE_BYTES:
+        raise ValueError(f"over {MAX_TABLE_BYTES} bytes")
+    content = table.read_bytes()
+    try:
+        marked = content[:2] in (b"\xff\xfe", b"\xfe\xff")
+        text = content.decode("utf-16" if marked else "utf-8-sig")
+    except UnicodeDecodeError:  # as Excel encodes text in western Europe and America
+        text = content.decode("cp1252", errors="replace")
+    file = io.StringIO(text, newline=None)
+    lines = file.readline(), file.readline()
+    skipped = lines[0].lower().startswith("sep=")  # Excel's own line above the header
+    header = lines[skipped]
+    file.seek(0)
+    options = {"sep": max(",;\t", key=header.count), "dtype": str, "skip_blank_lines": False}
+    names = pd.read_csv(io.StringIO(header), header=None, keep_default_na=False, **options)
+    names = names.loc[0].str.strip()
+    repeats = names.groupby(names).cumcount() + 1
+    names = names.where(repeats == 1, names + " (" + repeats.astype(str) + ")")
+    return file, options | {"header": int(skipped), "names": names}
 
 
 def write_nifti(path: str | Path, volume: np.ndarray, affine: np.ndarray) -> None:
@@ -168,21 +196,6 @@ def _environment() -> dict:
         with suppress(PackageNotFoundError):
             versions[name] = version(name)
     return versions
-
-
-@cache
-def exit_with_parent(parent_pid: int) -> None:
-    """Make a worker process ignore Ctrl-C and end with its parent, however that ends."""
-    if parent_pid == os.getpid():
-        return
-
-    def watch() -> None:
-        while os.getppid() == parent_pid:
-            time.sleep(0.1)
-        os._exit(1)
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _read_header(path: Path, file: IO[bytes]) -> nib.spatialimages.SpatialHeader:

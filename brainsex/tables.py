@@ -1,6 +1,5 @@
 """Tables of people and measures, of any encoding and naming, and IDs in one form everywhere."""
 
-import io
 import os
 import re
 import warnings
@@ -12,9 +11,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from brainsex import LABELS, storage
+from brainsex import storage
 
-MAX_TABLE_BYTES = 1 << 31
 INVALID_ID_CHARACTERS, MAX_ID_LENGTH = r"[/\\\x00-\x1f\x7f]", 200  # IDs become file names
 SYNONYMS = {  # of HCP's columns, in any case, as BIDS, UK Biobank, OASIS, REDCap … name them
     "Subject": r"(sub|subj|subject|participant|patient|proband|pbn|twin|case|record|src_subject)"
@@ -24,9 +22,10 @@ SYNONYMS = {  # of HCP's columns, in any case, as BIDS, UK Biobank, OASIS, REDCa
     r"|(f\.|p)?31([-.]0\.0)?|female|male",
     "Age": r"(f\.|p)?21003([-_.]\w+\.?\d*)?"
     r"|(age|alter)([ _.]?(at|in)?[ _.]?(scan|years|yrs|y))?( ?\(.*\))?",
-    "session": r"(ses|session|visit|redcap_event)([ _.]?(id|name|label))?",
-    "Family_ID": r"fam(ily)?[ _.]?(id|no|nr|number|code)?|pedigree[ _.]?(id|no)?",
+    "session": r"(redcap_)?(ses|session|visit|event|timepoint|wave)([ _.]?(id|name|label))?",
+    "Family_ID": r"(rel_)?fam(ily)?[ _.]?(id|no|nr|number|code)?|pedigree[ _.]?(id|no)?",
 }
+SEX_WORD_IN_NAME = r"(?<![a-z])(?<!same_)(?:sex|gender|geschl|geschlecht)(?![a-z])"
 PEOPLE_NAMES = (  # of tables of people, the likeliest first
     r"(?i)unrestricted_behavioral\.csv",
     r"(?i)(HCP_YA_subjects_|unrestricted_(?!.*freesurfer)).*\.csv",
@@ -39,7 +38,6 @@ BESIDE = {  # columns that HCP ships in tables of their own, beside the table of
     "FS_InterCranial_Vol": "intracranial_volume_ml",  # in mm³ in the file
     "FS_IntraCranial_Vol": "intracranial_volume_ml",
 }
-NO_VOLUME = "a row, but no volume"
 OWN_TABLES = ("subjects.csv", "rejected.csv")  # what convert leaves
 SEX_WORDS = dict.fromkeys("f female w woman weiblich frau".split(), 0)
 SEX_WORDS |= dict.fromkeys("m male man männlich mann".split(), 1)
@@ -53,6 +51,7 @@ def subject_id(text: object) -> str:
     ``sub-01`` gives ``01``; ``900106.0`` and ``9.00106E+05`` give ``900106``.
     """
     name = re.sub(r"(?i)^sub[-_](?=.)", "", str(text).strip().rstrip("/"))
+    name = re.sub(r"(?i)^NDAR_?INV", "NDARINV", name)  # ABCD's tables have the line, its files not
     number = re.fullmatch(r"\d+\.0*|\d(\.\d+)?[eE]\+\d\d?", name) and Decimal(name)
     return str(int(number)) if number and number == int(number) else name
 
@@ -102,17 +101,22 @@ def read_people(
     subject: str | None = None,
     sex: str | None = None,
     session: str | None = None,
+    paths: Iterable[str] = (),
 ) -> pd.DataFrame:
     """Read a table of people, and the columns `BESIDE` of it and of the tables in its folder.
 
-    `subject` and `sex` name its columns where `SYNONYMS` do not; `session` chooses among rows. The
-    result is indexed by Subject (str) and has Gender (F, M) and, where known, ``age`` (years, or
-    HCP's age band), ``qc_issue``, ``intracranial_volume_ml`` and ``group`` (family ID). The codes
-    of sex are printed. Raises FileNotFoundError, or ValueError if a column is missing or a subject
-    has two rows.
+    `subject` and `sex` name its columns where neither their names nor the `paths` of the cohort's
+    files tell, as by `find_id_column`; `session` chooses among rows. The result is indexed by
+    Subject (str) and has Gender (F, M) and, where known, ``age`` (years, or HCP's age band),
+    ``qc_issue``, ``intracranial_volume_ml`` and ``group`` (family ID). The codes of sex are
+    printed. Raises FileNotFoundError, or ValueError if a column is missing or a subject has two
+    rows.
     """
     table = Path(table)
-    rows = index_subjects(table, read_text_table(table, session), subject or "Subject")
+    rows = read_text_table(table)
+    if subject is None:
+        subject, rows = find_id_column(table, rows, paths, session)
+    rows = index_subjects(table, select_session(rows, session), subject)
     if rows.empty:
         raise ValueError(f"{table}: expected rows of session {session or 'any'}, found none")
     people = read_sex(table, rows, sex or "Gender").to_frame("Gender")
@@ -145,9 +149,7 @@ def join_beside(
             _add_columns(people, path, rows, {column: name})
             known = people.index.isin(rows.index).sum()
             if 2 * known < len(people):
-                print(
-                    f"WARNING: {path.name}: {column} known of {known} of {len(people)}: compare IDs"
-                )
+                print(f"WARNING: {path.name} has {column} of {known} of {len(people)}: compare IDs")
     return people
 
 
@@ -173,6 +175,9 @@ def index_subjects(table: Path, rows: pd.DataFrame, column: str) -> pd.DataFrame
     """
     column = find_column(table, rows, column)
     rows = rows.dropna(subset=column).drop_duplicates()
+    rows = rows[
+        ~rows[column].str.contains(r"\S+\s+\S+\s+\S+\s+\S")
+    ]  # what a column means, below it
     return rows.set_index(check_subject_ids(table, rows[column])).rename_axis("Subject")
 
 
@@ -182,59 +187,14 @@ def _find_headers(folder: str | Path) -> dict[Path, pd.Series]:
     for path in sorted(Path(folder).glob("[!.]*")):
         if path.suffix.lower() in (".csv", ".tsv", ".txt") and path.name not in OWN_TABLES:
             with suppress(ValueError, OSError):
-                headers[path] = _open_table(path)[1]["names"]
+                headers[path] = storage.open_table(path)[1]["names"]
     return headers
-
-
-def match_subjects(
-    files: dict[str, list[Path]], people: pd.DataFrame
-) -> tuple[dict[str, Path], dict[str, str]]:
-    """Match volumes by subject to `read_people`: paths to use, and reasons of who is rejected."""
-    accepted, rejected = {}, {}
-    for subject in sorted({*files, *people.index}):
-        if subject not in files:
-            rejected[subject] = NO_VOLUME
-        elif subject not in people.index:
-            rejected[subject] = "a volume, but no row in the table; --id or --subject take others"
-        elif len(paths := files[subject]) > 1:
-            names = ", ".join("/".join(path.parts[-3:]) for path in paths)
-            rejected[subject] = f"{len(paths)} volumes: {names}: keep one (--session, --match)"
-        elif not paths[0].is_file():
-            rejected[subject] = "no file behind its name: a folder, or a broken link (datalad get)"
-        elif (gender := people.at[subject, "Gender"]) not in LABELS:
-            rejected[subject] = f"Gender is {gender!r}, expected M or F"
-        else:
-            accepted[subject] = paths[0]
-    return accepted, rejected
 
 
 def fill_missing_families(families: pd.Series) -> np.ndarray | None:
     """Return family IDs (N,) str, own ones where unknown, of a Series by subject; None if empty."""
     own_ids = pd.Series("subject " + families.index.astype(str), families.index)
     return None if families.isna().all() else families.fillna(own_ids).to_numpy(str)
-
-
-def _open_table(table: Path) -> tuple[io.StringIO, dict]:
-    """Return a table's text and how pandas reads it; a repeated name gets " (2)" appended."""
-    if table.stat().st_size > MAX_TABLE_BYTES:
-        raise ValueError(f"over {MAX_TABLE_BYTES} bytes")
-    content = table.read_bytes()
-    try:
-        marked = content[:2] in (b"\xff\xfe", b"\xfe\xff")
-        text = content.decode("utf-16" if marked else "utf-8-sig")
-    except UnicodeDecodeError:  # as Excel encodes text in western Europe and America
-        text = content.decode("cp1252", errors="replace")
-    file = io.StringIO(text, newline=None)
-    lines = file.readline(), file.readline()
-    skipped = lines[0].lower().startswith("sep=")  # Excel's own line above the header
-    header = lines[skipped]
-    file.seek(0)
-    options = {"sep": max(",;\t", key=header.count), "dtype": str, "skip_blank_lines": False}
-    names = pd.read_csv(io.StringIO(header), header=None, keep_default_na=False, **options)
-    names = names.loc[0].str.strip()
-    repeats = names.groupby(names).cumcount() + 1
-    names = names.where(repeats == 1, names + " (" + repeats.astype(str) + ")")
-    return file, options | {"header": int(skipped), "names": names}
 
 
 def read_text_table(table: str | Path, session: str | None = None) -> pd.DataFrame:
@@ -248,7 +208,7 @@ def read_text_table(table: str | Path, session: str | None = None) -> pd.DataFra
     table = Path(table)
     with storage.reading(table, "a CSV table", "export it again"), warnings.catch_warnings():
         warnings.simplefilter("error", pd.errors.ParserWarning)  # of cells beyond the header
-        file, options = _open_table(table)
+        file, options = storage.open_table(table)
         rows = pd.read_csv(file, index_col=False, **options)
     if options["sep"] == ";":
         rows = rows.replace(r"^\s*([-+]?\d*),(\d+(?:[eE][-+]?\d+)?)\s*$", r"\1.\2", regex=True)
@@ -257,6 +217,11 @@ def read_text_table(table: str | Path, session: str | None = None) -> pd.DataFra
         mistake = f"{renamed} columns FS_L_Cerebellum… stand twice, by HCP's mistake"
         print(f"{table.name}: {mistake}: the second is taken for the right side, FS_R_Cerebellum…")
         rows.columns = names
+    return select_session(rows, session)
+
+
+def select_session(rows: pd.DataFrame, session: str | None) -> pd.DataFrame:
+    """Keep a table's rows of a session, where one is named and a column has sessions."""
     if session is not None and len(columns := match_columns(rows, "session")) == 1:
         sessions = rows[columns[0]].str.strip().str.removeprefix("ses-")
         rows = rows[sessions == session.removeprefix("ses-")]
@@ -311,17 +276,53 @@ def decode_sex(column: pd.Series) -> pd.Series:
 
 
 def match_columns(columns: Iterable[str], name: str) -> list[str]:
-    """Return the columns of that name, in any case; where there are none, its `SYNONYMS`."""
+    """Return the columns of that name, in any case, or its `SYNONYMS`, or with the word sex in it."""
     names = pd.Series([*columns], dtype=str)
     plain = names.str.replace(r" \(\d+\)$", "", regex=True)  # of repeated columns
     exact, alike = plain == name, plain.str.lower() == name.lower()
     other = plain.str.fullmatch(SYNONYMS.get(name, re.escape(name)), case=False)
-    return names[next((matches for matches in (exact, alike) if matches.any()), other)].to_list()
+    worded = plain.str.contains(SEX_WORD_IN_NAME if name == "Gender" else "(?!)", case=False)
+    return names[
+        next((hit for hit in (exact, alike, other, worded) if hit.any()), worded)
+    ].to_list()
+
+
+def find_id_column(
+    table: Path, rows: pd.DataFrame, paths: Iterable[str], session: str | None = None
+) -> tuple[str, pd.DataFrame]:
+    """Return the column of IDs, by its name or by the values that stand in paths, and the rows.
+
+    The column of which most values stand in the paths, best as whole parts, goes before the one
+    that is named as IDs are, unless its values have those within, as sessions have. Its rows then
+    take what they lack, such as the sex, from others of the same named ID, as of another event.
+    """
+    named, merits, parts, spans = match_columns(rows, "Subject"), {}, set(), set()
+    for path in paths:
+        parts |= {compare_id(part.split(".")[0]) for part in path.split("/")}
+        words = compare_id(path).split()
+        spans |= {" ".join(words[i : i + n]) for i in range(len(words)) for n in range(1, 7)}
+    columns = dict.fromkeys([*named, *rows.columns[:200]])  # IDs stand among the first
+    ids = rows[[*columns]].map(compare_id, na_action="ignore")
+    for column in columns:
+        known = {key for key in set(ids[column]) & spans if len(key) > 2 or key in parts}
+        merits[column] = len(known), len(known & parts), sum(map(len, known))
+    best, named = max(merits, key=merits.get), named[0] if len(named) == 1 else None
+    pairs = ids[[named, best]].dropna().to_numpy() if named else []
+    within = len(pairs) and all(f" {inner} " in f" {outer} " for inner, outer in pairs)
+    if not merits[best][0] or (named and (within or merits[named][:2] >= merits[best][:2])):
+        return named or find_column(table, rows, "Subject"), rows
+    print(f"{table.name}: IDs, by column {best}, whose values stand in the paths")
+    if named:
+        whole = rows.fillna(rows.groupby(named).transform("first"))
+        rows = whole if session else whole[rows[best].notna()]
+    return best, rows
 
 
 def find_column(table: Path, rows: pd.DataFrame, name: str) -> str:
     """Return the column `name`, or its only synonym; ValueError if there is none, or several."""
     matches = match_columns(rows, name)
+    if name == "Gender" and len({tuple(decode_sex(rows[n]).fillna(-1)) for n in matches}) == 1:
+        matches = matches[:1]  # of several that say the same
     if len(matches) != 1:
         columns = ", ".join(map("{:.100}".format, matches or rows.columns[:20]))
         problem = f"expected one column {name}, found {columns}; name it (--subject, --sex)"

@@ -3,7 +3,6 @@
 import copy
 import hashlib
 import json
-import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -211,7 +210,7 @@ def cross_validate(
         path, text = out / "folds.csv", table[["Subject", "fold"]].to_csv(index=False)
         if not path.is_file() or path.read_text("utf-8", "replace") != text:
             storage.write_text(path, text)
-        run = out, cohort, assignment, make_network, confounds, settings, threads, os.getpid()
+        run = out, cohort, assignment, make_network, confounds, settings, threads
         calls = (joblib.delayed(_fit_fold)(fold, *run) for fold in only)
         results = joblib.Parallel(jobs, return_as="generator")(calls)
         records = list(tqdm(results, "cross-validate", total=len(only), unit="fold"))
@@ -232,10 +231,8 @@ def _fit_fold(
     confounds: np.ndarray | None,
     settings: dict,
     threads: int,
-    parent_pid: int,
 ) -> dict:
     """Fit and test one fold, or read its record if it is finished."""
-    storage.exit_with_parent(parent_pid)
     path, weights = out / f"fold-{fold}.json", out / f"fold-{fold}.pt"
     if path.is_file() and weights.is_file():
         return storage.read_json(path)

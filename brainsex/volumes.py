@@ -22,6 +22,7 @@ from brainsex import BRAIN_THRESHOLD, LABELS, SHAPE, layouts, registration, stor
 from brainsex.registration import normalise_size
 from brainsex.storage import load_volume, read_grid
 
+NO_VOLUME = "a row, but no volume"
 MAX_OUT_OF_RANGE = 0.25  # share of the brain beyond [0, 1], as by ringing, that an FA map may have
 MAX_BRAIN_ML = 2500  # a T1-weighted volume with more of it is a head with its skull
 MEASURES = ["brain_volume_ml", "non_finite", "negative", "above_one"]
@@ -100,7 +101,7 @@ def clean(volume: np.ndarray, modality: str = "fa") -> tuple[np.ndarray, dict[st
         brain = np.abs(values[np.abs(values) > BRAIN_THRESHOLD])  # ringing around 0 is none of it
         out = np.count_nonzero(values < -BRAIN_THRESHOLD) + above
         if modality == "fa" and (np.median(brain) > 1 or out > MAX_OUT_OF_RANGE * len(brain)):
-            remedy = "divide it by its scale, if it has one, as 1000; or is it no FA?"
+            remedy = "divide it by its scale, as 1000; or is it no FA (--kind t1)?"
             problem = f"found values from {low:.4g} to {high:.4g}: {remedy}"
             raise ValueError(f"expected fractional anisotropy in [0, 1], {problem}")
         values = values.clip(0, 1)
@@ -130,9 +131,7 @@ def prepare(
         labels, mask_affine = load_volume(masks[0], contiguous=False)
         if not registration.same_grid(labels.shape, mask_affine, (volume.shape, affine)):
             raise ValueError(f"{masks[0]}: expected its volume's grid, found another")
-        if not (inside := labels > 0).any():
-            raise ValueError(f"{masks[0]}: expected labels above 0, found none")
-        volume = np.where(inside, volume, 0)
+        volume = np.where(labels > 0, volume, 0)
     volume, counts = clean(volume, modality)
     size = round(brain_volume(volume, affine), 3)
     if not size or (modality == "t1" and size > MAX_BRAIN_ML):
@@ -208,7 +207,7 @@ def convert(
         source = layouts.choose_volumes(layouts.find_volumes(source), match="*")
     files = source.groupby("Subject")["path"].agg(list).to_dict()
     people = people.set_axis(tables.spell_ids(people.index, files)).rename_axis("Subject")
-    accepted, rejected = tables.match_subjects(files, people)
+    accepted, rejected = _match_subjects(files, people)
     grid = {"shape": list(map(int, shape)), "modality": str(source["modality"].iloc[0])}
     asked = {"mask": mask, "align": align, "regrid": regrid}
     grid |= {"normalised": normalised} | {name: value for name, value in asked.items() if value}
@@ -235,6 +234,28 @@ def convert(
     if len(left_out):
         print(_count_reasons(left_out["reason"])[:3].to_string(header=False))
     return out_dir / "tensors.npy"
+
+
+def _match_subjects(
+    files: dict[str, list[Path]], people: pd.DataFrame
+) -> tuple[dict[str, Path], dict[str, str]]:
+    """Match volumes by subject to `read_people`: paths to use, and reasons of who is rejected."""
+    accepted, rejected = {}, {}
+    for subject in sorted({*files, *people.index}):
+        if subject not in files:
+            rejected[subject] = NO_VOLUME
+        elif subject not in people.index:
+            rejected[subject] = "a volume, but no row in the table; --id or --subject take others"
+        elif len(paths := files[subject]) > 1:
+            names = ", ".join("/".join(path.parts[-3:]) for path in paths)
+            rejected[subject] = f"{len(paths)} volumes: {names}: keep one (--session, --match)"
+        elif not paths[0].is_file():
+            rejected[subject] = "no file behind its name: a folder, or a broken link (datalad get)"
+        elif (gender := people.at[subject, "Gender"]) not in LABELS:
+            rejected[subject] = f"Gender is {gender!r}, expected M or F"
+        else:
+            accepted[subject] = paths[0]
+    return accepted, rejected
 
 
 def _commonest_grid(paths: Iterable[Path]) -> list | None:
@@ -276,7 +297,7 @@ def _write_cohort(
     storage.write_text(path := out_dir / "rejected.csv", reasons.to_csv(index=False))
     records = {s: record for s, record in records.items() if s not in rejected}
     if not records or 2 * len(records) < count:
-        lost = _count_reasons(reason for reason in rejected.values() if reason != tables.NO_VOLUME)
+        lost = _count_reasons(reason for reason in rejected.values() if reason != NO_VOLUME)
         problem = f"expected volumes of most of {count} subjects, found {len(records)} usable"
         raise ValueError(f"{path}: {problem}; {lost.iloc[0]} are left out as: {lost.index[0]}")
     measures = pd.DataFrame.from_dict(records, "index")
@@ -294,7 +315,6 @@ def _write_cohort(
 
 
 def _count_reasons(reasons: Iterable[str]) -> pd.Series:
-    """Count the reasons of who is left out that begin alike, the commonest first, by an example."""
+    """Count the reasons of who is left out, how they begin without a path, the commonest first."""
     plain = pd.Series(list(reasons), dtype=str).str.replace(r"^\S*[/\\]\S*: ", "", regex=True)
-    counts = plain.groupby(plain.str.slice(0, 30)).agg(["first", "size"]).set_index("first")
-    return counts["size"].sort_values(ascending=False)
+    return plain.str.slice(0, 70).value_counts()

@@ -215,7 +215,7 @@ def test_a_second_run_in_a_folder_is_refused(tmp_path):
 
 def test_what_help_and_survey_tell_to_run_parses_and_is_taken():
     commands = [package[-1] for package in layouts.PACKAGES.values()]
-    text = "\n".join([EXAMPLES, *commands, *layouts.NEXT]).format("data/hcp", "hcp")
+    text = "\n".join([EXAMPLES, *commands, *layouts.NEXT]).format("data/hcp", "hcp", "")
     told = re.findall(r"python -m brainsex (.*)", text.replace("'", ""))
     assert {line.split()[0] for line in told} == COMMANDS.keys() - {"plant", "predict"}
     for line in told:

@@ -81,7 +81,9 @@ def chromium() -> Iterator:
         pytest.skip("no Chromium or Chrome with chromedriver on the PATH")
     options = webdriver.ChromeOptions()
     options.binary_location = browser
-    for argument in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage"):
+    arguments = "headless=new no-sandbox disable-dev-shm-usage "
+    arguments += "use-angle=swiftshader enable-unsafe-swiftshader ignore-gpu-blocklist"  # for WebGL
+    for argument in arguments.split():
         options.add_argument(f"--{argument}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     chromium = webdriver.Chrome(options, webdriver.ChromeService(shutil.which(driver)))
@@ -109,6 +111,11 @@ def assert_page_is_whole(browser) -> None:
     width = "return [document.documentElement.scrollWidth, innerWidth]"
     page, window = browser.execute_script(width)
     assert page <= window
+    assert_no_error_and_nothing_fetched(browser)
+
+
+def assert_no_error_and_nothing_fetched(browser) -> None:
+    """Check the console and the requests of a loaded page."""
     assert [entry for entry in browser.get_log("browser") if entry["level"] != "INFO"] == []
     entries = browser.execute_script("return performance.getEntriesByType('resource')")
     names = [entry["name"] for entry in entries]

@@ -122,6 +122,7 @@ NO_AFFINE = patched(252, np.int16([0, 0]))  # neither qform nor sform
 BAD = [  # a file, as an array or its content, and what is said of it
     (gzip.compress(PLAIN)[:9000], "a whole file .NIfTI or .mgz. of 3D.*cannot read it.*download"),
     (FLIPPED, "cannot read it.*CRC"),
+    (gzip.compress(PLAIN)[:-8] + bytes(8), "cannot read it.*CRC"),  # the checksum itself
     (gzip.compress(b"Subject,Gender\n" * 100), "cannot read it"),
     (gzip.compress(PLAIN[:-4]), "Expected 64400 bytes, got 64396"),
     (b"/annex/objects/MD5E-s3145728--0123.nii.gz\n", "a pointer to content .*; datalad get"),

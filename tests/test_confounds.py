@@ -117,25 +117,6 @@ def test_memory_mapped_volumes_are_read_when_indexed(tmp_path):
     np.testing.assert_array_equal(mapped, volumes)
 
 
-def test_a_row_is_read_once_for_the_fit_and_once_when_indexed():
-    class Recorder:
-        shape, rows_read = (90, 5), []
-
-        def __len__(self) -> int:
-            return 90
-
-        def __getitem__(self, rows: np.ndarray) -> np.ndarray:
-            self.rows_read.extend(np.arange(90)[rows].ravel())
-            return values[rows]
-
-    values, confounds = draw()
-    recorder = Recorder()
-    residuals = RegressedVolumes(recorder, confounds, np.arange(70))
-    assert sorted(recorder.rows_read) == list(range(70))
-    residuals[[80, 3]]
-    assert recorder.rows_read[70:] == [80, 3]
-
-
 def test_coefficients_come_from_training_rows_alone():
     values, confounds = draw()
     train = np.arange(60)

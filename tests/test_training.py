@@ -237,13 +237,7 @@ def make_cohort(folder: Path, groups: np.ndarray | None = None) -> cohort.Cohort
 
 
 @pytest.fixture
-def one_core(monkeypatch) -> None:
-    """Fit one fold after the other, in this process."""
-    monkeypatch.setattr(training.joblib, "cpu_count", lambda: 1)
-
-
-@pytest.fixture
-def fits(one_core, monkeypatch) -> list[dict]:
+def fits(in_process, monkeypatch) -> list[dict]:
     """What each call of `fit` gets: subjects' numbers, options, and the weights it starts from."""
     calls = []
 
@@ -251,7 +245,6 @@ def fits(one_core, monkeypatch) -> list[dict]:
         train, test = numbers(volumes), numbers(options["validation"][0])
         start = network.linear.weight.detach().clone()
         calls.append({"train": train, "test": test, "start": start, **options})
-        calls[-1]["threads"] = torch.get_num_threads()
         return fit(network, volumes, sex, **options)
 
     monkeypatch.setattr(training, "fit", recorded)
@@ -332,7 +325,7 @@ def test_finished_folds_are_kept_and_others_made_now_or_later(tmp_path, fits) ->
         cross_validate(data, network_2d, only=[3], **CV)
 
 
-def test_confounds_are_regressed_out_in_the_training_folds(tmp_path, one_core, monkeypatch):
+def test_confounds_are_regressed_out_in_the_training_folds(tmp_path, in_process, monkeypatch):
     data, rows, seen = make_cohort(tmp_path / "cohort"), np.arange(12), []
     size = np.random.default_rng(0).normal(1500, 100, (12, 1))
 

@@ -26,6 +26,7 @@ SMALL = (10, 12, 9)
 
 def save(path, data, affine=LAS, *, code=2, **header):
     """A NIfTI file with header fields as given; `path` says whether it is compressed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     image = nib.Nifti1Image(data, affine)
     image.set_sform(affine, code)
     image.set_qform(affine, code)

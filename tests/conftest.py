@@ -1,10 +1,13 @@
 """What several test files share; of pages, a browser and what is done in it."""
 
+import json
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import joblib
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -52,6 +55,21 @@ def planted() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     box[6:14, 8:16, 7:15] = True
     volumes[:, box] += 0.3 * sex[:, None]
     return volumes, sex, box, np.arange(60) >= 36
+
+
+def write_cohort(
+    folder: Path, volumes: np.ndarray, sex: np.ndarray, *, grid: dict | None = None, **columns
+) -> Path:
+    """Write what `convert` leaves: arrays, a table of 000000, 000001, … and perhaps a grid."""
+    folder.mkdir(parents=True, exist_ok=True)
+    np.save(folder / "tensors.npy", np.asarray(volumes, np.float32))
+    np.save(folder / "labels.npy", sex)
+    subjects = [f"{n:06d}" for n in range(len(sex))]
+    table = pd.DataFrame({"Subject": subjects, "label": sex, **columns})
+    table.to_csv(folder / "subjects.csv", index=False)
+    if grid is not None:
+        (folder / "grid.json").write_text(json.dumps(grid))
+    return folder
 
 
 SIZES = {"desktop": (1280, 800), "phone": (390, 844)}

@@ -67,12 +67,6 @@ def test_the_name_says_what_is_synthetic(tmp_path):
         assert (data.name, data.synthetic) == (expected, True)
 
 
-def test_load_says_what_to_run_when_an_array_is_absent(tmp_path):
-    (write_folder(tmp_path / "c") / "labels.npy").unlink()
-    with pytest.raises(FileNotFoundError, match=r"labels\.npy.*notebook 02.*DATA_ACCESS\.md"):
-        cohort.load(tmp_path / "c")
-
-
 class Bomb:
     """Unpickling it would print something."""
 

@@ -190,18 +190,6 @@ def test_nothing_there(tmp_path):
         layouts.find_volumes(tmp_path)
 
 
-@LINKS
-def test_what_two_links_lead_to_counts_once_a_subject(tmp_path):
-    """DataLad's files are links; a subject's folder may be one, and a whole tree twice."""
-    write(tmp_path, {"store/x_FA.nii.gz": "", "data/sub-02/dwi/sub-02_FA.nii.gz": ""})
-    (tmp_path / "data/sub-01/dwi").mkdir(parents=True)
-    (tmp_path / "data/sub-01/dwi/sub-01_FA.nii.gz").symlink_to(tmp_path / "store/x_FA.nii.gz")
-    (tmp_path / "data/again").symlink_to(tmp_path / "data")
-    (tmp_path / "data/copy").mkdir()
-    (tmp_path / "data/copy/sub-01").symlink_to(tmp_path / "data/sub-01")
-    assert sorted(layouts.find_volumes(tmp_path / "data")["Subject"]) == ["01", "02"]
-
-
 IXI = [f"IXI0{name}-T1.nii.gz" for name in ("07-Guys-0173", "12-Guys-0901", "13-Guys-0902")]
 
 

@@ -215,8 +215,3 @@ def test_load_refuses_what_is_no_state_dict(tmp_path, capsys, content: object) -
     with pytest.raises(ValueError, match=message):
         networks.load(path, SHAPE)
     assert "executed" not in capsys.readouterr().out
-
-
-def test_load_names_the_notebook(tmp_path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"fold-1\.pt.*04_cnn_3d"):
-        networks.load(tmp_path / "fold-1.pt")

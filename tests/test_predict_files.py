@@ -64,7 +64,7 @@ def test_one_bad_file_does_not_lose_the_rest(tmp_path, published) -> None:
     assert "3D real voxels" in table["reason"][0]
 
 
-def test_the_field_of_view_must_be_the_training_cohorts(tmp_path) -> None:
+def test_the_field_of_view_and_the_confounds_must_be_the_training_cohorts(tmp_path) -> None:
     paths = [save(tmp_path / f"fa/{n:06d}.nii.gz", fa(n)) for n in range(6)]
     data, checkpoint = fit_cohort(tmp_path, paths)
     shifted = LAS.copy()
@@ -76,11 +76,6 @@ def test_the_field_of_view_must_be_the_training_cohorts(tmp_path) -> None:
         expected = network(torch.tensor(data.volumes[1])[None, None]).softmax(1)[0, 1]
     assert table["probability_of_man"][1] == pytest.approx(expected.item(), abs=1e-5)
     assert "not the cohort's" in table["reason"][0]
-
-
-def test_a_network_on_volumes_less_confounds_is_refused(tmp_path) -> None:
-    paths = [save(tmp_path / f"fa/{n:06d}.nii.gz", fa(n)) for n in range(6)]
-    data, _ = fit_cohort(tmp_path, paths)
     make, options = lambda: networks.MriNet3d(1, SMALL), {"folds": 2, "epochs": 1, "workers": 1}
     cross_validate(data, make, confounds=np.arange(6.0), out=tmp_path / "less", **options)
     with pytest.raises(ValueError, match=r"run\.json: expected .* found confounds regressed out"):

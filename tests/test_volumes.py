@@ -282,6 +282,7 @@ def make(folder, count=5, *, shape=SHAPE, rows=()):
         save(folder / "fa" / f"{subject}.nii.gz", fa(n, shape))
     table = [(s, "FM"[n % 2], "26-30") for n, s in enumerate(subjects)] + list(rows)
     table = pd.DataFrame(table, columns=["Subject", "Gender", "Age"])
+    table["QC_Issue"] = "A;B"  # which leaves nobody out
     table.to_csv(folder / "unrestricted_behavioral.csv", index=False)
     return folder
 
@@ -331,15 +332,16 @@ def test_convert_writes_the_cohort(tmp_path, capsys):
 
 def test_convert_leaves_out_every_bad_subject_and_does_the_rest(tmp_path, capsys):
     folder = make(tmp_path / "c", 9, rows=[("900000", "F", ""), ("000014", "U", "")])
-    fa_dir, shifted = folder / "fa", LAS + np.outer([1, 1, 1, 0], [0, 0, 0, 40])
+    fa_dir, along_x = folder / "fa", np.outer([1, 0, 0, 0], [0, 0, 0, 1])
+    save(fa_dir / "000001.nii.gz", fa(0), LAS + 40 * along_x)
     (fa_dir / "000000.nii.gz").write_bytes(NO_AFFINE)
     (fa_dir / "000012.nii.gz").write_bytes(FLIPPED)
     save(fa_dir / "000014.nii.gz", fa(14))
     save(fa_dir / "000017.nii.gz", fa(17, (23, 28, 26)))
     save(fa_dir / "000018.nii.gz", fa(18))
     save(fa_dir / "000018_FA.nii", fa(18))
-    save(fa_dir / "000022.nii.gz", fa(22)[::-1], RAS)  # the same brain, stored in RAS
-    save(fa_dir / "000023.nii.gz", fa(23), shifted)
+    save(fa_dir / "000022.nii.gz", fa(22)[::-1], RAS + 0.15 * along_x)  # within a tenth
+    save(fa_dir / "000023.nii.gz", fa(23), LAS + 0.3 * along_x)  # of a voxel it is not
     (fa_dir / "800001.nii.gz").symlink_to("nowhere")
     with (folder / "unrestricted_behavioral.csv").open("a") as file:
         file.writelines(f"0000{n},M,\n" for n in ("00", 12, 17, 18, 22, 23))
@@ -347,21 +349,22 @@ def test_convert_leaves_out_every_bad_subject_and_does_the_rest(tmp_path, capsys
     reasons = rejected(folder)
     for subject, reason in {
         "000000": "expected an affine",
+        "000001": "not the cohort's (23, 28, 25)",
         "000012": "CRC",
         "000014": "Gender is 'U', expected M or F",
         "000017": "its grid is (23, 28, 26)",
         "000018": "2 volumes: c/fa/000018.nii.gz, c/fa/000018_FA.nii: keep one",
-        "000023": "not the cohort's (23, 28, 25)",
+        "000023": "--regrid",
         "800001": "a volume, but no row in the table",
         "900000": "a row, but no volume",
     }.items():
         assert reason in reasons.pop(subject)
     assert not reasons
-    assert subjects_of(folder) == [*(f"00000{n}" for n in range(1, 10)), "000022"]
-    for tensor, n in zip(np.load(folder / "tensors.npy"), (*range(9), 22), strict=True):
+    assert subjects_of(folder) == [*(f"00000{n}" for n in range(2, 10)), "000022"]
+    for tensor, n in zip(np.load(folder / "tensors.npy"), (*range(1, 9), 22), strict=True):
         np.testing.assert_allclose(tensor, resize(fa(n)[::-1], SMALL), atol=1e-6)
-    assert np.load(folder / "labels.npy").tolist() == [0, 1] * 5
-    assert "10 subjects, 8 left out" in capsys.readouterr().out
+    assert np.load(folder / "labels.npy").tolist() == [1, 0] * 4 + [1]
+    assert "9 subjects, 9 left out" in capsys.readouterr().out
 
 
 def test_workers_and_the_order_of_files_change_no_byte(tmp_path, monkeypatch):
@@ -436,16 +439,6 @@ def test_convert_resamples_other_grids_than_the_commonest_when_asked(tmp_path):
     assert "more than half of its brain lies outside" in rejected(folder)["000004"]
 
 
-def test_the_commonest_grid_is_the_cohorts_to_a_tenth_of_a_voxel(tmp_path):
-    folder = make(tmp_path / "c", 5)
-    save(folder / "fa/000001.nii.gz", fa(0), LAS + np.outer([1, 0, 0, 0], [0, 0, 0, 9]))
-    save(folder / "fa/000003.nii.gz", fa(2), LAS + np.outer([1, 0, 0, 0], [0, 0, 0, 0.15]))
-    save(folder / "fa/000004.nii.gz", fa(3), LAS + np.outer([1, 0, 0, 0], [0, 0, 0, 0.3]))
-    run(folder)
-    assert sorted(rejected(folder)) == ["000001", "000004"]
-    assert all("--regrid" in reason for reason in rejected(folder).values())
-
-
 @pytest.mark.parametrize("lost", [3, 5])
 def test_losing_most_of_a_cohort_is_an_error_with_the_commonest_reason(tmp_path, lost):
     folder = make(tmp_path / "c", 5)
@@ -469,18 +462,6 @@ def test_normalised_brains_have_one_size_on_any_field_of_view(tmp_path):
     first, padded = np.load(folder / "tensors.npy")
     np.testing.assert_allclose(first, normalise_size(brain[::-1]), atol=1e-5)
     np.testing.assert_allclose(padded, first, atol=1e-5)
-
-
-def test_convert_takes_rows_of_chosen_volumes(tmp_path):
-    folder = make(tmp_path / "c", 2)
-    paths = [folder / "fa" / f"00000{n}.nii.gz" for n in (1, 2)]
-    chosen = pd.DataFrame({"Subject": ["a", "b"], "path": paths, "modality": "t1"})
-    table = folder / "unrestricted_behavioral.csv"
-    table.write_text("Subject,Gender,QC_Issue\na,F,\nb,M,A;B\n")
-    convert(chosen, table, folder, shape=SMALL, workers=1)
-    assert subjects_of(folder) == ["a", "b"]
-    expected, _ = resample(*prepare(paths[1], "t1")[:2], SMALL)
-    np.testing.assert_array_equal(np.load(folder / "tensors.npy")[1], expected)
 
 
 def test_convert_without_a_table_or_volumes(tmp_path):

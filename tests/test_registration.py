@@ -86,22 +86,20 @@ def test_voxels_outside_the_mask_are_0_and_bad_masks_leave_one_subject_out(tmp_p
         main(["convert", str(tmp_path), "--mask", "nothing/*", "--overwrite"])
 
 
-def touch(folder, names):
-    for path in map(folder.joinpath, names):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-
-
 def test_a_mask_is_of_whom_its_path_names_as_a_whole_word(tmp_path):
     names = "sub-01/ses-02/a_mask.nii sub-02/ses-01/sub-02_run-01.nii.gz x/101.nii 01.json".split()
-    touch(tmp_path, names)
+    for path in map(tmp_path.joinpath, names):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
     masks = layouts.match_masks(tmp_path, "**/*", ["01", "02", "03"])
     assert masks == [[tmp_path / names[0]], [tmp_path / names[1]], []]
 
 
 def test_a_mask_is_of_the_longest_id_and_of_the_same_session(tmp_path):
     names = "P01_2_mask.nii", "sub-03/ses-1/m.nii", "sub-03/ses-2/m.nii"
-    touch(tmp_path, names)
+    for path in map(tmp_path.joinpath, names):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
     masks = layouts.match_masks(tmp_path, "**/*", ["P01", "P01_2", "03"], ["", "", "2"])
     assert masks == [[], [tmp_path / names[0]], [tmp_path / names[2]]]
 

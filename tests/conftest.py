@@ -1,10 +1,13 @@
 """What several test files share; of pages, a browser and what is done in it."""
 
+import json
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import joblib
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -54,6 +57,21 @@ def planted() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     return volumes, sex, box, np.arange(60) >= 36
 
 
+def write_cohort(
+    folder: Path, volumes: np.ndarray, sex: np.ndarray, *, grid: dict | None = None, **columns
+) -> Path:
+    """Write what `convert` leaves: arrays, a table of 000000, 000001, … and perhaps a grid."""
+    folder.mkdir(parents=True, exist_ok=True)
+    np.save(folder / "tensors.npy", np.asarray(volumes, np.float32))
+    np.save(folder / "labels.npy", sex)
+    subjects = [f"{n:06d}" for n in range(len(sex))]
+    table = pd.DataFrame({"Subject": subjects, "label": sex, **columns})
+    table.to_csv(folder / "subjects.csv", index=False)
+    if grid is not None:
+        (folder / "grid.json").write_text(json.dumps(grid))
+    return folder
+
+
 SIZES = {"desktop": (1280, 800), "phone": (390, 844)}
 OVERFLOW = """
 return [...document.body.querySelectorAll("*")].filter((element) => {
@@ -81,7 +99,9 @@ def chromium() -> Iterator:
         pytest.skip("no Chromium or Chrome with chromedriver on the PATH")
     options = webdriver.ChromeOptions()
     options.binary_location = browser
-    for argument in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage"):
+    arguments = "headless=new no-sandbox disable-dev-shm-usage "
+    arguments += "use-angle=swiftshader enable-unsafe-swiftshader ignore-gpu-blocklist"  # for WebGL
+    for argument in arguments.split():
         options.add_argument(f"--{argument}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     chromium = webdriver.Chrome(options, webdriver.ChromeService(shutil.which(driver)))
@@ -109,6 +129,11 @@ def assert_page_is_whole(browser) -> None:
     width = "return [document.documentElement.scrollWidth, innerWidth]"
     page, window = browser.execute_script(width)
     assert page <= window
+    assert_no_error_and_nothing_fetched(browser)
+
+
+def assert_no_error_and_nothing_fetched(browser) -> None:
+    """Check the console and the requests of a loaded page."""
     assert [entry for entry in browser.get_log("browser") if entry["level"] != "INFO"] == []
     entries = browser.execute_script("return performance.getEntriesByType('resource')")
     names = [entry["name"] for entry in entries]

@@ -75,11 +75,7 @@ def test_folds_refuses(sex, groups, count, message):
         (81, 263, 0.2553, 0.3662),
         (15, 148, 0.0624, 0.1605),
         (0, 20, 0.0000, 0.1611),
-        (1, 29, 0.0061, 0.1718),
-        # with z² = 3.8415: z² / (10 + z²); 1/2 ± z / (10 + z²) · √(2.5 + z² / 4)
-        (0, 10, 0.0, 0.27753),
-        (10, 10, 0.72247, 1.0),
-        (5, 10, 0.23659, 0.76341),
+        (10, 10, 0.72247, 1.0),  # 1 - z² / (10 + z²), z² = 3.8415
     ],
 )
 def test_wilson_is_the_textbooks(correct, n, low, high):
@@ -113,9 +109,6 @@ def test_bootstrap_within_strata_has_no_spread_between_them():
 @pytest.mark.parametrize(
     ("interval", "arguments", "message"),
     [
-        (wilson_interval, (-1, 5), "not less than 0"),
-        (wilson_interval, (6, 5), "not be greater than n"),
-        (wilson_interval, (0, 0), "not less than 1"),
         (
             partial(_corrected_t_interval, folds=10),
             ([0.9],),
@@ -197,12 +190,6 @@ def test_one_split_is_pooled(others):
 
 def test_a_decision_of_zero_is_a_woman():
     assert score(np.array([0, 0, 1]), [0.0, 0.0, 1.0], [0, 1, 2])["accuracy"] == 1
-
-
-def test_scores_and_intervals_stay_within_0_and_1():
-    for decisions, limit in ((SEX - 0.5, 1), (0.5 - SEX, 0)):
-        scores = score(SEX, decisions, FOLD)
-        assert [scores[name] for name in ("accuracy", "low", "high", "auc")] == [limit] * 4
 
 
 def test_the_interval_of_an_auc():

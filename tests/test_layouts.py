@@ -190,43 +190,22 @@ def test_nothing_there(tmp_path):
         layouts.find_volumes(tmp_path)
 
 
-@LINKS
-def test_what_two_links_lead_to_counts_once_a_subject(tmp_path):
-    """DataLad's files are links; a subject's folder may be one, and a whole tree twice."""
-    write(tmp_path, {"store/x_FA.nii.gz": "", "data/sub-02/dwi/sub-02_FA.nii.gz": ""})
-    (tmp_path / "data/sub-01/dwi").mkdir(parents=True)
-    (tmp_path / "data/sub-01/dwi/sub-01_FA.nii.gz").symlink_to(tmp_path / "store/x_FA.nii.gz")
-    (tmp_path / "data/again").symlink_to(tmp_path / "data")
-    (tmp_path / "data/copy").mkdir()
-    (tmp_path / "data/copy/sub-01").symlink_to(tmp_path / "data/sub-01")
-    assert sorted(layouts.find_volumes(tmp_path / "data")["Subject"]) == ["01", "02"]
-
-
-@pytest.mark.parametrize(
-    ("path", "subject"),
-    [
-        ("x/sub-01/ses-1/dwi/sub-01_ses-1_FA.nii.gz", "01"),
-        ("900001/T1w/T1w_acpc_dc_restore_brain.nii.gz", "900001"),
-        ("fa/000012_FA.nii.gz", "000012"),
-        ("sub-7.nii", "7"),
-        ("con-01_FA_FA.nii.gz", "con-01"),
-        ("900003/dti_FA.nii.gz", "900003"),
-        ("con-01/T1w/Diffusion/data.nii.gz", "con-01"),
-        ("HCA6002236_V1_MR/T1w/Diffusion/data.nii.gz", "HCA6002236_V1_MR"),
-        ("sub-01/ses-1/T1w/Diffusion/data.nii.gz", "01"),
-        ("900001_3T_Diffusion_preproc.zip", "900001"),
-    ],
-)
-def test_subject_of_a_path_alone(tmp_path, path, subject):
-    assert layouts.name_subjects([tmp_path / path]) == [subject]
-
-
 IXI = [f"IXI0{name}-T1.nii.gz" for name in ("07-Guys-0173", "12-Guys-0901", "13-Guys-0902")]
 
 
 @pytest.mark.parametrize(
     ("paths", "options", "subjects"),
     [
+        (["x/sub-01/ses-1/dwi/sub-01_ses-1_FA.nii.gz"], {}, ["01"]),
+        (["900001/T1w/T1w_acpc_dc_restore_brain.nii.gz"], {}, ["900001"]),
+        (["fa/000012_FA.nii.gz"], {}, ["000012"]),
+        (["sub-7.nii"], {}, ["7"]),
+        (["con-01_FA_FA.nii.gz"], {}, ["con-01"]),
+        (["900003/dti_FA.nii.gz"], {}, ["900003"]),
+        (["con-01/T1w/Diffusion/data.nii.gz"], {}, ["con-01"]),
+        (["HCA6002236_V1_MR/T1w/Diffusion/data.nii.gz"], {}, ["HCA6002236_V1_MR"]),
+        (["sub-01/ses-1/T1w/Diffusion/data.nii.gz"], {}, ["01"]),
+        (["900001_3T_Diffusion_preproc.zip"], {}, ["900001"]),
         (["a/01/x_FA.nii", "a/02/x_FA.nii"], {}, ["01", "02"]),
         (["con/01/FA.nii", "pat/01/FA.nii"], {"pattern": r"([a-z]+/\d+)/FA"}, ["con/01", "pat/01"]),
         (["s/T1/9_x.nii", "s/T2/8_x.nii"], {"known": ["9", "8"]}, ["9", "8"]),
@@ -245,7 +224,7 @@ IXI = [f"IXI0{name}-T1.nii.gz" for name in ("07-Guys-0173", "12-Guys-0901", "13-
         (["sub-acute/a/S1_FA.nii", "sub-acute/a/S2_FA.nii"], {"known": ["S1"]}, ["S1", "S2"]),
     ],
 )
-def test_the_part_that_differs_or_is_known_or_asked_for_is_the_id(paths, options, subjects):
+def test_the_id_is_what_is_usual_or_differs_or_is_known_or_asked(paths, options, subjects):
     assert layouts.name_subjects([Path("/data", path) for path in paths], **options) == subjects
 
 

@@ -48,6 +48,13 @@ def cut(volume: np.ndarray, depth: int) -> np.ndarray:
 
 def logits_by_hand(network: nn.Module, maps: np.ndarray) -> np.ndarray:
     """Logits (2,) in float64 by scipy, of a volume (1, X, Y, Z) or a slab (depth, X, Z)."""
+    maps = maps_by_hand(network, maps, "hidden1", "hidden2", "hidden3")
+    weight, bias = (value.double().numpy() for value in network.linear.state_dict().values())
+    return weight @ maps.ravel() + bias
+
+
+def maps_by_hand(network: nn.Module, maps: np.ndarray, *layers: str) -> np.ndarray:
+    """Feature maps of a network's first layers, likewise."""
     state = {name: value.double().numpy() for name, value in network.state_dict().items()}
 
     def per_channel(name: str) -> np.ndarray:
@@ -64,7 +71,7 @@ def logits_by_hand(network: nn.Module, maps: np.ndarray) -> np.ndarray:
     if "convolution.weight" in state:
         padded = np.pad(maps, ((0, 0), (1, 1), (1, 1)))
         maps = convolve(padded, "convolution", "valid")
-    for hidden in ("hidden1", "hidden2", "hidden3"):
+    for hidden in layers:
         inputs, maps = maps, convolve(maps, f"{hidden}.0", "valid")
         names = ("running_mean", "running_var", "weight", "bias")
         mean, variance, scale, shift = (per_channel(f"{hidden}.1.{name}") for name in names)
@@ -78,7 +85,7 @@ def logits_by_hand(network: nn.Module, maps: np.ndarray) -> np.ndarray:
         even = np.maximum(maps, 0)[(slice(None), *(slice(2 * half) for half in halves))]
         pairs = even.reshape(-1, *np.column_stack([halves, 2 * np.ones_like(halves)]).ravel())
         maps = pairs.max(tuple(range(2, pairs.ndim, 2)))
-    return state["linear.weight"] @ maps.ravel() + state["linear.bias"]
+    return maps
 
 
 def test_sizes_and_names_are_the_studys() -> None:
@@ -208,8 +215,3 @@ def test_load_refuses_what_is_no_state_dict(tmp_path, capsys, content: object) -
     with pytest.raises(ValueError, match=message):
         networks.load(path, SHAPE)
     assert "executed" not in capsys.readouterr().out
-
-
-def test_load_names_the_notebook(tmp_path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"fold-1\.pt.*04_cnn_3d"):
-        networks.load(tmp_path / "fold-1.pt")

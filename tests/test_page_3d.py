@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import shutil
 from pathlib import Path
 
 import nbformat
@@ -11,11 +10,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium to open pages with")
+from tests.conftest import assert_no_error_and_nothing_fetched, drag, text_of
+
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
-FLAGS = "--headless=new --no-sandbox --use-angle=swiftshader --enable-unsafe-swiftshader"
 
 
 @pytest.fixture(scope="module")
@@ -41,20 +38,6 @@ def page(tmp_path_factory):
     return (names["IMAGE"] / "mask.html").as_uri()
 
 
-@pytest.fixture(scope="module", params=[(1280, 800), (390, 844)], ids=["desktop", "phone"])
-def browser(request):
-    """Open a browser of one size."""
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in [*FLAGS.split(), "--ignore-gpu-blocklist"]:
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    size = dict(zip(("width", "height"), request.param), deviceScaleFactor=1, mobile=False)
-    with webdriver.Chrome(options=options) as driver:
-        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-        yield driver
-
-
 def centres(browser):
     """Return the columns in which the women's and the men's surfaces lie on average."""
     picture = browser.find_element("id", "canvas").screenshot_as_png
@@ -65,9 +48,10 @@ def centres(browser):
 
 
 def test_page_draws_turns_switches_and_names(browser, page):
+    actions = pytest.importorskip("selenium.webdriver").ActionChains(browser, 0)
     browser.get(page)
-    canvas, mouse = browser.find_element("id", "canvas"), webdriver.ActionChains(browser, 0)
-    assert "Synthetic" in browser.find_element("id", "about").text
+    canvas = browser.find_element("id", "canvas")
+    assert "Synthetic" in text_of(browser, "about")
     view = {button.text: button for button in browser.find_elements("css selector", "#views *")}
     for name, order, hidden in (("Above", 1, "SI"), ("Front", -1, "AP"), ("Back", 1, "AP")):
         view[name].click()
@@ -76,22 +60,21 @@ def test_page_draws_turns_switches_and_names(browser, page):
         shown = {x: browser.find_element("id", f"letter-{x}") for x in "LRAPSI"}
         assert not any(shown[letter].is_displayed() for letter in hidden)
         assert (shown["R"].rect["x"] - shown["L"].rect["x"]) * order > 100
-    yaw = float(canvas.get_attribute("data-yaw"))
-    mouse.move_to_element(canvas).click_and_hold().move_by_offset(50, 0).release().perform()
+    yaw, size = float(canvas.get_attribute("data-yaw")), canvas.rect
+    drag(browser, "canvas", (0.5, 0.5), (0.5 + 50 / size["width"], 0.5))
     centres(browser)  # drawn anew
     assert 25 < (float(canvas.get_attribute("data-yaw")) - yaw) % 360 < 35
     before = canvas.screenshot_as_png
-    browser.find_element("id", "slider").send_keys(webdriver.Keys.ARROW_RIGHT * 2)
+    browser.find_element("id", "slider").send_keys("\ue014" * 2)  # to the right
     assert canvas.screenshot_as_png != before
     x, y = browser.execute_script("return page.project(page.regions[0].centre)")
-    half = canvas.rect["width"] / 2, canvas.rect["height"] / 2  # offsets are from the middle
-    mouse.move_to_element_with_offset(canvas, int(x - half[0]), int(y - half[1])).perform()
-    assert "left <ball>" in browser.find_element("id", "label").text
+    x, y = int(x - size["width"] / 2), int(y - size["height"] / 2)  # from the middle
+    actions.move_to_element_with_offset(canvas, x, y).perform()
+    assert "left <ball>" in text_of(browser, "label")
     boxes = "return [...document.querySelectorAll('body *')].map((e) => e.getBoundingClientRect())"
     width = browser.execute_script("return innerWidth")
     assert all(-1 < b["left"] and b["right"] < width + 1 for b in browser.execute_script(boxes))
-    assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
-    assert browser.get_log("browser") == []
+    assert_no_error_and_nothing_fetched(browser)
 
 
 def test_page_without_webgl_says_so(browser, page):
@@ -101,4 +84,4 @@ def test_page_without_webgl_says_so(browser, page):
     browser.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", added)
     assert "WebGL" in browser.find_element("id", "missing").text
     assert not browser.find_element("id", "canvas").is_displayed()
-    assert browser.get_log("browser") == []
+    assert_no_error_and_nothing_fetched(browser)

@@ -9,6 +9,7 @@ import pytest
 from brainsex import cohort
 from brainsex.synthetic import load_truth, plant
 from brainsex.synthetic.template import REGIONS
+from tests.conftest import write_cohort
 
 AFFINE = np.array([[6.0, 0, 0, -84], [0, 5, 0, -110], [0, 0, 7, -70], [0, 0, 0, 1]])
 SHAPE, SEX = (29, 38, 24), np.arange(81) // 41
@@ -19,14 +20,11 @@ def write_folder(path, count=81, affine=AFFINE, synthetic=None):
     """Make a converted cohort: ellipsoids of noise, some of it at 0 or 1; men's brains larger."""
     rng, brain = np.random.default_rng(5), np.linalg.norm(POSITIONS / (70, 100, 80), axis=-1) < 1
     voxels = rng.uniform(0.2, 0.8, (count, 1, 1, 1)) + rng.normal(0, 0.1, (count, *SHAPE))
-    table = pd.DataFrame({"Subject": range(count), "label": SEX[:count]})
-    table["age"] = rng.choice(["22-25", "26-30", "31-35", "36+"], count)
-    table["brain_volume_ml"] = rng.normal(1100, 90, count) + 120 * SEX[:count]
-    path.mkdir()
-    np.save(path / "tensors.npy", (brain * voxels.clip(0, 1)).astype(np.float32))
-    np.save(path / "labels.npy", SEX[:count])
-    table.to_csv(path / "subjects.csv", index=False)
-    (path / "grid.json").write_text(json.dumps({"shape": SHAPE, "affine": affine}, default=list))
+    age = rng.choice(["22-25", "26-30", "31-35", "36+"], count)
+    size = rng.normal(1100, 90, count) + 120 * SEX[:count]
+    grid = {"shape": SHAPE, "affine": None if affine is None else affine.tolist()}
+    columns = {"grid": grid, "age": age, "brain_volume_ml": size}
+    write_cohort(path, brain * voxels.clip(0, 1), SEX[:count], **columns)
     if synthetic is not None:  # its effect
         (path / "SYNTHETIC").write_text(json.dumps({"effect": synthetic}))
     return path

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
@@ -13,9 +12,9 @@ from torch import nn
 from brainsex import cohort, layouts, networks, volumes
 from brainsex.__main__ import predict_files
 from brainsex.training import cross_validate
+from tests.test_volumes import LAS, fa, save
 
 STUDY, SMALL = (58, 70, 58), (22, 26, 24)
-LAS = np.array([[-2.5, 0, 0, 29], [0, 2.25, 0, -31], [0, 0, 2.0, -24], [0, 0, 0, 1]])
 
 pytestmark = pytest.mark.usefixtures("one_cpu_thread")
 
@@ -28,19 +27,6 @@ def published(tmp_path: Path) -> tuple[nn.Module, Path]:
     nn.init.normal_(network.linear.weight, std=0.3)
     torch.save(network.state_dict(), tmp_path / "published.pt")
     return network, tmp_path / "published.pt"
-
-
-def make_map(seed: int) -> np.ndarray:
-    """An FA map: an ellipsoid of values in [0.05, 0.95], zero outside."""
-    axes = np.meshgrid(*(np.linspace(-1.1, 1.1, n) for n in (23, 28, 25)), indexing="ij")
-    values = np.random.default_rng(seed).uniform(0.05, 0.95, (23, 28, 25))
-    return np.where(sum(axis**2 for axis in axes) < 1, values, 0).astype(np.float32)
-
-
-def save(path: Path, values: np.ndarray, affine: np.ndarray = LAS) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    nib.save(nib.Nifti1Image(values, affine), path)
-    return path
 
 
 def fit_cohort(folder: Path, paths: list[Path], **options: object) -> tuple[cohort.Cohort, Path]:
@@ -58,7 +44,7 @@ def fit_cohort(folder: Path, paths: list[Path], **options: object) -> tuple[coho
 
 def test_a_published_network_takes_volumes_in_ras(tmp_path, published) -> None:
     network, checkpoint = published
-    values = make_map(1) * np.linspace(0, 1, 23, dtype=np.float32)[:, None, None]
+    values = fa(1) * np.linspace(0, 1, 23, dtype=np.float32)[:, None, None]
     path = save(tmp_path / "900001.nii.gz", values)  # in LAS
     with torch.no_grad():
         small = torch.tensor(resize(values[::-1], STUDY), dtype=torch.float32)[None, None]
@@ -71,30 +57,25 @@ def test_a_published_network_takes_volumes_in_ras(tmp_path, published) -> None:
 
 def test_one_bad_file_does_not_lose_the_rest(tmp_path, published) -> None:
     paths = [save(tmp_path / "4d.nii.gz", np.zeros((4, 5, 6, 7), np.float32))]
-    paths += [tmp_path / "nowhere.nii.gz", save(tmp_path / "sub-07_FA.nii.gz", make_map(1))]
+    paths += [tmp_path / "nowhere.nii.gz", save(tmp_path / "sub-07_FA.nii.gz", fa(1))]
     table = predict_files(published[1], paths)
     assert table["Subject"].tolist() == ["4d", "nowhere", "07"]
     assert table["probability_of_man"].isna().tolist() == [True, True, False]
     assert "3D real voxels" in table["reason"][0]
 
 
-def test_the_field_of_view_must_be_the_training_cohorts(tmp_path) -> None:
-    paths = [save(tmp_path / f"fa/{n:06d}.nii.gz", make_map(n)) for n in range(6)]
+def test_the_field_of_view_and_the_confounds_must_be_the_training_cohorts(tmp_path) -> None:
+    paths = [save(tmp_path / f"fa/{n:06d}.nii.gz", fa(n)) for n in range(6)]
     data, checkpoint = fit_cohort(tmp_path, paths)
     shifted = LAS.copy()
     shifted[0, 3] += 4
-    other = save(tmp_path / "shifted.nii.gz", make_map(0), shifted)
+    other = save(tmp_path / "shifted.nii.gz", fa(0), shifted)
     table = predict_files(checkpoint, [other, paths[1]])
     network = networks.load(checkpoint, SMALL)
     with torch.no_grad():
         expected = network(torch.tensor(data.volumes[1])[None, None]).softmax(1)[0, 1]
     assert table["probability_of_man"][1] == pytest.approx(expected.item(), abs=1e-5)
     assert "not the cohort's" in table["reason"][0]
-
-
-def test_a_network_on_volumes_less_confounds_is_refused(tmp_path) -> None:
-    paths = [save(tmp_path / f"fa/{n:06d}.nii.gz", make_map(n)) for n in range(6)]
-    data, _ = fit_cohort(tmp_path, paths)
     make, options = lambda: networks.MriNet3d(1, SMALL), {"folds": 2, "epochs": 1, "workers": 1}
     cross_validate(data, make, confounds=np.arange(6.0), out=tmp_path / "less", **options)
     with pytest.raises(ValueError, match=r"run\.json: expected .* found confounds regressed out"):
@@ -106,7 +87,7 @@ def test_t1_of_any_units_is_prepared_as_the_training_cohort_was(tmp_path) -> Non
     paths = []
     for n in range(6):
         path = tmp_path / f"90000{n}/T1w/T1w_acpc_dc_restore_brain.nii.gz"
-        paths.append(save(path, (make_map(n) + 0.4 * (make_map(n) > 0)).astype(np.float32) * 10**n))
+        paths.append(save(path, (fa(n) + 0.4 * (fa(n) > 0)).astype(np.float32) * 10**n))
     data, checkpoint = fit_cohort(tmp_path, paths, normalised=True)
     assert (data.modality, data.normalised) == ("t1", True)
     table = predict_files(checkpoint, paths)

@@ -1,4 +1,4 @@
-"""Real FA volumes go the whole way, and their left stays their left.
+"""Real FA volumes are read and reduced as they are, and their left stays their left.
 
 Where BRAINSEX_REAL_FA names a folder with two maps of TractSeg: template_FA_1.25mm.nii.gz, a
 group template on HCP's own grid, and subject_FA_2.5mm.nii.gz, one subject's.
@@ -10,17 +10,12 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-import pandas as pd
 import pytest
-import torch
 from nibabel.affines import apply_affine
 from scipy.ndimage import center_of_mass
 from skimage.transform import resize
 
-from brainsex import cohort, volumes
-from brainsex.networks import MriNet3d
-from brainsex.perturbation import optimise_masks
-from brainsex.training import predict
+from brainsex import volumes
 
 FOLDER = os.environ.get("BRAINSEX_REAL_FA")
 NAMES = ("template_FA_1.25mm.nii.gz", "subject_FA_2.5mm.nii.gz")
@@ -47,6 +42,7 @@ def test_load_and_resample(path):
     places = apply_affine(np.linalg.inv(affine), millimetres).round().astype(int)
     np.testing.assert_allclose(volume[tuple(places.T)], data[tuple(indices.T)], atol=1e-6)
     assert volume.max() <= 1
+    np.testing.assert_allclose(volumes.prepare(path, "fa")[0], volume, atol=1e-6)  # as it is
     assert 1100 < volumes.brain_volume(volume, affine) < 2500  # ml
     small, small_affine = volumes.resample(volume, affine)
     np.testing.assert_allclose(small, resize(volume, (58, 70, 58)), atol=1e-6)
@@ -57,24 +53,6 @@ def test_load_and_resample(path):
         np.testing.assert_allclose(np.diag(small_affine)[:3], [3.125, 3.1071, 3.125], atol=5e-5)
         origin = [-89.0625, -125.0714, -71.0625]
         np.testing.assert_allclose(small_affine[:3, 3], origin, atol=5e-5)
-
-
-def test_from_convert_to_masks(path, tmp_path):
-    (tmp_path / "fa").mkdir()
-    (tmp_path / "fa" / "000001.nii.gz").write_bytes(path.read_bytes())
-    (tmp_path / "unrestricted_behavioral.csv").write_text("Subject,Gender\n000001,F\n")
-    volumes.convert(tmp_path / "fa", tmp_path, tmp_path)
-    assert len(pd.read_csv(tmp_path / "rejected.csv")) == 0
-    data = cohort.load(tmp_path)
-    small, affine = volumes.resample(*volumes.load(path))
-    np.testing.assert_allclose(data.volumes[0], small, atol=1e-6)
-    np.testing.assert_allclose(data.affine, affine)
-    torch.manual_seed(0)
-    network = MriNet3d(channels=2)
-    assert predict(network, data.volumes).sum() == pytest.approx(1)
-    masks = optimise_masks(network, data.volumes, iterations=3).masks
-    assert masks.shape == data.volumes.shape
-    assert 0 <= masks.min() <= masks.max() <= 1
 
 
 def test_a_flip_between_left_and_right_is_seen(path, tmp_path):

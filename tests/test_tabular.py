@@ -138,25 +138,20 @@ def standardise(values: np.ndarray, train: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(values), 0, scaled)
 
 
-def fit_plainly(name: str, values: np.ndarray, sex: np.ndarray, train: np.ndarray) -> tuple:
-    """Fit a library's own classifier on the training rows; return it and the values it takes."""
-    if name == "XGBoost":
-        fitted = XGBClassifier(learning_rate=0.5, random_state=0, n_jobs=1)
-    else:
-        values = standardise(values, train)
-        fitted = {"KNN": KNeighborsClassifier(9), "SVM": SVC()}.get(name)
-        fitted = fitted or LogisticRegression(max_iter=1000)
-    return fitted.fit(values[train], sex[train]), values
-
-
 def expected_decisions(
     name: str, values: np.ndarray, sex: np.ndarray, train: np.ndarray, test: np.ndarray
 ) -> np.ndarray:
-    """The decisions by scikit-learn or XGBoost themselves."""
-    fitted, values = fit_plainly(name, values, sex, train)
+    """The decisions by scikit-learn or XGBoost themselves, fitted on the training rows."""
+    if name == "XGBoost":
+        classifier = XGBClassifier(learning_rate=0.5, random_state=0, n_jobs=1)
+    else:
+        values = standardise(values, train)
+        classifier = {"KNN": KNeighborsClassifier(9), "SVM": SVC()}.get(name)
+        classifier = classifier or LogisticRegression(max_iter=1000)
+    classifier.fit(values[train], sex[train])
     if name in ("XGBoost", "KNN"):
-        return fitted.predict_proba(values[test])[:, 1] - 0.5
-    return fitted.decision_function(values[test])
+        return classifier.predict_proba(values[test])[:, 1] - 0.5
+    return classifier.decision_function(values[test])
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

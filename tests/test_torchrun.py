@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 
 from brainsex import __main__ as commands
+from tests.conftest import write_cohort
 
 ROOT = Path(__file__).parents[1]
 OPTIONS = "--channels 1 --folds 3 --epochs 1 --batch-size 5 --milestones".split()
@@ -32,16 +32,10 @@ def torchrun(*command, processes=2):
 def cohort(tmp_path_factory):
     """Six subjects in noise, of whom the men are brighter in half of the brain."""
     folder, sex = tmp_path_factory.mktemp("torchrun") / "cohort", np.arange(6) % 2
-    folder.mkdir()
     volumes = np.random.default_rng(0).uniform(0, 0.4, (6, 22, 23, 24)).astype(np.float32)
     volumes[sex == 1, :11] += 0.3
-    np.save(folder / "tensors.npy", volumes)
-    np.save(folder / "labels.npy", sex)
-    table = pd.DataFrame({"Subject": [f"{n:06d}" for n in range(6)], "label": sex})
-    table.to_csv(folder / "subjects.csv", index=False)
     grid = {"shape": [22, 23, 24], "affine": np.diag([3, 3.1, 3.2, 1]).tolist()}
-    (folder / "grid.json").write_text(json.dumps(grid))
-    return folder
+    return write_cohort(folder, volumes, sex, grid=grid)
 
 
 @pytest.fixture(scope="module")

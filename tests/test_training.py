@@ -17,6 +17,7 @@ from torch import nn
 from brainsex import cohort, evaluation, networks, perturbation, speed, training
 from brainsex.networks import MriNet2d, MriNet3d
 from brainsex.training import cross_validate, fit, predict
+from tests.conftest import write_cohort
 
 SHAPE = (22, 26, 24)
 FAST = {"epochs": 3, "batch_size": 5, "lr": 3e-3, "precision": torch.float32, "progress": False}
@@ -223,27 +224,13 @@ network_3d = partial(MriNet3d, 2, SHAPE)
 network_2d = partial(MriNet2d, 5, channels=2, shape=SHAPE)
 
 
-def make_cohort(folder: Path, groups: np.ndarray | None = None) -> cohort.Cohort:
+def make_cohort(folder: Path, **columns: np.ndarray) -> cohort.Cohort:
     """A cohort of the toy's volumes, memory-mapped."""
-    folder.mkdir(exist_ok=True)
-    volumes, sex = toy()
-    np.save(folder / "tensors.npy", volumes)
-    np.save(folder / "labels.npy", sex)
-    table = pd.DataFrame({"Subject": [f"{n:06d}" for n in range(12)], "label": sex})
-    if groups is not None:
-        table["group"] = groups
-    table.to_csv(folder / "subjects.csv", index=False)
-    return cohort.load(folder)
+    return cohort.load(write_cohort(folder, *toy(), **columns))
 
 
 @pytest.fixture
-def one_core(monkeypatch) -> None:
-    """Fit one fold after the other, in this process."""
-    monkeypatch.setattr(training.joblib, "cpu_count", lambda: 1)
-
-
-@pytest.fixture
-def fits(one_core, monkeypatch) -> list[dict]:
+def fits(in_process, monkeypatch) -> list[dict]:
     """What each call of `fit` gets: subjects' numbers, options, and the weights it starts from."""
     calls = []
 
@@ -251,7 +238,6 @@ def fits(one_core, monkeypatch) -> list[dict]:
         train, test = numbers(volumes), numbers(options["validation"][0])
         start = network.linear.weight.detach().clone()
         calls.append({"train": train, "test": test, "start": start, **options})
-        calls[-1]["threads"] = torch.get_num_threads()
         return fit(network, volumes, sex, **options)
 
     monkeypatch.setattr(training, "fit", recorded)
@@ -260,7 +246,7 @@ def fits(one_core, monkeypatch) -> list[dict]:
 
 def test_each_subject_is_tested_once_by_a_network_that_did_not_see_it(tmp_path, fits) -> None:
     out, state, families = tmp_path / "out", torch.get_rng_state(), np.repeat(np.arange(6), 2)
-    data = make_cohort(tmp_path / "c", families)
+    data = make_cohort(tmp_path / "c", group=families)
     predictions = cross_validate(data, network_3d, out=out, seed=4, **CV | {"epochs": 2})
     assert torch.equal(torch.get_rng_state(), state)
     assert predictions.columns.tolist() == ["Subject", "fold", "sex", "probability"]
@@ -332,7 +318,7 @@ def test_finished_folds_are_kept_and_others_made_now_or_later(tmp_path, fits) ->
         cross_validate(data, network_2d, only=[3], **CV)
 
 
-def test_confounds_are_regressed_out_in_the_training_folds(tmp_path, one_core, monkeypatch):
+def test_confounds_are_regressed_out_in_the_training_folds(tmp_path, in_process, monkeypatch):
     data, rows, seen = make_cohort(tmp_path / "cohort"), np.arange(12), []
     size = np.random.default_rng(0).normal(1500, 100, (12, 1))
 

@@ -33,7 +33,7 @@ from brainsex import (
     training,
     volumes,
 )
-from tests.benchmarks import archive, epoch
+from tests.benchmarks import epoch
 from tests.benchmarks.measure import Table, machine, operations, peaks, seconds
 from tests.benchmarks.published import ITERATIONS, deleted, published_mask
 
@@ -267,7 +267,6 @@ def main() -> None:
     peak = peaks(networks.device(), table)
     data, truth = prepare()
     convert(table)
-    archive.read_member(BUILD / "benchmark-archives", table)
     fit(table)
     train_published(table)
     accuracy(data, table)

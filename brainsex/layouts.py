@@ -125,9 +125,11 @@ def _tell_apart(
     for allowed in (differs & free, free, np.ones(len(free), bool)):
         places = np.flatnonzero(allowed)
         words, folders = places[places >= depth], places[places < depth][::-1]
-        for k in (words, *folders[:, None], *words[::-1, None], places):
+        for k in (words, *folders[:, None], *words[::-1, None]):
             choices += [["_".join(row) for row in columns[:, k]]] if len(k) else []
     choices += [[_known_within(name, known) for name in choice] for choice in choices]
+    joined = [_known_within("_".join(row), known) for row in columns[:, differs]]  # of two folders
+    choices += [joined] if {*map(tables.compare_id, joined)} & known.keys() else []
     keys = [list(map(tables.compare_id, choice)) for choice in choices]
     merits = [(len(set(key) & known.keys()), len(set(key))) for key in keys]
     best = max(merits)
@@ -139,10 +141,8 @@ def _tell_apart(
             )
     ids = choices[merits.index(best)]
     if merits.index(best) >= len(choices) // 2 and ids[0].isdecimal():
-        place = "/".join(columns[0])[-60:]
-        print(
-            f"WARNING: IDs stand only within names, as {ids[0]} in {place}: do they mean the same?"
-        )
+        place = "/".join(columns[0])[-50:]
+        print(f"WARNING: IDs are taken from within names: is {ids[0]} meant by {place}?")
     return ids
 
 

@@ -184,7 +184,7 @@ def load_network(path: str | Path, shape: tuple[int, int, int] = SHAPE) -> MriNe
     except Exception as error:
         if isinstance(error, OSError) and error.errno not in (None, 22):  # 22: a damaged offset
             raise
-        problem = " ".join(str(error).split())[:100]
+        problem = " ".join(str(error).split()).split(". ")[0][:300]
         expected = f"expected a state dict of MriNet3d or MriNet2d for {shape}, found {problem}"
         raise ValueError(f"{path}: {expected}; save network.state_dict()") from error
     return network.float().eval()

@@ -276,15 +276,14 @@ def decode_sex(column: pd.Series) -> pd.Series:
 
 
 def match_columns(columns: Iterable[str], name: str) -> list[str]:
-    """Return the columns of that name, in any case, or its `SYNONYMS`, or with the word sex in it."""
+    """Return the columns of that name, in any case, or its `SYNONYMS`; of sex, with the word in."""
     names = pd.Series([*columns], dtype=str)
     plain = names.str.replace(r" \(\d+\)$", "", regex=True)  # of repeated columns
     exact, alike = plain == name, plain.str.lower() == name.lower()
     other = plain.str.fullmatch(SYNONYMS.get(name, re.escape(name)), case=False)
     worded = plain.str.contains(SEX_WORD_IN_NAME if name == "Gender" else "(?!)", case=False)
-    return names[
-        next((hit for hit in (exact, alike, other, worded) if hit.any()), worded)
-    ].to_list()
+    hits = next((hit for hit in (exact, alike, other, worded) if hit.any()), worded)
+    return names[hits].to_list()
 
 
 def find_id_column(

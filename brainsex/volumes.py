@@ -126,8 +126,7 @@ def prepare(
     volume, affine = load_volume(path, contiguous=False)
     if masks is not None:
         if len(masks) != 1:
-            names = ", ".join(map(str, masks)) or "none"
-            raise ValueError(f"expected one mask, found {names}; see --mask")
+            raise ValueError(f"expected one mask, found {[*map(str, masks)]}; see --mask")
         labels, mask_affine = load_volume(masks[0], contiguous=False)
         if not registration.same_grid(labels.shape, mask_affine, (volume.shape, affine)):
             raise ValueError(f"{masks[0]}: expected its volume's grid, found another")
@@ -315,6 +314,6 @@ def _write_cohort(
 
 
 def _count_reasons(reasons: Iterable[str]) -> pd.Series:
-    """Count the reasons of who is left out, how they begin without a path, the commonest first."""
+    """Count the reasons of who is left out that begin alike, the commonest first, by an example."""
     plain = pd.Series(list(reasons), dtype=str).str.replace(r"^\S*[/\\]\S*: ", "", regex=True)
-    return plain.str.slice(0, 70).value_counts()
+    return plain.groupby(plain.str.slice(0, 30)).transform("first").value_counts()

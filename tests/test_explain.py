@@ -116,7 +116,7 @@ def test_masks_are_those_of_the_references_they_name(study, tmp_path):
 
 
 def test_an_interrupted_run_goes_on(study, tmp_path, monkeypatch):
-    """Also with other rows, as the processes of torchrun have them; nothing is done twice."""
+    """Also with other rows; nothing is done twice."""
     cohort, folder, *_ = study
     attribute, calls = saliency.attribute, []
 

@@ -86,6 +86,15 @@ LAYOUTS = [  # options, subjects, and files: subjects' volumes have seeds 1 and 
     ),
     ({"match": "best/*"}, ["p1", "p2"], {f"best/p{n}.nii.gz": n for n in (1, 2)}),
     ({}, ["7", "8"], {"dti/A/wave1/7_FA.nii.gz": 1, "dti/B/wave1/8_FA.nii.gz": 2}),
+    (  # a session that is a folder
+        {"session": "wave2"},
+        ["7", "8"],
+        {
+            f"dti/wave{wave}/{7 + n}_FA.nii.gz": n + 1 if wave == 2 else 9
+            for wave in (1, 2)
+            for n in (0, 1)
+        },
+    ),
 ]
 
 
@@ -110,6 +119,25 @@ def test_what_is_chosen_converts(tmp_path):
     assert data.subjects.tolist() == ["01", "A2"]
     assert data.sex.tolist() == [0, 1]
     np.testing.assert_allclose(data.volumes[1], fa(2)[::-1], atol=1e-6)  # stored in LAS
+
+
+def test_brains_of_freesurfer_and_spm_are_told_from_what_lies_beside(tmp_path):
+    names = [f"P0{n}/mri/{name}.mgz" for n in (1, 2) for name in ("brain", "T1", "orig", "aseg")]
+    write(tmp_path / "fs", dict.fromkeys(names, ""))
+    names = [f"mri/{name}sub-0{n}_T1w.nii" for n in (1, 2) for name in ("wm", "mwp1", "p0", "y_")]
+    write(tmp_path / "spm", dict.fromkeys(names, ""))
+    for folder, name in (("fs", "P0{}/mri/brain.mgz"), ("spm", "mri/wmsub-0{}_T1w.nii")):
+        chosen = layouts.choose_volumes(layouts.find_volumes(tmp_path / folder))
+        expected = [tmp_path / folder / name.format(n) for n in (1, 2)]
+        assert chosen["path"].tolist() == expected
+
+
+def test_ids_of_two_folders_are_those_of_the_table():
+    paths = [
+        Path(f"/data/{site}/100{n}/100{n}_FA.nii.gz") for site in ("UMN", "BCN") for n in (1, 2)
+    ]
+    known = ["UMN_1001", "UMN_1002", "BCN_1001", "BCN_1002"]
+    assert layouts.name_subjects(paths, known=known) == known
 
 
 def test_packages_old_and_new_are_told_apart_and_led_to_the_next_command(tmp_path):
@@ -186,7 +214,7 @@ def test_nothing_there(tmp_path):
         layouts.find_volumes(tmp_path / "nowhere")
     hidden = ".hidden/fa/1.nii.gz", "__MACOSX/900001/T1w/FA.nii.gz", "FA/._900001_FA.nii.gz"
     write(tmp_path, dict.fromkeys(["readme.txt", *hidden], ""))
-    with pytest.raises(FileNotFoundError, match=r"depth, found \[.*'readme\.txt'.*\]"):
+    with pytest.raises(FileNotFoundError, match="depth, found none"):
         layouts.find_volumes(tmp_path)
 
 

@@ -11,9 +11,10 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from brainsex import cohort, layouts, networks, perturbation, storage, training
-from brainsex.__main__ import COMMANDS, EXAMPLES, build_parser, main
+from brainsex.__main__ import COMMANDS, build_parser, main
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +69,17 @@ def test_nobody_who_can_be_used_is_an_error(folder, tmp_path):
         (tmp_path / "hcp" / path.name).write_bytes(path.read_bytes())
     with pytest.raises(SystemExit, match=r"error: nobody could be used.*HCP ships no FA map"):
         main(["extract", str(tmp_path / "hcp"), str(tmp_path / "fa")])
+
+
+def test_folds_that_processes_share_are_those_of_one(folder, trained, tmp_path, capsys):
+    options = "--channels 2 --folds 2 --epochs 1 --batch-size 5 --milestones".split()
+    with storage.folder_lock(tmp_path / "shared"):  # as if another process were at work
+        for fold in "01":
+            main(["train", str(folder), str(tmp_path / "shared"), "--only", fold, *options])
+    assert capsys.readouterr().out.count("accuracy ") == 2
+    for name in ("fold-0.pt", "fold-1.pt"):
+        shared, alone = (torch.load(out / name) for out in (tmp_path / "shared", trained))
+        assert all(torch.equal(shared[key], alone[key]) for key in alone)
 
 
 def test_the_tour_is_of_people_whom_its_network_has_not_seen(
@@ -196,9 +208,14 @@ def test_a_second_run_in_a_folder_is_refused(tmp_path):
 
 def test_what_help_and_survey_tell_to_run_parses_and_is_taken():
     commands = [package[-1] for package in layouts.PACKAGES.values()]
-    text = "\n".join([EXAMPLES, *commands, *layouts.NEXT]).format("data/hcp", "hcp", "")
+    text = "\n".join([*commands, *layouts.NEXT]).format("data/hcp", "hcp", "")
     told = re.findall(r"python -m brainsex (.*)", text.replace("'", ""))
-    assert {line.split()[0] for line in told} == COMMANDS.keys() - {"plant", "predict"}
+    assert {line.split()[0] for line in told} == COMMANDS.keys() - {
+        "plant",
+        "predict",
+        "survey",
+        "synthesize",
+    }
     for line in told:
         options = vars(build_parser().parse_args(line.split()))
         inspect.signature(COMMANDS[options.pop("command")][0]).bind(**options)

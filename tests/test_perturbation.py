@@ -200,7 +200,6 @@ def with_value(volumes, value):
         (quick_masks, lambda v: with_value(v, np.nan), {}, r"NaN or infinity in rows \[2"),
         (quick_masks, lambda v: v, {"target": 2}, "target of 0 or 1.* found 2"),
         (quick_masks, lambda v: v, {"target": [0, 1]}, r"\(2,\) .* shape \(4,\)"),
-        (quick_masks, lambda v: v, {"subjects": ["a"]}, "expected 4 subjects, found 1"),
         (quick_masks, lambda v: v, {"reference": np.zeros((2, *SMALL))}, r"\(2,22,.* \(4,22,"),
         (quick_group, lambda v: with_value(v, np.inf), {}, r"NaN or infinity in rows \[.*2"),
         (quick_group, lambda v: v, {"reference": np.full(SMALL, np.nan)}, "expected finite images"),

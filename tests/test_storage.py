@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import platform
-import signal
 import subprocess
 import sys
 import time
@@ -22,14 +21,6 @@ def start_python(code: str, *arguments: object) -> subprocess.Popen:
     return subprocess.Popen(
         command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True
     )
-
-
-def has_ended(pid: int) -> bool:
-    """Whether a process is gone, or only waits for its parent to notice."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
-    except OSError:
-        return True
 
 
 @pytest.mark.parametrize(
@@ -145,21 +136,3 @@ def test_other_versions_go_on_and_those_of_the_first_results_are_on_record(tmp_p
         storage.start_run(tmp_path, "train", {"seed": 1}, **options)
         expected = "99" if options else before["torch"]
         assert storage.read_json(tmp_path / "run.json")["train"]["made_with"]["torch"] == expected
-
-
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux's /proc")
-def test_a_worker_ends_with_its_parent_and_not_by_ctrl_c():
-    worker = "import os, sys, time\nfrom brainsex import storage\n"
-    worker += "storage.exit_with_parent(os.getppid()); print(os.getpid(), flush=True)\n"
-    worker += "time.sleep(60)"
-    code = "import subprocess, sys\nsubprocess.run([sys.executable, '-c', sys.argv[1]])"
-    with start_python(code, worker) as parent:
-        pid = int(parent.stdout.readline())
-        os.kill(pid, signal.SIGINT)
-        time.sleep(0.3)
-        assert not has_ended(pid)
-        parent.kill()
-    deadline = time.monotonic() + 5
-    while not has_ended(pid) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert has_ended(pid)

@@ -93,7 +93,7 @@ def test_what_is_no_table_is_refused(tmp_path, content, problem):
 def test_a_table_that_is_absent_or_too_large_is_named(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"t\.csv"):
         tables.read_text_table(tmp_path / "t.csv")
-    monkeypatch.setattr(tables, "MAX_TABLE_BYTES", 10)
+    monkeypatch.setattr(tables.storage, "MAX_TABLE_BYTES", 10)
     assert len(tables.read_text_table(write(tmp_path, "a,b\n1,2\n"))) == 1
     with pytest.raises(ValueError, match="over 10 bytes"):
         tables.read_text_table(write(tmp_path, "a,b\n1,2\n3,4\n"))
@@ -205,7 +205,7 @@ def test_families_are_joined_in_any_spelling_of_ids_or_missed_loudly(tmp_path, c
     people = tables.join_beside(pd.DataFrame(index=["5", "6", "1"]), tmp_path)
     assert people["group"].tolist()[2] == "a"
     assert people["group"].isna().tolist() == [True, True, False]
-    message = "WARNING: restricted.csv: Family_ID known of 1 of 3: compare IDs"
+    message = "WARNING: restricted.csv has Family_ID of 1 of 3: compare IDs"
     assert message in capsys.readouterr().out
 
 
@@ -316,3 +316,38 @@ def test_the_right_cerebellum_gets_its_name(tmp_path, capsys):
     columns = ["Subject", "FS_L_Cerebellum_Cort_Vol", "FS_R_Cerebellum_Cort_Vol"]
     assert tables.read_text_table(path).columns.tolist() == columns
     assert "1 columns FS_L_Cerebellum… stand twice" in capsys.readouterr().out
+
+
+EVENTS = """Record ID,Event Name,Scan,What sex were you assigned at birth?
+1,Screening,,Male
+1,MRI,MR_2,
+2,Screening,,Female
+2,MRI,MR_1,
+"""
+CODES = "Nr,CCID,gender_code,gender_text\n1,CC11,1,MALE\n2,CC12,2,FEMALE\n"
+SESSIONS = "Subject,Label,sex\nOAS31,OAS31_MR_d1,M\nOAS32,OAS32_MR_d9,F\n"
+MEANINGS = "src_subject_id,eventname,sex\nSubject ID how it is defined,The event,At birth\n"
+ID_COLUMNS = [  # a table, the paths of the cohort's files, and the IDs that it gives
+    ("Nr;Pseudonym;Geschl.\n1;AK17B;m\n2;BM03T;w\n", "a/Messung 0{} {}", ["AK17B", "BM03T"]),
+    (CODES, "mri/wmsub-{1}_T1w.nii", ["CC11", "CC12"]),
+    ("record_id,scan,sex\n1,MR_2,M\n2,MR_1,F\n", "Scans/{1}/fa.nii.gz", ["MR_2", "MR_1"]),
+    (EVENTS, "Scans/{1}/fa.nii.gz", ["MR_2", "MR_1"]),  # the sex stands in another event
+    (SESSIONS, "{1}/mri/brain.mgz", ["OAS31", "OAS32"]),  # a session is nobody
+    (MEANINGS, "", []),  # below the header stands what a column means
+    ("subjectID,Sex\nUMN_1001,1\nBCN_1001,2\n", "data/{1}/1001_FA.nii", ["UMN_1001", "BCN_1001"]),
+]
+
+
+@pytest.mark.parametrize(("content", "path", "subjects"), ID_COLUMNS)
+def test_the_column_of_ids_is_the_one_whose_values_stand_in_the_paths(
+    tmp_path, content, path, subjects
+):
+    table = write(tmp_path, content)
+    ids = [name.replace("OAS31", "OAS31_MR_d1").replace("_1001", "/1001") for name in subjects]
+    paths = [path.format(n, name) for n, name in enumerate(ids, start=1)]
+    if not subjects:
+        with pytest.raises(ValueError, match="expected rows of session any, found none"):
+            tables.read_people(table, paths=paths)
+        return
+    people = tables.read_people(table, paths=paths)
+    assert people["Gender"].to_dict() == dict(zip(subjects, "MF", strict=True))

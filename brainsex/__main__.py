@@ -41,8 +41,8 @@ def _read_layout(
     try:
         people_table = table or tables.find_people(cohort, **columns)
         paths = layouts.find_files(cohort, *layouts.VOLUME_ENDINGS, ".zip")
-        paths = [path.relative_to(cohort).as_posix() for path in paths]
-        people = tables.read_people(people_table, **names, paths=paths)
+        known = layouts.split_paths(path.relative_to(cohort).as_posix() for path in paths)
+        people = tables.read_people(people_table, **names, known=known)
         if people_table.parent != cohort:
             beside = people_table, names["subject"], names["session"]
             people = tables.join_beside(people, cohort, *beside)
@@ -186,7 +186,6 @@ OPTIONS = {  # the default of --effect is the function's own: 1 for synthesize, 
     "--mask": {"metavar": "GLOB", "help": "of brain masks or labels below COHORT, IDs in the path"},
     "--align": {"choices": ("rigid", "affine"), "help": "register to MNI152 (DIPY)"},
     "--channels": {"type": int, "default": 32, "help": "of the first hidden layer"},
-    "--only": {"type": int, "nargs": "+", "help": "folds, from 0, where machines share the work"},
     "--folds": {"type": int, "default": 10, "help": "of the cross-validation"},
     "--epochs": {"type": int, "default": 14, "help": "a fold"},
     "--batch-size": {"type": int, "default": 10, "help": "subjects"},
@@ -211,7 +210,7 @@ COMMANDS = {  # name: the function, and its arguments
     ),
     "train": (
         _train,
-        "cohort out --channels --folds --only --epochs --batch-size --lr --milestones "
+        "cohort out --channels --folds --epochs --batch-size --lr --milestones "
         "--weight-decay --no-neutral --seed --workers --overwrite",
     ),
     "masks": (_masks, "cohort networks out --seed --overwrite"),
@@ -242,8 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if command == "convert" and not folder.is_dir() and folder == options["cohort"]:
             raise FileNotFoundError(f"{folder}: no such folder; DATA_ACCESS.md says how to start")
-        shared = options.get("only") is not None  # folds of one run, by several processes
-        with storage.folder_lock(folder) if folder and not shared else nullcontext():
+        with storage.folder_lock(folder) if folder else nullcontext():
             table = COMMANDS[command][0](**options)
         if isinstance(table, pd.DataFrame) and (table["status"] == "rejected").all():
             reason = table["reason"].iloc[0]

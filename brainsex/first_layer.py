@@ -53,8 +53,6 @@ def summarise(network: networks.MriNet3d, volumes: np.ndarray) -> tuple[np.ndarr
 
 def _measure_maps(network: networks.MriNet3d, volumes: np.ndarray, measure: Callable) -> np.ndarray:
     """Return `measure` (N, …) of all volumes' maps, which it takes in batches (n, C, voxels)."""
-    if not isinstance(network, networks.MriNet3d):
-        raise ValueError(f"expected a MriNet3d, found a {type(network).__name__}")
     device = networks.device()
     layer = speed.inference_copy(copy.deepcopy(network).double(), device).hidden1
 

@@ -42,9 +42,12 @@ PREFERRED = {  # how the paths of volumes look that are taken where there are ot
     "t1": (r"t1/[^/]+", r"(.*/)?T1w/T1w_acpc_dc_restore_brain\..*", r"(.*/)?mri/brain\.mgz"),
 }
 FOLDERS = {"fa": "fa", "origdata": "fa", "t1": "t1"}  # whose volumes are of what modality
-NAMES = {"fa": r"fa(map)?|(fractional)?anisotropy", "t1": r"t1w?|mprage"}  # words of names
+NAMES = {
+    "fa": r"fa(map)?|(fractional)?anisotropy",
+    "t1": r"t1w?|mprage|struct(ural)?",
+}  # words of names
 NO_MAP_WORDS = set("mask mean all skeleton skeletonised seg dseg probseg labels".split())
-SPM_PARTS = re.compile(r"(m0?w?|r)?(p|wp)[0-7]|i?y_")  # how names of tissues and fields begin
+SPM_TISSUE = re.compile(r"m0?w[pc][1-7]")  # how the names of normalised tissues begin
 WORDS = re.compile(  # parts of paths that are no subject's ID
     r"fa(map)?|t1w?|dti|dwi|dmri|data|diffusion.*|anat|dtifit|tensor|maps?|brain|restore|acpc|dc|to"
     r"|target|mni.*|native|std|origdata|stats|tbss|results|derivatives|mri|metrics|models?|fdt"
@@ -71,6 +74,16 @@ def find_files(folder: str | Path, *endings: str) -> list[Path]:
         paths += [Path(parent, name) for name in names if not name.startswith(".")]
     paths = [path for path in sorted(paths, reverse=True) if path.is_file() or not path.exists()]
     return sorted({real(path): path for path in paths}.values())
+
+
+def split_paths(paths: Iterable[str]) -> tuple[set[str], set[str]]:
+    """Return the parts of paths, and all up to six words that follow each other, as IDs compare."""
+    parts, spans = set(), set()
+    for path in paths:
+        parts |= {tables.compare_id(part.split(".")[0]) for part in path.split("/")}
+        words = tables.compare_id(path).split()
+        spans |= {" ".join(words[i : i + n]) for i in range(len(words)) for n in range(1, 7)}
+    return parts, spans
 
 
 def name_subjects(
@@ -190,7 +203,7 @@ def _describe(path: str) -> tuple[str, str]:
             return kind, modality
     *folders, name = path.lower().split("/")
     words = set(re.split(r"[\W_]+", name)) | ({"t1"} if name == "brain.mgz" else set())
-    if words & NO_MAP_WORDS or SPM_PARTS.match(name) or "7t" in re.split("[/_]", path.lower()):
+    if words & NO_MAP_WORDS or SPM_TISSUE.match(name) or "7t" in re.split("[/_]", path.lower()):
         return "", ""
     for modality, pattern in NAMES.items():
         if any(re.fullmatch(pattern, word) for word in words):
@@ -256,10 +269,9 @@ def choose_volumes(
         patterns = match, f"*/{match}"
         chosen = chosen[[any(map(fnmatchcase, name, patterns)) for name in names]]
     if session is not None:  # of BIDS, or a part of paths; else it is of the table's rows
-        parts = chosen["path"].map(lambda path: re.split(r"[/\\_.]", str(path)))
-        own = (chosen["session"] == session.removeprefix("ses-")) | parts.map(
-            lambda p: session in p
-        )
+        below = [path.relative_to(files.attrs["folder"]) for path in chosen["path"]]
+        parts = [{*path.parts[:-1], *path.name.split("_")[:-1]} for path in below]
+        own = chosen["session"].eq(session.removeprefix("ses-")) | [session in p for p in parts]
         chosen = chosen[own] if own.any() or (chosen["session"] != "").any() else chosen
     kind = kind or next((name for name in NAMES if name in set(chosen["modality"])), "fa")
     allowed = (kind,) if match is None else (kind, "")
@@ -294,7 +306,8 @@ def match_masks(
         raise FileNotFoundError(f"{folder}: expected masks that match {pattern!r}, found none")
     for name in (name for name in names if name.lower().endswith(VOLUME_ENDINGS)):
         session = hit[1] if (hit := BIDS["ses"].match(name)) else ""
-        subject = _known_within(re.sub(r"(ses|run)-[^\W_]+", "", name), known)
+        hit = BIDS["sub"].match(name)
+        subject = _known_within(hit[1] if hit else re.sub(r"(ses|run)-[^\W_]+", "", name), known)
         if subject in masks:
             masks[subject].append((session, Path(folder, name)))
     return [

@@ -70,8 +70,6 @@ def deletion_insertion(
     insertion_area, (N,): low is faithful in deletion, high in insertion. Raises ValueError if
     shapes or target do not fit, or a volume or a reference is not finite.
     """
-    if maps.shape != volumes.shape or brain.shape != volumes.shape[1:]:
-        raise ValueError(f"expected maps {volumes.shape}, found {maps.shape} in {brain.shape}")
     device = networks.device()
     plain = speed.inference_copy(network, device)
     target, reference = perturbation.broadcast_inputs(plain, volumes, target, reference)

@@ -75,8 +75,6 @@ def attribute(
     Returns maps (N, X, Y, Z) float32, of masks their persistence. Raises ValueError for an unknown
     method, a reference missing or not used, and inputs or options that do not fit.
     """
-    if method not in METHODS:
-        raise ValueError(f"expected a method among {', '.join(METHODS)}, found {method!r}.")
     entry, needed = METHODS[method], METHODS[method].reference is not None
     if needed != (reference is not None):
         raise ValueError(f"{method} takes {'a' if needed else 'no'} reference; see reference_for.")

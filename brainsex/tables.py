@@ -18,10 +18,8 @@ SYNONYMS = {  # of HCP's columns, in any case, as BIDS, UK Biobank, OASIS, REDCa
     "Subject": r"(sub|subj|subject|participant|patient|proband|pbn|twin|case|record|src_subject)"
     r"([ _.-]?(id|key|code|name|label|number|no|nr))?|eid|id|iid|mrn|ptid|ixi_id|measure:.*"
     r"|[lr]h\.aparc\S*",
-    "Gender": r"(dem_)?(sex|gender|geschlecht)([ _.]?(id|code|name|label))?( ?\(.*\))?|m/f|f/m"
-    r"|(f\.|p)?31([-.]0\.0)?|female|male",
-    "Age": r"(f\.|p)?21003([-_.]\w+\.?\d*)?"
-    r"|(age|alter)([ _.]?(at|in)?[ _.]?(scan|years|yrs|y))?( ?\(.*\))?",
+    "Gender": r"sex|gender|m/f|f/m|(f\.|p)?31([-.]0\.0)?|female|male",
+    "Age": r"(f\.|p)?21003.*|(age|alter)([ _.]?(at|in)?[ _.]?(scan|years|yrs|y))?( ?\(.*\))?",
     "session": r"(redcap_)?(ses|session|visit|event|timepoint|wave)([ _.]?(id|name|label))?",
     "Family_ID": r"(rel_)?fam(ily)?[ _.]?(id|no|nr|number|code)?|pedigree[ _.]?(id|no)?",
 }
@@ -46,12 +44,9 @@ MISSING = {"", "9", "-9", "99", "999", "n/a", "na", "nan", "-", ".", "unknown"}
 
 
 def subject_id(text: object) -> str:
-    """Return an ID as it is meant: without blanks, ``sub-``, and a spreadsheet's decimals.
-
-    ``sub-01`` gives ``01``; ``900106.0`` and ``9.00106E+05`` give ``900106``.
-    """
+    """Return an ID as it is meant: of ``sub-01`` ``01``, of 900106.0 and 9.00106E+05 ``900106``."""
     name = re.sub(r"(?i)^sub[-_](?=.)", "", str(text).strip().rstrip("/"))
-    name = re.sub(r"(?i)^NDAR_?INV", "NDARINV", name)  # ABCD's tables have the line, its files not
+    name = name.replace("NDAR_INV", "NDARINV")  # ABCD's tables have the line, its files not
     number = re.fullmatch(r"\d+\.0*|\d(\.\d+)?[eE]\+\d\d?", name) and Decimal(name)
     return str(int(number)) if number and number == int(number) else name
 
@@ -80,13 +75,15 @@ def cohort_name(folder: str | Path) -> tuple[str, bool]:
 def find_people(folder: str | Path, *, subject: str | None = None, sex: str | None = None) -> Path:
     """Find a cohort's one table of people: HCP's, BIDS's, or the only one with IDs and sexes.
 
-    `subject` and `sex` name its columns where `SYNONYMS` do not. Raises FileNotFoundError if there
-    is none, or several.
+    `subject` and `sex` name its columns. Raises FileNotFoundError if there is none, or several.
     """
     headers, wanted = _find_headers(folder), (subject or "Subject", sex or "Gender")
     named = [[path for path in headers if re.fullmatch(name, path.name)] for name in PEOPLE_NAMES]
     full = [path for path in headers if all(match_columns(headers[path], name) for name in wanted)]
-    paths = next(filter(None, (*named, full, [*headers])), sorted(Path(folder).glob("*.xls*")))
+    sexed = [path for path in headers if match_columns(headers[path], wanted[1])]
+    paths = next(
+        filter(None, (*named, full, sexed, [*headers])), sorted(Path(folder).glob("*.xls*"))
+    )
     if len(paths) != 1 or paths[0] not in headers:
         names = [path.name for path in paths]
         problem = f"expected one table with columns {' and '.join(wanted)}, found {names or 'none'}"
@@ -101,12 +98,12 @@ def read_people(
     subject: str | None = None,
     sex: str | None = None,
     session: str | None = None,
-    paths: Iterable[str] = (),
+    known: tuple[set[str], set[str]] = (set(), set()),
 ) -> pd.DataFrame:
     """Read a table of people, and the columns `BESIDE` of it and of the tables in its folder.
 
-    `subject` and `sex` name its columns where neither their names nor the `paths` of the cohort's
-    files tell, as by `find_id_column`; `session` chooses among rows. The result is indexed by
+    `subject` and `sex` name its columns where neither their names nor the `known` parts of paths
+    tell, as by `find_id_column`; `session` chooses among rows. The result is indexed by
     Subject (str) and has Gender (F, M) and, where known, ``age`` (years, or HCP's age band),
     ``qc_issue``, ``intracranial_volume_ml`` and ``group`` (family ID). The codes of sex are
     printed. Raises FileNotFoundError, or ValueError if a column is missing or a subject has two
@@ -115,10 +112,8 @@ def read_people(
     table = Path(table)
     rows = read_text_table(table)
     if subject is None:
-        subject, rows = find_id_column(table, rows, paths, session)
+        subject, rows = find_id_column(table, rows, *known, session)
     rows = index_subjects(table, select_session(rows, session), subject)
-    if rows.empty:
-        raise ValueError(f"{table}: expected rows of session {session or 'any'}, found none")
     people = read_sex(table, rows, sex or "Gender").to_frame("Gender")
     _add_columns(people, table, rows, PEOPLE | BESIDE)
     return join_beside(people, table.parent, table, subject, session)
@@ -134,7 +129,7 @@ def join_beside(
     """Join the columns `BESIDE` of the tables in a folder, but `table`, to people, by ID.
 
     A table that knows fewer than half of the people is named in a line. Raises ValueError if two
-    tables have the same column, or one has a column that cannot be used.
+    tables have the same column.
     """
     headers = {path: names for path, names in _find_headers(folder).items() if path != table}
     for column, name in BESIDE.items():
@@ -143,8 +138,9 @@ def join_beside(
             names = [path.name for path in paths]
             raise ValueError(f"{folder}: expected one table with {column}, found {names}: keep one")
         for path in paths:
-            id_column = subject if subject in set(headers[path]) else "Subject"
-            rows = index_subjects(path, read_text_table(path, session), id_column)
+            rows, keys = read_text_table(path, session), {*map(compare_id, people.index)}
+            id_column = subject if subject in rows else find_id_column(path, rows, keys, keys)[0]
+            rows = index_subjects(path, rows, id_column)
             rows.index = spell_ids(rows.index, people.index)
             _add_columns(people, path, rows, {column: name})
             known = people.index.isin(rows.index).sum()
@@ -156,9 +152,7 @@ def join_beside(
 def _add_columns(people: pd.DataFrame, table: Path, rows: pd.DataFrame, columns: dict) -> None:
     """Add those columns of rows (by Subject) that there are, under their new names, to people."""
     for column, name in columns.items():
-        if len(matches := match_columns(rows, column)) > 1:
-            print(f"{table.name}: {', '.join(matches)}: several columns {column}, not read")
-        elif matches:
+        if matches := match_columns(rows, column):
             values = rows[matches[0]].reindex(people.index)
             if name == "group":
                 values = values.mask(values.str.strip().str.lower().isin({*MISSING, "0"}))
@@ -175,9 +169,8 @@ def index_subjects(table: Path, rows: pd.DataFrame, column: str) -> pd.DataFrame
     """
     column = find_column(table, rows, column)
     rows = rows.dropna(subset=column).drop_duplicates()
-    rows = rows[
-        ~rows[column].str.contains(r"\S+\s+\S+\s+\S+\s+\S")
-    ]  # what a column means, below it
+    meaning = r"\S+\s+\S+\s+\S+\s+\S"  # as NDA's tables say below the header what a column means
+    rows = rows[~rows[column].str.contains(meaning)]
     return rows.set_index(check_subject_ids(table, rows[column])).rename_axis("Subject")
 
 
@@ -198,12 +191,11 @@ def fill_missing_families(families: pd.Series) -> np.ndarray | None:
 
 
 def read_text_table(table: str | Path, session: str | None = None) -> pd.DataFrame:
-    """Read a table's cells as text, NaN where blank; a repeated column name gets " (2)" appended.
+    """Read a table's cells as text, NaN where blank, as `storage.open_table` tells columns apart.
 
-    The separator is the commonest in the header: comma, semicolon (decimal commas) or tab; the
-    encoding UTF-8, UTF-16 or Windows' (cp1252). Of HCP's columns of the left cerebellum that stand
-    twice, the second is named as the right one's. Of a table with sessions, a `session` keeps its
-    rows. Raises FileNotFoundError, or ValueError if the file is not text in columns.
+    Decimal commas become points. Of HCP's columns of the left cerebellum that stand twice, the
+    second is named as the right one's. A `session` keeps its rows, where a column has sessions.
+    Raises FileNotFoundError, or ValueError if the file is not text in columns.
     """
     table = Path(table)
     with storage.reading(table, "a CSV table", "export it again"), warnings.catch_warnings():
@@ -287,33 +279,40 @@ def match_columns(columns: Iterable[str], name: str) -> list[str]:
 
 
 def find_id_column(
-    table: Path, rows: pd.DataFrame, paths: Iterable[str], session: str | None = None
+    table: Path, rows: pd.DataFrame, parts: set[str], spans: set[str], session: str | None = None
 ) -> tuple[str, pd.DataFrame]:
     """Return the column of IDs, by its name or by the values that stand in paths, and the rows.
 
-    The column of which most values stand in the paths, best as whole parts, goes before the one
-    that is named as IDs are, unless its values have those within, as sessions have. Its rows then
-    take what they lack, such as the sex, from others of the same named ID, as of another event.
+    `parts` and `spans` are those of `layouts.split_paths`. Where they have more values of another
+    column than of the one named as IDs are, that is taken, unless it is of a person's several
+    images or counts rows. Blanks are filled from other rows of the same ID, as of an event.
     """
-    named, merits, parts, spans = match_columns(rows, "Subject"), {}, set(), set()
-    for path in paths:
-        parts |= {compare_id(part.split(".")[0]) for part in path.split("/")}
-        words = compare_id(path).split()
-        spans |= {" ".join(words[i : i + n]) for i in range(len(words)) for n in range(1, 7)}
+    named, merits = match_columns(rows, "Subject"), {}
     columns = dict.fromkeys([*named, *rows.columns[:200]])  # IDs stand among the first
     ids = rows[[*columns]].map(compare_id, na_action="ignore")
+    counters = [[str(n + start) for n in range(len(rows))] for start in (0, 1)]
     for column in columns:
         known = {key for key in set(ids[column]) & spans if len(key) > 2 or key in parts}
+        known = known if column in named or ids[column].tolist() not in counters else set()
         merits[column] = len(known), len(known & parts), sum(map(len, known))
     best, named = max(merits, key=merits.get), named[0] if len(named) == 1 else None
-    pairs = ids[[named, best]].dropna().to_numpy() if named else []
-    within = len(pairs) and all(f" {inner} " in f" {outer} " for inner, outer in pairs)
-    if not merits[best][0] or (named and (within or merits[named][:2] >= merits[best][:2])):
-        return named or find_column(table, rows, "Subject"), rows
-    print(f"{table.name}: IDs, by column {best}, whose values stand in the paths")
-    if named:
-        whole = rows.fillna(rows.groupby(named).transform("first"))
-        rows = whole if session else whole[rows[best].notna()]
+    if named and merits[named][:2] < merits[best][:2]:
+        pairs = ids[[named, best]].dropna().to_numpy()
+        within = len(pairs) and all(f" {inner} " in f" {outer} " for inner, outer in pairs)
+        several = rows.groupby(named)[best].nunique().max() > 1
+        if not (within or several) and 2 * merits[named][0] >= merits[best][0]:
+            raise ValueError(
+                f"{table}: expected one column of IDs, found {named}, {best}: --subject"
+            )
+        best = named if within or several else best
+    else:
+        best = named or (best if merits[best][0] else find_column(table, rows, "Subject"))
+    if best != named:
+        print(f"{table.name}: IDs, by column {best}, whose values stand in the paths")
+    if session or best != named:
+        people = rows.groupby(named or best)
+        agreed = people.transform("first").where(people.transform("nunique") == 1)
+        rows = rows.fillna(agreed) if session else rows.fillna(agreed)[rows[best].notna()]
     return best, rows
 
 

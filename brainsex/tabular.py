@@ -83,6 +83,7 @@ def load_table(
     labels = letters.map(LABELS)
     named = rows.columns.str.replace(r" \(\d+\)$", "", regex=True)  # of repeated columns
     no_features = named.str.fullmatch("|".join(tables.SYNONYMS.values()), case=False)
+    no_features |= named.str.contains(tables.SEX_WORD_IN_NAME, case=False)
     about = [column for name in (subject, sex) for column in tables.match_columns(rows, name)]
     cells = rows.loc[:, ~(no_features | rows.columns.isin([*about, "Release"]))]
     values = cells.apply(pd.to_numeric, errors="coerce").astype(float)

@@ -147,8 +147,6 @@ def predict(network: nn.Module, volumes: np.ndarray) -> np.ndarray:
     A network of slabs gives those of its slabs' mean log-odds. All is computed in float32; no
     volume's depend on the others, on a CPU to the bit. Raises ValueError where one is not finite.
     """
-    if len(volumes) == 0:
-        raise ValueError("expected volumes (N, X, Y, Z), found none.")
     logits = speed.predict_logits(network, volumes, torch.float32)
     probabilities = networks.average_slab_logits(logits).softmax(1).numpy()
     if bad := np.flatnonzero(~np.isfinite(probabilities).all(1)).tolist():

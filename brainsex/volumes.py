@@ -63,8 +63,7 @@ def resample(
     """
     low, high = _range(volume)
     if volume.ndim != 3 or len(shape) != 3 or min(shape) < 1 or not np.isfinite([low, high]).all():
-        sizes = f"{volume.shape} with {low} to {high}, and {shape}"
-        raise ValueError(f"expected a finite 3D volume and a 3D shape, found {sizes}; clean it")
+        raise ValueError(f"expected finite 3D, found {volume.shape}, {low} to {high}, and {shape}")
     x, y, z = (_axis_operator(old, new) for old, new in zip(volume.shape, shape))
     order = _memory_order(volume)
     stored = np.asfortranarray(volume[order], dtype=np.float32).T  # (Z, Y, X), a file's uncopied
@@ -93,8 +92,6 @@ def clean(volume: np.ndarray, modality: str = "fa") -> tuple[np.ndarray, dict[st
     if modality == "t1" and (floor := np.percentile(values, 99) / 10) > 0:
         values = values / (2 * np.median(values[values > floor]))
     low, high = _range(values)
-    if high <= 0:
-        raise ValueError("no voxel above 0: an empty volume")
     if low < 0 or high > 1:
         negative, above = np.count_nonzero(values < 0), np.count_nonzero(values > 1)
         counts |= {"negative": int(negative), "above_one": int(above)}
@@ -149,8 +146,8 @@ def prepare_like(
     a volume that cannot be prepared so.
     """
     if ("mask" in grid) != (masks is not None):
-        needed, passed = ("a mask", "none") if masks is None else ("no mask", "one")
-        raise ValueError(f"expected {needed}, as the cohort was made, found {passed}; see --mask")
+        needed = "a" if masks is None else "no"
+        raise ValueError(f"expected {needed} mask, as the cohort was made; see --mask")
     volume, affine, record = prepare(path, grid["modality"], masks=masks)
     if pose := grid.get("align"):
         affine, record["alignment_dice"] = registration.align(volume, affine, pose)

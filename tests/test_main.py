@@ -11,7 +11,6 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 
 from brainsex import cohort, layouts, networks, perturbation, storage, training
 from brainsex.__main__ import COMMANDS, build_parser, main
@@ -69,17 +68,6 @@ def test_nobody_who_can_be_used_is_an_error(folder, tmp_path):
         (tmp_path / "hcp" / path.name).write_bytes(path.read_bytes())
     with pytest.raises(SystemExit, match=r"error: nobody could be used.*HCP ships no FA map"):
         main(["extract", str(tmp_path / "hcp"), str(tmp_path / "fa")])
-
-
-def test_folds_that_processes_share_are_those_of_one(folder, trained, tmp_path, capsys):
-    options = "--channels 2 --folds 2 --epochs 1 --batch-size 5 --milestones".split()
-    with storage.folder_lock(tmp_path / "shared"):  # as if another process were at work
-        for fold in "01":
-            main(["train", str(folder), str(tmp_path / "shared"), "--only", fold, *options])
-    assert capsys.readouterr().out.count("accuracy ") == 2
-    for name in ("fold-0.pt", "fold-1.pt"):
-        shared, alone = (torch.load(out / name) for out in (tmp_path / "shared", trained))
-        assert all(torch.equal(shared[key], alone[key]) for key in alone)
 
 
 def test_the_tour_is_of_people_whom_its_network_has_not_seen(

@@ -31,7 +31,7 @@ LISTING = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=Tru
 FILES = {  # each committed file without images and meshes; none outside a checkout
     name: re.sub(rb"[\w+/=]{400,}", b"", (ROOT / name).read_bytes())
     for name in LISTING.stdout.split("\0")
-    if (ROOT / name).is_file() and not name.endswith(".png")
+    if (ROOT / name).is_file() and not name.endswith((".png", ".gif"))
 }
 SECRETS = {  # an example -> its pattern
     b"AKIA" + b"A" * 16: rb"\b(AKIA|ghp_|gho_|sk-|github_pat_|hf_|AIza|xox[abp]-)[\w-]{10,}",

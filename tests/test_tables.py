@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from brainsex import tables
+from brainsex import layouts, tables
 
 
 def write(folder: Path, content: str | bytes, name: str = "t.csv") -> Path:
@@ -170,8 +170,8 @@ def test_people_are_joined_with_the_tables_beside(tmp_path, spelling, restricted
         ({"t.csv": "x" * 5000}, r"one column Subject, found x{100};"),
         ({"t.csv": "Subject,Gender\n1,F\n2,M\n1 ,M\n"}, r"t\.csv: line 4: .*one row, found '1'"),
         (
-            {"t.csv": "Subject,sex,gender_id\n1,F,1\n"},
-            "column Gender, found sex, gender_id; name it",
+            {"t.csv": "Subject,sex,sex\n1,F,1\n"},
+            r"column Gender, found sex, sex \(2\); name it",
         ),
         ({"unrestricted_hcp_freesurfer.csv": "Subject,FS_IntraCranial_Vol\n1,large\n"}, "'large'"),
         ({"RESTRICTED_a.csv": "Family_ID\n1\n"}, r"_a\.csv: expected one column Subject"),
@@ -295,7 +295,7 @@ def test_families_are_known_by_many_names(tmp_path, name):
 def test_the_one_table_of_a_folder_is_named_with_its_columns(tmp_path):
     path = write(tmp_path, "Kennung,Sex2\n1,F\n", "Stammdaten.csv")
     assert tables.find_people(tmp_path) == path
-    write(tmp_path, "region,volume\n1,2\n", "atlas.csv")
+    write(tmp_path, "region,sex ratio\n1,2\n", "atlas.csv")
     with pytest.raises(FileNotFoundError, match=r"found \['Stammdaten\.csv', 'atlas\.csv'\]"):
         tables.find_people(tmp_path)
     assert tables.find_people(tmp_path, subject="Kennung", sex="Sex2") == path
@@ -327,12 +327,15 @@ EVENTS = """Record ID,Event Name,Scan,What sex were you assigned at birth?
 CODES = "Nr,CCID,gender_code,gender_text\n1,CC11,1,MALE\n2,CC12,2,FEMALE\n"
 SESSIONS = "Subject,Label,sex\nOAS31,OAS31_MR_d1,M\nOAS32,OAS32_MR_d9,F\n"
 MEANINGS = "src_subject_id,eventname,sex\nSubject ID how it is defined,The event,At birth\n"
+COUNTED = "no,participant_id,sex\n1,P2,M\n2,P1,F\n"
+IMAGES = "Image ID,Subject,Sex\nI118,S1,M\nI119,S1,M\nI120,S2,F\n"
 ID_COLUMNS = [  # a table, the paths of the cohort's files, and the IDs that it gives
     ("Nr;Pseudonym;Geschl.\n1;AK17B;m\n2;BM03T;w\n", "a/Messung 0{} {}", ["AK17B", "BM03T"]),
     (CODES, "mri/wmsub-{1}_T1w.nii", ["CC11", "CC12"]),
     ("record_id,scan,sex\n1,MR_2,M\n2,MR_1,F\n", "Scans/{1}/fa.nii.gz", ["MR_2", "MR_1"]),
     (EVENTS, "Scans/{1}/fa.nii.gz", ["MR_2", "MR_1"]),  # the sex stands in another event
     (SESSIONS, "{1}/mri/brain.mgz", ["OAS31", "OAS32"]),  # a session is nobody
+    (COUNTED, "sub-0{0}/{1}_FA.nii", ["P2", "P1"]),  # nor is the number of a row
     (MEANINGS, "", []),  # below the header stands what a column means
     ("subjectID,Sex\nUMN_1001,1\nBCN_1001,2\n", "data/{1}/1001_FA.nii", ["UMN_1001", "BCN_1001"]),
 ]
@@ -345,9 +348,11 @@ def test_the_column_of_ids_is_the_one_whose_values_stand_in_the_paths(
     table = write(tmp_path, content)
     ids = [name.replace("OAS31", "OAS31_MR_d1").replace("_1001", "/1001") for name in subjects]
     paths = [path.format(n, name) for n, name in enumerate(ids, start=1)]
-    if not subjects:
-        with pytest.raises(ValueError, match="expected rows of session any, found none"):
-            tables.read_people(table, paths=paths)
-        return
-    people = tables.read_people(table, paths=paths)
-    assert people["Gender"].to_dict() == dict(zip(subjects, "MF", strict=True))
+    people = tables.read_people(table, known=layouts.split_paths(paths))
+    assert people["Gender"].to_dict() == dict(zip(subjects, "MF"))
+
+
+def test_images_of_a_person_are_no_people(tmp_path):
+    known = layouts.split_paths(["S1/a/I118/x.nii", "S1/b/I119/x.nii", "S2/a/I120/x.nii"])
+    with pytest.raises(ValueError, match="'S1'; of several visits: --session"):
+        tables.read_people(write(tmp_path, IMAGES), known=known)

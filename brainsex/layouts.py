@@ -271,7 +271,8 @@ def choose_volumes(
     if session is not None:  # of BIDS, or a part of paths; else it is of the table's rows
         below = [path.relative_to(files.attrs["folder"]) for path in chosen["path"]]
         parts = [{*path.parts[:-1], *path.name.split("_")[:-1]} for path in below]
-        own = chosen["session"].eq(session.removeprefix("ses-")) | [session in p for p in parts]
+        own = np.array([session in p for p in parts], bool)
+        own |= chosen["session"] == session.removeprefix("ses-")
         chosen = chosen[own] if own.any() or (chosen["session"] != "").any() else chosen
     kind = kind or next((name for name in NAMES if name in set(chosen["modality"])), "fa")
     allowed = (kind,) if match is None else (kind, "")

@@ -72,6 +72,8 @@ def deletion_insertion(
     """
     device = networks.device()
     plain = speed.inference_copy(network, device)
+    if maps.shape != volumes.shape or brain.shape != volumes.shape[1:]:
+        raise ValueError(f"expected maps {volumes.shape}, found {maps.shape} in {brain.shape}")
     target, reference = perturbation.broadcast_inputs(plain, volumes, target, reference)
     steps = np.array(FRACTIONS, float)
     counts = np.rint(steps * np.count_nonzero(brain)).astype(int)

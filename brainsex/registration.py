@@ -49,8 +49,7 @@ def align(volume: np.ndarray, affine: np.ndarray, pose: str) -> tuple[np.ndarray
     brains = moved > BRAIN_THRESHOLD, template > BRAIN_THRESHOLD
     dice = 2 * np.count_nonzero(brains[0] & brains[1]) / sum(map(np.count_nonzero, brains))
     if dice < MIN_DICE:
-        problem = f"expected a Dice overlap with MNI152 of {MIN_DICE} or more, found {dice:.3f}"
-        raise ValueError(f"registration failed: {problem}; look at its orientation and its mask")
+        raise ValueError(f"registration failed: Dice {dice:.3f}, not {MIN_DICE}; look at its mask")
     if pose == "rigid":
         centre = apply_affine(to_mni, center_of_mass(brains[1]))
         rotation, _ = polar(to_own[:3, :3])

@@ -146,8 +146,7 @@ def prepare_like(
     a volume that cannot be prepared so.
     """
     if ("mask" in grid) != (masks is not None):
-        needed = "a" if masks is None else "no"
-        raise ValueError(f"expected {needed} mask, as the cohort was made; see --mask")
+        raise ValueError(f"expected {'no' if masks else 'a'} mask, as the cohort was made; --mask")
     volume, affine, record = prepare(path, grid["modality"], masks=masks)
     if pose := grid.get("align"):
         affine, record["alignment_dice"] = registration.align(volume, affine, pose)

@@ -162,7 +162,6 @@ def test_other_networks_and_draws_are_refused(study, tmp_path):
     ("change", "methods", "options", "message"),
     [
         ({"affine": None}, ["mask"], {}, r"no affine .* pass cohort\.load"),
-        ({"subjects": np.array([*"abcdefgh"])}, ["mask"], {}, "does not know a, b, c, d, e, f, g"),
         ({}, ["masks"], {}, r"methods among mask, .*, found \['masks'\]"),
         ({}, ["mask", "grad_cam"], {"steps": 1}, r"options of those, found \['steps'\]"),
     ],

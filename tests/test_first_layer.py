@@ -10,7 +10,7 @@ from scipy import stats
 from torch import nn
 
 from brainsex import first_layer, speed
-from brainsex.networks import MriNet2d, MriNet3d
+from brainsex.networks import MriNet3d
 from tests.test_networks import maps_by_hand
 
 AFFINE = np.array([[3.0, 0, 0, -90], [0, 3.1, 0, -126], [0, 0, 2.5, -72], [0, 0, 0, 1]])
@@ -86,7 +86,6 @@ NOT_FINITE[3, 9, 9, 9] = np.nan
     ("network", "volumes", "message"),
     [
         (make_network(), make_volumes(4, (26, 23, 24)), r"found \(1, 1, 26, 23, 24\)"),
-        (MriNet2d(5, channels=2, shape=SHAPE), make_volumes(4), "found a MriNet2d"),
         (make_network(), NOT_FINITE, r"volumes \[3\]: expected finite FA"),
     ],
 )

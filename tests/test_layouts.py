@@ -124,7 +124,9 @@ def test_what_is_chosen_converts(tmp_path):
 def test_brains_of_freesurfer_and_spm_are_told_from_what_lies_beside(tmp_path):
     names = [f"P0{n}/mri/{name}.mgz" for n in (1, 2) for name in ("brain", "T1", "orig", "aseg")]
     write(tmp_path / "fs", dict.fromkeys(names, ""))
-    names = [f"mri/{name}sub-0{n}_T1w.nii" for n in (1, 2) for name in ("wm", "mwp1", "p0", "y_")]
+    names = [
+        f"mri/{name}sub-0{n}_T1w.nii" for n in (1, 2) for name in ("wm", "mwp1", "mwp2", "m0wp1")
+    ]
     write(tmp_path / "spm", dict.fromkeys(names, ""))
     for folder, name in (("fs", "P0{}/mri/brain.mgz"), ("spm", "mri/wmsub-0{}_T1w.nii")):
         chosen = layouts.choose_volumes(layouts.find_volumes(tmp_path / folder))

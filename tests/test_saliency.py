@@ -205,7 +205,6 @@ def test_a_batch_as_a_gpu_has_it_is_one_after_the_other(method, network, volumes
 @pytest.mark.parametrize(
     ("method", "change", "options", "message"),
     [
-        ("grad_camera", lambda v: v, {}, "a method among mask, .*, found 'grad_camera'"),
         ("gradient_input", lambda v: v[0], {}, r"\(N, X, Y, Z\), found \(22, 24, 27\)"),
         ("gradient_input", lambda v: np.where(v > 0.89, np.nan, v), {}, "NaN or infinity"),
         ("grad_cam", lambda v: v, {"target": 2}, "target of 0 or 1"),

@@ -176,7 +176,7 @@ def test_resample_is_the_study_s_resize(old, new):
     ones, _ = resample(np.ones(old, np.float32), np.eye(4), new)
     assert ones.max() == 1  # rounding does not lift FA above what there was
     for wrong, shape in ((ones[0], new), (ones, (2, 0, 2)), (ones * np.inf, new)):
-        with pytest.raises(ValueError, match="expected a finite 3D volume and a 3D shape"):
+        with pytest.raises(ValueError, match="expected finite 3D, found"):
             resample(wrong, np.eye(4), shape)
 
 
@@ -205,7 +205,6 @@ def test_clean_counts_what_it_changes():
         (fa() * 10_000, r"anisotropy in \[0, 1\], found values from 0 to 9\d+: divide it by"),
         (fa() * 1.5, "divide it by"),  # a third above 1
         (-fa() + 0.5 * (fa() > 0), "values from -0.4"),
-        (np.full(SHAPE, np.nan), "empty volume"),
     ],
 )
 def test_clean_refuses_what_is_no_fa(volume, message):
@@ -238,8 +237,6 @@ def test_clean_scales_t1_by_the_brain_s_median(scale):
     assert counts == {"non_finite": 1, "negative": 1, "above_one": 1}
     expected[12, 14, 12] = 1
     np.testing.assert_allclose(cleaned, expected, atol=2e-4)
-    with pytest.raises(ValueError, match="empty volume"):
-        clean(np.zeros(SHAPE), "t1")
 
 
 def test_normalise_size_gives_heads_of_any_size_and_place_one_size_and_place():

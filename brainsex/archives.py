@@ -61,7 +61,7 @@ def extract(
             members = [member for member in members if re.search(r"(?i)\.nii(\.gz)?$", member[0])]
             if len(members) != 1:
                 hits = (
-                    ", ".join(label for label, _ in members[:4]) or "none (HCP ships no FA: run fa)"
+                    ", ".join(label for label, _ in members[:4]) or "none (HCP has no FA: run fa)"
                 )
                 expected = f"expected one file named like {' or '.join(patterns)}"
                 raise ValueError(f"{', '.join(paths)}: {expected}, found {hits}")

@@ -66,7 +66,7 @@ def test_nobody_who_can_be_used_is_an_error(folder, tmp_path):
     (tmp_path / "hcp").mkdir()
     for path in packages:
         (tmp_path / "hcp" / path.name).write_bytes(path.read_bytes())
-    with pytest.raises(SystemExit, match=r"error: nobody could be used.*HCP ships no FA"):
+    with pytest.raises(SystemExit, match=r"error: nobody could be used.*HCP has no FA"):
         main(["extract", str(tmp_path / "hcp"), str(tmp_path / "fa")])
 
 

@@ -60,9 +60,7 @@ def extract(
                 members += find_members(path, label, patterns, stack, MAX_MEMBER)
             members = [member for member in members if re.search(r"(?i)\.nii(\.gz)?$", member[0])]
             if len(members) != 1:
-                hits = (
-                    ", ".join(label for label, _ in members[:4]) or "none (HCP has no FA: run fa)"
-                )
+                hits = ", ".join(label for label, _ in members) or "none (HCP has no FA: use fa)"
                 expected = f"expected one file named like {' or '.join(patterns)}"
                 raise ValueError(f"{', '.join(paths)}: {expected}, found {hits}")
             ending = ".nii.gz" if members[0][0].lower().endswith(".gz") else ".nii"

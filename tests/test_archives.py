@@ -177,7 +177,7 @@ BAD = {
     "truncated": (direct[:-40], "expected a whole zip archive.*download it again"),
     "no member": (
         zipped([("900001/T1w/Diffusion/data.nii.gz", b"")]),
-        r"expected one file named like \*_FA.nii.gz.*found none.*HCP has no FA: run fa",
+        r"expected one file named like \*_FA.nii.gz.*found none.*HCP has no FA: use fa",
     ),
     "two members": (
         zipped([("a/x_FA.nii.gz", b""), ("in.zip", zipped([("FA.nii", b"")]))]),

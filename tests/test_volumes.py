@@ -109,23 +109,26 @@ def test_load_reads_what_other_programs_write(tmp_path, name, image, gzipped):
 
 
 PLAIN = MAP.to_bytes()
-FLIPPED = bytearray(gzip.compress(PLAIN, 0))
+FLIPPED = bytearray(gzip.compress(PLAIN, 0, mtime=0))
 FLIPPED[-50_000] ^= 1  # in a stored block only the checksum can tell
 
 
 def patched(place, values):
     """The map's file with values in its header."""
     values = np.array(values).tobytes()
-    return gzip.compress(PLAIN[:place] + values + PLAIN[place + len(values) :])
+    return gzip.compress(PLAIN[:place] + values + PLAIN[place + len(values) :], mtime=0)
 
 
 NO_AFFINE = patched(252, np.int16([0, 0]))  # neither qform nor sform
 BAD = [  # a file, as an array or its content, and what is said of it
-    (gzip.compress(PLAIN)[:9000], "a whole file .NIfTI or .mgz. of 3D.*cannot read it.*download"),
+    (
+        gzip.compress(PLAIN, mtime=0)[:9000],
+        "a whole file .NIfTI or .mgz. of 3D.*cannot read it.*download",
+    ),
     (FLIPPED, "cannot read it.*CRC"),
-    (gzip.compress(PLAIN)[:-8] + bytes(8), "cannot read it.*CRC"),  # the checksum itself
-    (gzip.compress(b"Subject,Gender\n" * 100), "cannot read it"),
-    (gzip.compress(PLAIN[:-4]), "Expected 64400 bytes, got 64396"),
+    (gzip.compress(PLAIN, mtime=0)[:-8] + bytes(8), "cannot read it.*CRC"),  # the checksum itself
+    (gzip.compress(b"Subject,Gender\n" * 100, mtime=0), "cannot read it"),
+    (gzip.compress(PLAIN[:-4], mtime=0), "Expected 64400 bytes, got 64396"),
     (b"/annex/objects/MD5E-s3145728--0123.nii.gz\n", "a pointer to content .*; datalad get"),
     (
         b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",

@@ -285,7 +285,8 @@ def find_id_column(
 
     `parts` and `spans` are those of `layouts.split_paths`. Where they have more values of another
     column than of the one named as IDs are, that is taken, unless it is of a person's several
-    images or counts rows. Blanks are filled from other rows of the same ID, as of an event.
+    images, or of several people, as a site, or counts rows. Blanks are filled from other rows of
+    the same ID, as of another event.
     """
     named, merits = match_columns(rows, "Subject"), {}
     columns = dict.fromkeys([*named, *rows.columns[:200]])  # IDs stand among the first
@@ -299,11 +300,9 @@ def find_id_column(
     if named and merits[named][:2] < merits[best][:2]:
         pairs = ids[[named, best]].dropna().to_numpy()
         within = len(pairs) and all(f" {inner} " in f" {outer} " for inner, outer in pairs)
-        several = rows.groupby(named)[best].nunique().max() > 1
+        several = rows.groupby(named)[best].nunique().max() > 1 or not rows[best].dropna().is_unique
         if not (within or several) and 2 * merits[named][0] >= merits[best][0]:
-            raise ValueError(
-                f"{table}: expected one column of IDs, found {named}, {best}: --subject"
-            )
+            raise ValueError(f"{table}: expected one column of IDs, found {named}, {best}; name it")
         best = named if within or several else best
     else:
         best = named or (best if merits[best][0] else find_column(table, rows, "Subject"))

@@ -327,6 +327,7 @@ EVENTS = """Record ID,Event Name,Scan,What sex were you assigned at birth?
 CODES = "Nr,CCID,gender_code,gender_text\n1,CC11,1,MALE\n2,CC12,2,FEMALE\n"
 SESSIONS = "Subject,Label,sex\nOAS31,OAS31_MR_d1,M\nOAS32,OAS32_MR_d9,F\n"
 MEANINGS = "src_subject_id,eventname,sex\nSubject ID how it is defined,The event,At birth\n"
+SITES = "participant_id,site,sex\n02,101,M\n01,101,F\n"
 COUNTED = "no,participant_id,sex\n1,P2,M\n2,P1,F\n"
 IMAGES = "Image ID,Subject,Sex\nI118,S1,M\nI119,S1,M\nI120,S2,F\n"
 ID_COLUMNS = [  # a table, the paths of the cohort's files, and the IDs that it gives
@@ -336,6 +337,7 @@ ID_COLUMNS = [  # a table, the paths of the cohort's files, and the IDs that it 
     (EVENTS, "Scans/{1}/fa.nii.gz", ["MR_2", "MR_1"]),  # the sex stands in another event
     (SESSIONS, "{1}/mri/brain.mgz", ["OAS31", "OAS32"]),  # a session is nobody
     (COUNTED, "sub-0{0}/{1}_FA.nii", ["P2", "P1"]),  # nor is the number of a row
+    (SITES, "site-101/{1}_FA.nii", ["02", "01"]),  # nor is a site
     (MEANINGS, "", []),  # below the header stands what a column means
     ("subjectID,Sex\nUMN_1001,1\nBCN_1001,2\n", "data/{1}/1001_FA.nii", ["UMN_1001", "BCN_1001"]),
 ]

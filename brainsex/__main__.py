@@ -65,8 +65,8 @@ def _survey(cohort: Path, table: Path | None, **names: str | None) -> None:
     files, _ = _read_layout(cohort, table, **names)
     print(f"morphometry: {tabular.find_table(cohort) or 'none'}")
     print("next, and what it takes here without a GPU, roughly:")
-    given = ({"table": table} | names).items()
-    options = "".join(f" --{name} {shlex.quote(str(value))}" for name, value in given if value)
+    settings = ({"table": table} | names).items()
+    options = "".join(f" --{name} {shlex.quote(str(value))}" for name, value in settings if value)
     print(*layouts.next_commands(files, joblib.cpu_count(), options), sep="\n")
 
 

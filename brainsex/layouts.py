@@ -77,13 +77,18 @@ def find_files(folder: str | Path, *endings: str) -> list[Path]:
 
 
 def split_paths(paths: Iterable[str]) -> tuple[set[str], set[str]]:
-    """Return the parts of paths, and all up to six words that follow each other, as IDs compare."""
+    """Return the parts of paths, and all words that follow each other, as IDs are compared."""
     parts, spans = set(), set()
     for path in paths:
         parts |= {tables.compare_id(part.split(".")[0]) for part in path.split("/")}
-        words = tables.compare_id(path).split()
-        spans |= {" ".join(words[i : i + n]) for i in range(len(words)) for n in range(1, 7)}
+        spans |= _split_words(path)
     return parts, spans
+
+
+def _split_words(text: str) -> set[str]:
+    """Return all words, and those that follow each other, of a text in the form of `compare_id`."""
+    words = tables.compare_id(text).split()
+    return {" ".join(words[i:j]) for j in range(len(words) + 1) for i in range(j)}
 
 
 def name_subjects(
@@ -149,9 +154,8 @@ def _tell_apart(
     for n, row in enumerate(zip(*(key for key, merit in zip(keys, merits) if merit == best))):
         if len(rivals := dict.fromkeys(known[key] for key in row if key in known)) > 1:
             problem = f"expected one ID, found {' or '.join(rivals)}; --id REGEX says which"
-            raise ValueError(
-                f"{'/'.join(columns[n, :depth])}/{'_'.join(columns[n, depth:])}: {problem}"
-            )
+            place = f"{'/'.join(columns[n, :depth])}/{'_'.join(columns[n, depth:])}"
+            raise ValueError(f"{place}: {problem}")
     ids = choices[merits.index(best)]
     if merits.index(best) >= len(choices) // 2 and ids[0].isdecimal():
         place = "/".join(columns[0])[-50:]
@@ -161,8 +165,7 @@ def _tell_apart(
 
 def _known_within(name: str, known: dict[str, str]) -> str:
     """Return the only one of the `known` IDs that a name has within, as whole words; else it."""
-    words = tables.compare_id(name).split()
-    spans = {" ".join(words[i:j]) for j in range(len(words) + 1) for i in range(j)} & known.keys()
+    spans = _split_words(name) & known.keys()
     longest = max(spans, key=len, default="")
     nested = all(f" {span} " in f" {longest} " for span in spans)
     return known[longest] if spans and nested else name
@@ -268,12 +271,11 @@ def choose_volumes(
         names = (f"{path.name}\n/{path.as_posix()}".split("\n") for path in chosen["path"])
         patterns = match, f"*/{match}"
         chosen = chosen[[any(map(fnmatchcase, name, patterns)) for name in names]]
-    if session is not None:  # of BIDS, or a part of paths; else it is of the table's rows
+    if session is not None:  # a part of paths, as BIDS's ses-…; else it is of the table's rows
         below = [path.relative_to(files.attrs["folder"]) for path in chosen["path"]]
         parts = [{*path.parts[:-1], *path.name.split("_")[:-1]} for path in below]
-        own = np.array([session in p for p in parts], bool)
-        own |= chosen["session"] == session.removeprefix("ses-")
-        chosen = chosen[own] if own.any() or (chosen["session"] != "").any() else chosen
+        in_session = np.array([bool({session, f"ses-{session}"} & names) for names in parts], bool)
+        chosen = chosen[in_session] if in_session.any() or any(files["session"]) else chosen
     kind = kind or next((name for name in NAMES if name in set(chosen["modality"])), "fa")
     allowed = (kind,) if match is None else (kind, "")
     chosen = chosen[chosen["modality"].isin(allowed)].assign(modality=kind)

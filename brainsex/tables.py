@@ -81,9 +81,8 @@ def find_people(folder: str | Path, *, subject: str | None = None, sex: str | No
     named = [[path for path in headers if re.fullmatch(name, path.name)] for name in PEOPLE_NAMES]
     full = [path for path in headers if all(match_columns(headers[path], name) for name in wanted)]
     sexed = [path for path in headers if match_columns(headers[path], wanted[1])]
-    paths = next(
-        filter(None, (*named, full, sexed, [*headers])), sorted(Path(folder).glob("*.xls*"))
-    )
+    excel = sorted(Path(folder).glob("*.xls*"))
+    paths = next(filter(None, (*named, full, sexed, [*headers])), excel)
     if len(paths) != 1 or paths[0] not in headers:
         names = [path.name for path in paths]
         problem = f"expected one table with columns {' and '.join(wanted)}, found {names or 'none'}"
@@ -152,7 +151,11 @@ def join_beside(
 def _add_columns(people: pd.DataFrame, table: Path, rows: pd.DataFrame, columns: dict) -> None:
     """Add those columns of rows (by Subject) that there are, under their new names, to people."""
     for column, name in columns.items():
-        if matches := match_columns(rows, column):
+        if len(matches := match_columns(rows, column)) > 1:
+            print(
+                f"WARNING: {table.name}: {', '.join(matches)}: several columns {column}, not read"
+            )
+        elif matches:
             values = rows[matches[0]].reindex(people.index)
             if name == "group":
                 values = values.mask(values.str.strip().str.lower().isin({*MISSING, "0"}))

@@ -358,3 +358,11 @@ def test_images_of_a_person_are_no_people(tmp_path):
     known = layouts.split_paths(["S1/a/I118/x.nii", "S1/b/I119/x.nii", "S2/a/I120/x.nii"])
     with pytest.raises(ValueError, match="'S1'; of several visits: --session"):
         tables.read_people(write(tmp_path, IMAGES), known=known)
+
+
+def test_of_several_columns_of_one_meaning_none_is_guessed(tmp_path, capsys):
+    path = write(tmp_path, "Subject,Gender,fam_id,pedigree_id\n1,F,a,b\n2,M,a,c\n")
+    assert tables.read_people(path).columns.tolist() == ["Gender"]
+    assert (
+        "WARNING: t.csv: fam_id, pedigree_id: several columns Family_ID" in capsys.readouterr().out
+    )

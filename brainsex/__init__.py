@@ -20,7 +20,6 @@ _PUBLIC = {  # name: its module, imported when the name is first asked for: PyTo
     "deletion_insertion": "metrics",
     "fit": "training",
     "load_cohort": "cohort",
-    "optimise_group_mask": "perturbation",
     "optimise_masks": "perturbation",
 }
 __all__ = ["LABELS", "SHAPE", *_PUBLIC]

@@ -22,11 +22,9 @@ from brainsex import (
     explain,
     layouts,
     networks,
-    speed,
+    participants,
     storage,
     synthetic,
-    tables,
-    tabular,
     training,
     volumes,
 )
@@ -38,22 +36,19 @@ def _read_layout(
 ) -> tuple[pd.DataFrame, pd.DataFrame | None]:
     """Say what a folder holds; return its volumes, and its people (None without their table)."""
     people, columns = None, {name: names[name] for name in ("subject", "sex")}
+    paths = layouts.find_files(cohort, *layouts.VOLUME_ENDINGS, ".zip")
+    known = layouts.split_paths(path.relative_to(cohort).as_posix() for path in paths)
     try:
-        people_table = table or tables.find_people(cohort, **columns)
-        paths = layouts.find_files(cohort, *layouts.VOLUME_ENDINGS, ".zip")
-        known = layouts.split_paths(path.relative_to(cohort).as_posix() for path in paths)
-        people = tables.read_people(people_table, **names, known=known)
-        if people_table.parent != cohort:
-            beside = people_table, names["subject"], names["session"]
-            people = tables.join_beside(people, cohort, *beside)
+        parts = [table] if table else participants.find_people(cohort, **columns, known=known)
+        people = participants.read_people(parts, **names, known=known, folder=cohort)
         families = people["group"].notna().sum() if "group" in people else 0
-        print(f"people: {people_table}, {len(people)}; the families of {families} are known")
+        sources = ", ".join(map(str, parts))
+        print(f"people: {sources}, {len(people)}; the families of {families} are known")
     except FileNotFoundError as error:
         if table is not None:
             raise
         print(f"no table of people: {error}")
-    known = () if people is None else people.index
-    files = layouts.find_volumes(cohort, pattern=id, known=known)
+    files = layouts.find_volumes(cohort, pattern=id, known=() if people is None else people.index)
     print(layouts.summarise_layout(files, people).to_string())
     if len(ignored := files.loc[files["modality"] == "", "path"]):
         print(f"ignored: {len(ignored)} volumes, as {ignored.iloc[0]} (--match would take them)")
@@ -63,7 +58,7 @@ def _read_layout(
 def _survey(cohort: Path, table: Path | None, **names: str | None) -> None:
     """Say what a folder holds, what is missing, what to run next, and what it will take."""
     files, _ = _read_layout(cohort, table, **names)
-    print(f"morphometry: {tabular.find_table(cohort) or 'none'}")
+    print(f"morphometry: {participants.find_morphometry(cohort) or 'none'}")
     print("next, and what it takes here without a GPU, roughly:")
     settings = ({"table": table} | names).items()
     options = "".join(f" --{name} {shlex.quote(str(value))}" for name, value in settings if value)
@@ -74,8 +69,9 @@ def _convert(cohort: Path, out: Path | None, table: Path | None, **settings: obj
     """Turn a folder's volumes and its table of people into tensors.npy."""
     choice = {name: settings.pop(name) for name in ("kind", "session", "match")}
     names = {name: settings.pop(name) for name in ("subject", "sex", "id")}
-    table = table or tables.find_people(cohort, subject=names["subject"], sex=names["sex"])
     files, people = _read_layout(cohort, table, session=choice["session"], **names)
+    if people is None:
+        raise FileNotFoundError(f"{cohort}: expected a table of people; see the line above")
     if settings["mask"]:  # masks are no volumes
         masks = glob(settings["mask"], root_dir=cohort, recursive=True)
         files = files[~files["path"].isin([cohort / mask for mask in masks])]
@@ -179,10 +175,9 @@ OPTIONS = {  # the default of --effect is the function's own: 1 for synthesize, 
     "--sex": {"help": "column of sex, likewise"},
     "--id": {"metavar": "REGEX", "help": "that finds a subject's ID in a path"},
     "--kind": {"choices": tuple(layouts.NAMES), "help": "of volumes, where there are both"},
-    "--session": {"help": "of volumes and rows, where subjects came twice"},
+    "--session": {"help": "of volumes and rows, where subjects came twice; or first"},
     "--match": {"metavar": "GLOB", "help": "of names or paths, where there are several"},
     "--regrid": {"action": "store_true", "help": "resample volumes on other grids"},
-    "--normalised": {"action": "store_true", "help": "bring all brains to one size"},
     "--mask": {"metavar": "GLOB", "help": "of brain masks or labels below COHORT, IDs in the path"},
     "--align": {"choices": ("rigid", "affine"), "help": "register to MNI152 (DIPY)"},
     "--channels": {"type": int, "default": 32, "help": "of the first hidden layer"},
@@ -206,7 +201,7 @@ COMMANDS = {  # name: the function, and its arguments
     "convert": (
         _convert,
         "cohort --out --table --subject --sex --id --kind --session --match --mask --align "
-        "--regrid --normalised --workers --overwrite",
+        "--regrid --workers --overwrite",
     ),
     "train": (
         _train,
@@ -234,7 +229,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; whatever stops it ends with one line and an exit code other than 0."""
     options = vars(build_parser().parse_args(arguments))
-    os.environ.update(speed.MALLOC_ENVIRONMENT | os.environ)
+    os.environ.update(training.MALLOC_ENVIRONMENT | os.environ)
     command = options.pop("command")
     folders = (options.get(name) for name in ("target", "out", "folder"))
     folder = next(filter(None, folders), options["cohort"] if command == "convert" else None)

@@ -27,7 +27,6 @@ class Cohort:
     affine: np.ndarray | None  # (4, 4), voxel indices to mm; None where unknown
     table: pd.DataFrame  # subjects.csv, rows in the same order
     modality: str = "fa"  # a key of MODALITIES
-    normalised: bool = False  # all brains have one size; else head size is in the volumes
     preparation: dict = field(default_factory=dict)  # what else `volumes.prepare_like` needs
 
     def __len__(self) -> int:
@@ -101,7 +100,7 @@ def check_grid(grid: dict, path: Path) -> dict:
             affine = np.asarray_chkfinite(affine, float).reshape(4, 4)
         more = {name: grid[name] for name in PREPARATION if grid.get(name)}
         checked = {"shape": tuple(map(int, grid["shape"])), "affine": affine, "preparation": more}
-        return checked | {"modality": modality, "normalised": bool(grid.get("normalised", False))}
+        return checked | {"modality": modality}
 
 
 def _map_array(path: Path) -> np.ndarray:

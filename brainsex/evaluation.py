@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
-from scipy.stats import binomtest, norm, t
+from scipy.stats import binomtest, bootstrap, norm, t
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
@@ -58,23 +58,17 @@ def _corrected_t_interval(scores: np.ndarray, *, folds: int) -> tuple[float, flo
     return mean, mean - half, mean + half
 
 
-def bootstrap_interval(
-    values: np.ndarray, strata: np.ndarray | None = None
-) -> tuple[float, float, float]:
+def bootstrap_interval(values: np.ndarray) -> tuple[float, float, float]:
     """Return the mean over subjects (N,) and its 95 % percentile bootstrap interval (Efron 1979).
 
     Subjects are drawn, networks are not: the interval says how another sample of subjects would
-    come out. Subjects are drawn within `strata` (N,), such as fold and sex, if a fixed number of
-    each stratum was chosen.
+    come out. Of one subject it is NaN.
     """
-    values = np.asarray(values, float)
-    strata = np.zeros(len(values)) if strata is None else np.asarray(strata)
-    rng, draws = np.random.default_rng(0), np.empty((BOOTSTRAP_DRAWS, len(values)))
-    for stratum in np.unique(strata):
-        rows = np.flatnonzero(strata == stratum)
-        draws[:, rows] = rng.choice(values[rows], (BOOTSTRAP_DRAWS, len(rows)))
-    low, high = np.quantile(draws.mean(1), (0.025, 0.975))
-    return float(values.mean()), float(low), float(high)
+    low = high = math.nan
+    if len(values) > 1:
+        options = {"n_resamples": BOOTSTRAP_DRAWS, "method": "percentile", "rng": 0}
+        low, high = bootstrap((values,), np.mean, **options).confidence_interval
+    return float(np.mean(values)), float(low), float(high)
 
 
 def score(sex: np.ndarray, decisions: np.ndarray, assignment: np.ndarray) -> dict:

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from brainsex import tables
+from brainsex.tables import FIRST
 
 LABEL = "[0-9A-Za-z+]+"
 VOLUME_ENDINGS = (".nii", ".nii.gz", ".mgz")
@@ -44,7 +45,7 @@ PREFERRED = {  # how the paths of volumes look that are taken where there are ot
 FOLDERS = {"fa": "fa", "origdata": "fa", "t1": "t1"}  # whose volumes are of what modality
 NAMES = {
     "fa": r"fa(map)?|(fractional)?anisotropy",
-    "t1": r"t1w?|mprage|struct(ural)?",
+    "t1": r"t1w?|mprage|struct(ural)?|extractedbrain0n4",
 }  # words of names
 NO_MAP_WORDS = set("mask mean all skeleton skeletonised seg dseg probseg labels".split())
 SPM_TISSUE = re.compile(r"m0?w[pc][1-7]")  # how the names of normalised tissues begin
@@ -189,6 +190,7 @@ def find_volumes(
         if not kind:
             kind = below.replace(f"ses-{session}", "ses-*") if session else below
             kind = re.sub(rf"(?<![0-9A-Za-z]){re.escape(subject)}(?![0-9A-Za-z])", "*", kind)
+            kind = re.sub(r"\d{4,}", "*", kind)  # as times and visits
         if subject and (modality or path.suffix.lower() != ".zip"):
             rows.append((subject, session, kind, modality, path))
     if not rows:
@@ -215,7 +217,7 @@ def _describe(path: str) -> tuple[str, str]:
 
 
 def summarise_layout(files: pd.DataFrame, people: pd.DataFrame | None) -> pd.DataFrame:
-    """Count the subjects of each kind in `find_volumes`, and what is missing, for `read_people`.
+    """Count the subjects of each kind in `find_volumes`, and what is missing, of `people`.
 
     Each kind is a row: modality; subjects; of these ``several`` (volumes, as of two sessions),
     ``absent`` (a broken link, as of content that DataLad has not fetched), ``no row`` (in the table
@@ -226,10 +228,10 @@ def summarise_layout(files: pd.DataFrame, people: pd.DataFrame | None) -> pd.Dat
     summary["several"] = kinds["Subject"].agg(lambda ids: ids[ids.duplicated()].nunique())
     summary["absent"] = kinds["path"].agg(lambda paths: sum(not p.is_file() for p in paths))
     if people is not None:
-        subjects = kinds["Subject"].agg(set)
-        known = subjects.map(lambda ids: set(tables.spell_ids(people.index, ids)))
-        summary["no row"] = (subjects - known).map(len)
-        summary["rows without"] = (known - subjects).map(len)
+        known = set(map(tables.compare_id, people.index))
+        subjects = kinds["Subject"].agg(lambda ids: set(map(tables.compare_id, ids)))
+        summary["no row"] = subjects.map(lambda ids: len(ids - known))
+        summary["rows without"] = subjects.map(lambda ids: len(known - ids))
     return summary
 
 
@@ -261,29 +263,28 @@ def choose_volumes(
 ) -> pd.DataFrame:
     """Choose the rows of `find_volumes` for `volumes.convert`: volumes of one modality.
 
-    `kind` is fa, or t1 where there is no FA, by default; `session` keeps one session, and `match`
-    the names or paths that fit a pattern. Otherwise volumes of a `PREFERRED` path are taken, where
-    there are some. Raises ValueError if no volume is left, if most subjects have several, or if
-    most have others only.
+    `kind` is fa, or t1 where there is no FA, by default; `session` keeps one session, or of each
+    subject the ``first``, and `match` the names or paths that fit a pattern. Otherwise volumes of a
+    `PREFERRED` path are taken, where there are some. Raises ValueError if no volume is left, if
+    most subjects have several, or if most have others only.
     """
     chosen = files[~files["kind"].isin(list(PACKAGES))]
     if match is not None:
-        names = (f"{path.name}\n/{path.as_posix()}".split("\n") for path in chosen["path"])
-        patterns = match, f"*/{match}"
-        chosen = chosen[[any(map(fnmatchcase, name, patterns)) for name in names]]
-    if session is not None:  # a part of paths, as BIDS's ses-…; else it is of the table's rows
+        chosen = chosen[[fnmatchcase(f"/{p.as_posix()}", f"*/{match}") for p in chosen["path"]]]
+    if session not in (None, FIRST):  # a part of paths, or else of the table's rows
         below = [path.relative_to(files.attrs["folder"]) for path in chosen["path"]]
         parts = [{*path.parts[:-1], *path.name.split("_")[:-1]} for path in below]
         in_session = np.array([bool({session, f"ses-{session}"} & names) for names in parts], bool)
         chosen = chosen[in_session] if in_session.any() or any(files["session"]) else chosen
     kind = kind or next((name for name in NAMES if name in set(chosen["modality"])), "fa")
-    allowed = (kind,) if match is None else (kind, "")
-    chosen = chosen[chosen["modality"].isin(allowed)].assign(modality=kind)
+    others = match is not None and kind not in set(chosen["modality"])  # whatever their names
+    chosen = chosen[chosen["modality"].isin([kind, ""] if others else [kind])].assign(modality=kind)
     kinds, most = chosen["kind"].value_counts(), chosen["Subject"].nunique() / 2
     for pattern in PREFERRED[kind] if match is None else ():
         if (preferred := chosen["kind"].str.fullmatch(pattern)).any():
             chosen = chosen[preferred]
             break
+    chosen = chosen.drop_duplicates("Subject") if session == FIRST else chosen
     subjects = chosen["Subject"]
     if chosen.empty or subjects.duplicated().sum() > most or subjects.nunique() < most:
         paths = ", ".join(f"{name} ({count})" for name, count in kinds[:8].items()) or "none"

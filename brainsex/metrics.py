@@ -20,21 +20,14 @@ FRACTIONS = (0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
 def localisation(maps: np.ndarray, truth: np.ndarray, brain: np.ndarray) -> pd.DataFrame:
     """Measure how well maps (N, X, Y, Z) find what was planted, one row a map.
 
-    Columns: average_precision over the brain's voxels; base_rate, that of a map that knows nothing;
-    pointing, the planted share of the voxels where the map is largest (Zhang et al. 2018,
-    arXiv 1608.00507); mass_inside, the planted share of the map's positive sum, 0 for none. Raises
-    ValueError if nothing planted lies in the brain, or a map is not finite.
+    Columns: average_precision over the brain's voxels, and base_rate, that of a map that knows
+    nothing. Raises ValueError if nothing planted lies in the brain, or a map is not finite.
     """
     inside = truth[brain]
     if not inside.any():
         raise ValueError("expected planted voxels in the brain, found none")
-    rows = []
-    for values in maps[:, brain]:
-        precision, positive = average_precision_score(inside, values), values.clip(0)
-        mass = positive[inside].sum(dtype=float) / (positive.sum(dtype=float) or 1)
-        pointing = inside[values == values.max()].mean()
-        rows.append((precision, inside.mean(), pointing, mass))
-    return pd.DataFrame(rows, columns=["average_precision", "base_rate", "pointing", "mass_inside"])
+    precision = [average_precision_score(inside, values) for values in maps[:, brain]]
+    return pd.DataFrame({"average_precision": precision, "base_rate": inside.mean()})
 
 
 def top_voxels(values: np.ndarray, brain: np.ndarray, voxels: int) -> np.ndarray:

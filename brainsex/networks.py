@@ -2,7 +2,6 @@
 
 import math
 import os
-import zipfile
 from functools import partial
 from pathlib import Path
 
@@ -159,10 +158,6 @@ def load_network(path: str | Path, shape: tuple[int, int, int] = SHAPE) -> MriNe
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no network. Run notebook 04_cnn_3d (slabs: 03_cnn_2d).")
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:  # torch would inflate without a limit
-                if any(info.compress_type for info in archive.infolist()):
-                    raise ValueError("its parts are compressed")
         state = torch.load(path, map_location="cpu", weights_only=True)
         names = ("state_dict", "model_state_dict", "model")
         state = next((state[name] for name in names if name in state), state)

@@ -21,7 +21,7 @@ compare with random weights.
 
 import copy
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,7 +29,6 @@ import pandas as pd
 import torch
 from scipy.ndimage import gaussian_filter1d
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from brainsex import networks, speed
 
@@ -41,7 +40,6 @@ LEARNING_RATE = 0.3  # of Adam
 SMOOTHNESS = 3.0  # weight of a mask's squared gradient
 WEIGHT_GROWTH = 1.25  # factor per iteration, after the ramp, with evidence left
 MAX_SHIFT = 1  # voxels by which the network's input is moved at most along each axis
-GROUP_AREA = 300.0  # weight of a group mask's mean: groups differ in more than one subject needs
 REGION = 8  # voxels between the control points of a random region of `BlurredVolumes`
 
 
@@ -105,8 +103,7 @@ def optimise_masks(
         classes = torch.as_tensor(target[rows], dtype=torch.long, device=device)
         removed = reference_images(reference, rows, batch) - batch
         steps = np.stack([shifts[row] for row in rows], 1).tolist()
-        evidence = _weighted_evidence(fast, batch, removed, classes, logits)
-        last, mean = _descend(evidence, batch, steps, area)
+        last, mean = _descend(fast, batch, removed, classes, logits, steps, area)
         after = speed.forward_in_chunks(plain, batch + last * removed)
         chances = (part.softmax(1).gather(1, classes[:, None])[:, 0] for part in (logits, after))
         columns = torch.stack([classes, *chances, last.mean((1, 2, 3, 4))], 1)
@@ -116,51 +113,6 @@ def optimise_masks(
     list(speed.map_batches(work, len(volumes), device, name="masks" * progress, size=size))
     history = pd.DataFrame(history, columns=["target", "before", "after", "volume"])
     return Masks(masks, persistence, history.astype({"target": int}))
-
-
-def optimise_group_mask(
-    network: nn.Module,
-    volumes: np.ndarray,
-    *,
-    target: int | np.ndarray | None = None,
-    reference: np.ndarray | None = None,
-    seed: int = 0,
-    iterations: int = 60,
-    batch_size: int = 4,
-    progress: bool = True,
-) -> np.ndarray:
-    """Learn the one mask under which a set of subjects loses most of the network's evidence.
-
-    It minimises the mean of the subjects' objectives, all with a weight of 1: a subject that no
-    mask convinces would otherwise fill the mask of all. Men and women belong into one set, with
-    targets of their own: what tells the sexes apart lies at the same places in both.
-
-    Returns the mask's persistence, (X, Y, Z) float32 in [0, 1], after steps of `batch_size`
-    subjects each; all have their turn before any has another. `volumes` may be memory-mapped; all
-    else is as in `optimise_masks`.
-    """
-    device = networks.device()
-    plain = speed.inference_copy(network, device)
-    target, reference = broadcast_inputs(plain, volumes, target, reference)
-    logits, classes = speed.predict_logits(plain, volumes, torch.float32), torch.tensor(target)
-    fast = plain.to(networks.fast_precision(device))
-    rng = np.random.default_rng(seed)
-    turns = iterations * batch_size
-    order = [rng.permutation(len(volumes)) for _ in range(-(-turns // len(volumes)))]
-    batches = np.concatenate(order)[:turns].reshape(iterations, batch_size)
-
-    def evidence(coarse: Tensor, _: int, rows: np.ndarray) -> Tensor:
-        batch = volume_tensor(volumes, rows, device)
-        removed = reference_images(reference, rows, batch) - batch
-        shifts = rng.integers(-MAX_SHIFT, MAX_SHIFT + 1, (len(rows), 3)).tolist()
-        seen = _perturb(batch, coarse, removed, shifts)
-        rest = (part[rows].to(device) for part in (classes.long(), logits))
-        above, distance = _evidence(fast(seen), *rest)
-        return (above / distance).mean(0, keepdim=True)
-
-    like = torch.empty((1, 1, *volumes.shape[1:]), device=device)
-    steps = tqdm(batches, "group mask", unit="step", disable=not progress)
-    return _descend(evidence, like, steps, GROUP_AREA)[1][0, 0].cpu().numpy()
 
 
 def _enlarge(coarse: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -178,50 +130,39 @@ def _perturb(volumes: Tensor, coarse: Tensor, removed: Tensor, shifts: Sequence)
     return torch.stack([volume.roll(shift, (1, 2, 3)) for volume, shift in zip(seen, shifts)])
 
 
-def _evidence(logits: Tensor, target: Tensor, original: Tensor) -> tuple[Tensor, Tensor]:
-    """The objective's first part: log-odds (n,) above 0, and those without a mask, at least 1."""
-    sign = 2 * nn.functional.one_hot(target, 2) - 1
-    log_odds, start = ((part.float() * sign).sum(1) for part in (logits, original))
-    return log_odds.relu(), start.clamp(min=1)
-
-
 def _penalty(coarse: Tensor, area: float) -> Tensor:
     """The objective's second part, summed over masks (n, 1, x, y, z)."""
     variation = sum(coarse.diff(dim=axis).square().mean() for axis in (2, 3, 4))
     return len(coarse) * (area * coarse.mean() + SMOOTHNESS * variation)
 
 
-def _weighted_evidence(
-    network: nn.Module, volumes: Tensor, removed: Tensor, target: Tensor, original: Tensor
-) -> Callable[[Tensor, int, Sequence], Tensor]:
-    """The evidence (n,) as `_descend` takes it; a volume's weight grows while any is left."""
-    weight = torch.ones(len(volumes), device=volumes.device)
-
-    def evidence(coarse: Tensor, iteration: int, shifts: Sequence) -> Tensor:
-        logits = network(_perturb(volumes, coarse, removed, shifts))
-        above, distance = _evidence(logits, target, original)
-        if iteration >= RAMP:
-            weight.mul_(torch.where(above > 0, WEIGHT_GROWTH, 1.0))
-        return weight * above / distance
-
-    return evidence
-
-
 def _descend(
-    evidence: Callable, like: Tensor, steps: Iterable, area: float
+    network: nn.Module,
+    volumes: Tensor,
+    removed: Tensor,
+    target: Tensor,
+    original: Tensor,
+    shifts: Sequence,
+    area: float,
 ) -> tuple[Tensor, Tensor]:
-    """The loop: masks and persistence of the shape of `like` that minimise evidence and penalty.
+    """The loop: masks (n, 1, X, Y, Z) that minimise the objective, and their persistence.
 
-    `evidence` takes the coarse masks, the iteration from 1, and the next item of `steps`.
+    Each step moves volumes by its `shifts`; `original` are the logits (n, 2) without a mask.
     """
-    grid = [-(-size // 2) for size in like.shape[2:]]
-    coarse = torch.full((len(like), 1, *grid), 0.5, device=like.device).requires_grad_()
+    sizes, sign = volumes.shape[2:], 2 * nn.functional.one_hot(target, 2) - 1
+    start = (original * sign).sum(1).clamp(min=1)  # the log-odds without a mask, at least 1
+    grid = [-(-size // 2) for size in sizes]
+    coarse = torch.full((len(volumes), 1, *grid), 0.5, device=volumes.device).requires_grad_()
     optimiser = torch.optim.Adam([coarse], LEARNING_RATE, betas=(0.9, 0.99), amsgrad=True)
     schedule = torch.optim.lr_scheduler.StepLR(optimiser, DECAY)
-    total = count = 0
-    for iteration, step in enumerate(steps, 1):
-        ramp = min(1.0, iteration / RAMP)
-        loss = evidence(coarse, iteration, step).sum() + ramp * _penalty(coarse, area)
+    weight, total, count = torch.ones(len(volumes), device=volumes.device), 0, 0
+    for iteration, shift in enumerate(shifts, 1):
+        logits = network(_perturb(volumes, coarse, removed, shift))
+        evidence = (logits.float() * sign).sum(1).relu()
+        if iteration >= RAMP:
+            weight = torch.where(evidence > 0, WEIGHT_GROWTH, 1.0) * weight
+        loss = (weight * evidence / start).sum()
+        loss += min(1.0, iteration / RAMP) * _penalty(coarse, area)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -231,7 +172,7 @@ def _descend(
             if iteration > WARM_UP:
                 total, count = total + coarse, count + 1
     mean = total / count if count else coarse
-    return tuple(_enlarge(masks.detach(), like.shape[2:]) for masks in (coarse, mean))
+    return tuple(_enlarge(masks.detach(), sizes) for masks in (coarse, mean))
 
 
 class BlurredVolumes:

@@ -19,7 +19,6 @@ POSES = ("rigid", "affine")
 MNI_GRID = [[91, 109, 91], from_matvec(2 * np.eye(3), (-90, -126, -72)).tolist()]  # in mm
 SPACING = 4  # mm, of the template and of the brain while they are fitted
 LEVELS = {"level_iters": [100, 50, 25], "sigmas": [3, 1, 0], "factors": [4, 2, 1]}  # bounds time
-FILLED_SHARE = 0.75  # of each axis of the grid, that `normalise_size` makes a brain fill
 MIN_DICE = 0.9  # fits of 134 healthy heads are above, heads upside down or backwards below
 
 
@@ -80,20 +79,3 @@ def regrid(volume: np.ndarray, affine: np.ndarray, grid: tuple) -> np.ndarray:
     if kept < 0.5 * np.sum(volume > BRAIN_THRESHOLD):
         raise ValueError("more than half of its brain lies outside the cohort's grid")
     return moved
-
-
-def normalise_size(volume: np.ndarray) -> np.ndarray:
-    """Stretch and shift a brain along X, Y and Z to fill the middle three quarters of its grid.
-
-    A brain's ends along an axis are where the half per cent of its voxels begins: a stray one does
-    not count. Takes (X, Y, Z) in [0, 1] with some brain; returns float32 on the same grid.
-    """
-    brain, step, middle = volume > BRAIN_THRESHOLD, np.ones(3), np.zeros(3)
-    for axis, size in enumerate(volume.shape):
-        share = np.cumsum(brain.sum(axis=tuple({0, 1, 2} - {axis})))
-        edges = np.arange(size + 1) - 0.5  # of the voxels, between which the share grows evenly
-        low, high = np.interp((0.005, 0.995), np.concatenate([[0], share]) / share[-1], edges)
-        step[axis] = max((high - low) / (FILLED_SHARE * size), 1e-3)
-        middle[axis] = (low + high) / 2
-    offset = middle - step * (np.array(volume.shape) - 1) / 2
-    return affine_transform(volume, step, offset, order=1)  # step < 4/3: nothing to smooth for

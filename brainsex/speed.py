@@ -16,11 +16,6 @@ from brainsex import networks
 CPU_BATCH, GPU_BATCH = 2, 32
 """Volumes a pass: on a CPU one alone takes twice as long, more than a few leave the cache."""
 
-MALLOC_ENVIRONMENT = {
-    "GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=8000000000"
-}
-"""For child processes: glibc keeps a training step's memory, which the kernel need not clear."""
-
 
 def training_forward(network: nn.Module, batch: Tensor) -> Tensor:
     """Compute ``network(batch)``, for a `MriNet3d` in training faster than by its own forward.

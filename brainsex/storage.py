@@ -3,7 +3,6 @@
 import errno
 import glob
 import gzip
-import io
 import json
 import math
 import os
@@ -19,7 +18,6 @@ from typing import IO
 
 import nibabel as nib
 import numpy as np
-import pandas as pd
 from filelock import FileLock, Timeout
 from isal import igzip
 from nibabel.arrayproxy import ArrayProxy
@@ -27,7 +25,6 @@ from nibabel.arrayproxy import ArrayProxy
 RUN_RECORD = "run.json"
 MAX_PARTIAL_SECONDS = 24 * 3600  # after which nobody is at work on a temporary file any more
 RECORDED_PACKAGES = "brainsex numpy pandas scipy torch nibabel scikit-learn dipy".split()
-MAX_TABLE_BYTES = 1 << 31
 MAX_EXTRA_BYTES = 1 << 20  # read after the voxels
 POINTERS = {  # how files begin that stand for content elsewhere
     b"/annex/": "datalad get, or git annex get",
@@ -86,33 +83,6 @@ def reading(path: str | Path, expected: str, remedy: str = "download it again") 
         problem = " ".join(str(error).split())[:300] or type(error).__name__
         message = f"{name}: expected {expected}, cannot read it ({problem}); {remedy}"
         raise ValueError(message) from error
-
-
-def open_table(table: Path) -> tuple[io.StringIO, dict]:
-    """Return a table's text, and how pandas reads it; a repeated name gets " (2)" appended.
-
-    The separator is the commonest in the header: comma, semicolon or tab; the encoding UTF-8,
-    UTF-16 or Windows' (cp1252).
-    """
-    if table.stat().st_size > MAX_TABLE_BYTES:
-        raise ValueError(f"over {MAX_TABLE_BYTES} bytes")
-    content = table.read_bytes()
-    try:
-        marked = content[:2] in (b"\xff\xfe", b"\xfe\xff")
-        text = content.decode("utf-16" if marked else "utf-8-sig")
-    except UnicodeDecodeError:  # as Excel encodes text in western Europe and America
-        text = content.decode("cp1252", errors="replace")
-    file = io.StringIO(text, newline=None)
-    lines = file.readline(), file.readline()
-    skipped = lines[0].lower().startswith("sep=")  # Excel's own line above the header
-    header = lines[skipped]
-    file.seek(0)
-    options = {"sep": max(",;\t", key=header.count), "dtype": str, "skip_blank_lines": False}
-    names = pd.read_csv(io.StringIO(header), header=None, keep_default_na=False, **options)
-    names = names.loc[0].str.strip()
-    repeats = names.groupby(names).cumcount() + 1
-    names = names.where(repeats == 1, names + " (" + repeats.astype(str) + ")")
-    return file, options | {"header": int(skipped), "names": names}
 
 
 def write_nifti(path: str | Path, volume: np.ndarray, affine: np.ndarray) -> None:
@@ -242,15 +212,14 @@ def read_grid(path: str | Path) -> tuple[tuple[int, ...], np.ndarray]:
         return image.shape, image.affine
 
 
-def load_volume(path: str | Path, *, contiguous: bool = True) -> tuple[np.ndarray, np.ndarray]:
+def load_volume(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     """Read a NIfTI or .mgz volume whole, with gzip's checksum verified, in RAS orientation.
 
     Returns a volume (X, Y, Z) float32, its axes closest to right, anterior, superior, and its
-    affine (4, 4) to mm; unless `contiguous`, a view in the file's memory order, whose axes may run
-    backwards. Raises FileNotFoundError; ValueError for anything but one real 3D volume.
+    affine (4, 4) to mm. Raises FileNotFoundError; ValueError for anything but one real 3D volume.
     """
     with _opened(path) as (voxels, affine, file):
         voxels = np.asarray(voxels).astype(np.float32, copy=False)
         file.read(MAX_EXTRA_BYTES)  # to its end, where gzip compares the checksum
         image = nib.as_closest_canonical(nib.Nifti1Image(voxels, affine))
-    return np.ascontiguousarray(image.dataobj) if contiguous else image.dataobj, image.affine
+    return np.ascontiguousarray(image.dataobj), image.affine

@@ -11,7 +11,6 @@ import pandas as pd
 from sklearn.base import BaseEstimator
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
-from sklearn.metrics.pairwise import rbf_kernel
 from sklearn.model_selection import GridSearchCV, PredefinedSplit, cross_val_predict
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import Pipeline, make_pipeline
@@ -19,10 +18,9 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 from xgboost import XGBClassifier
 
-from brainsex import BRAIN_THRESHOLD, LABELS, evaluation, tables
-from brainsex.confounds import ConfoundRegressor, RegressedVolumes
+from brainsex import BRAIN_THRESHOLD, LABELS, evaluation, participants, tables
+from brainsex.confounds import ConfoundRegressor
 
-TABLE_NAMES = ("unrestricted_hcp_freesurfer.csv", "morphometry.csv")  # in a cohort's folder
 # HCP's two spellings, FreeSurfer's own names, and other programs', in mm³.
 HEAD_SIZE_COLUMNS = "FS_IntraCranial_Vol FS_InterCranial_Vol EstimatedTotalIntraCranialVol".split()
 HEAD_SIZE_COLUMNS += ["eTIV", "ICV", "TIV"]
@@ -44,12 +42,6 @@ class Table:
         return len(self.sex)
 
 
-def find_table(cohort: str | Path, table: str | Path | None = None) -> Path | None:
-    """Return `table` if one is named, or the first of `TABLE_NAMES` in a cohort's folder."""
-    paths = [Path(cohort) / name for name in TABLE_NAMES]
-    return Path(table) if table else next((path for path in paths if path.is_file()), None)
-
-
 def load_table(
     csv: str | Path,
     *,
@@ -62,24 +54,31 @@ def load_table(
 
     Name and families are those of the folder `cohort`, by default the one that holds the table;
     families that are not known there may stand in the table itself.
-    IDs, sex and `session` are read as by `tables.read_people`; a table without a column of sex, as
-    FreeSurfer writes them, takes it from the folder's people. Columns of text, or blank or the same
-    for everybody, and subjects without a sex or measure are dropped, which is printed. Infinite
-    values become blanks. Raises FileNotFoundError, or ValueError for a missing column, unknown
-    codes of sex, a repeated subject, text among a column's numbers, one sex only, or no subject of
-    `cohort`.
+    IDs, sex and `session` are read as by `participants.read_people`; a table without a column of
+    sex, as FreeSurfer writes them, takes it from the folder's people. Columns of text, or blank or
+    the same for everybody, and subjects without a sex or measure are dropped, which is printed.
+    Infinite values become blanks. Raises FileNotFoundError, or ValueError for a missing column,
+    unknown codes of sex, a repeated subject, text among a column's numbers, one sex only, or no
+    subject of `cohort`.
     """
     csv, folder = Path(csv), cohort or Path(csv).parent
     rows = tables.index_subjects(csv, tables.read_text_table(csv, session), subject)
     has_sex = sex != "Gender" or bool(tables.match_columns(rows, sex))
     if cohort is not None or not has_sex:
         table = folder / "subjects.csv"  # who was converted
-        people = tables.read_people(table if table.is_file() else tables.find_people(folder))
-        rows.index = tables.spell_ids(rows.index, people.index)
+        people = participants.read_people(
+            table if table.is_file() else participants.find_people(folder)
+        )
+        rows.index = participants.spell_ids(rows.index, people.index)
         if not people.index.isin(rows.index).any():
             problem = f"expected subjects of {folder}, found none among {len(rows)}"
             raise ValueError(f"{csv}: {problem}: {', '.join(rows.index[:3])}; name its own table.")
-    letters = tables.read_sex(csv, rows, sex) if has_sex else people["Gender"].reindex(rows.index)
+        letters = people["Gender"].reindex(rows.index)
+    if has_sex:
+        name = tables.find_column(csv, rows, sex)
+        letters = tables.read_sex(
+            csv, rows, name, participants.read_codebooks(csv, folder, rows[name])
+        )
     labels = letters.map(LABELS)
     named = rows.columns.str.replace(r" \(\d+\)$", "", regex=True)  # of repeated columns
     no_features = named.str.fullmatch("|".join(tables.SYNONYMS.values()), case=False)
@@ -103,7 +102,7 @@ def load_table(
     print(f"  columns of text, blank or the same for all: {len(dropped)}", *dropped[:3])
     print(f"  subjects without a sex or measure: {len(names)}", *names[:3])
     rows = rows.loc[features.index]
-    families = tables.join_beside(rows[[]], folder).get("group")
+    families = participants.join_beside(rows[[]], folder).get("group")
     if families is None and (own := tables.match_columns(rows, "Family_ID")):
         families = rows[own[0]]
     return Table(
@@ -193,17 +192,11 @@ def voxel_svm(
 ) -> np.ndarray:
     """Return decisions (N,) of the study's support vector machine (RBF) on standardised voxels.
 
-    Brain mask, scaling and regression on `confounds` (N, K) come from the training folds alone.
-    Volumes (N, X, Y, Z) may be memory-mapped; their brains must fit into memory several times over.
+    The brain is that of all subjects' mean, which knows no sex; all else is as in
+    `cross_val_decisions`. Volumes (N, X, Y, Z) may be memory-mapped; their brains must fit into
+    memory several times over.
     """
-    decisions = np.full(len(sex), np.nan)
-    for train, test in PredefinedSplit(assignment).split():
-        brain = sum(volumes[row] / len(train) for row in train) > BRAIN_THRESHOLD
-        values = volumes if confounds is None else RegressedVolumes(volumes, confounds, train)
-        voxels = [np.stack([values[row][brain] for row in rows]) for rows in (train, test)]
-        scaler = StandardScaler(copy=False).fit(voxels[0])
-        seen, new = (scaler.transform(sample) for sample in voxels)
-        gamma = 1 / (seen.shape[1] * seen.var())  # SVC's own; but a matrix product a kernel
-        svm = SVC(kernel="precomputed").fit(rbf_kernel(seen, seen, gamma), sex[train])
-        decisions[test] = svm.decision_function(rbf_kernel(new, seen, gamma))
-    return decisions
+    brain = sum(volume / len(volumes) for volume in volumes) > BRAIN_THRESHOLD
+    voxels = np.stack([volume[brain] for volume in volumes])
+    svm = make_classifiers()["SVM"]
+    return cross_val_decisions(svm, voxels, sex, assignment, confounds=confounds)

@@ -23,6 +23,11 @@ PATCHED = 2  # copies of each training volume, blurred in random regions, for th
 INVERSE_PENALTY = 0.01  # C of its logistic regression
 MIN_FEATURE_SD = 1e-3  # a feature that hardly varies is not blown up
 
+MALLOC_ENVIRONMENT = {
+    "GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=8000000000"
+}
+"""For child processes: glibc keeps a training step's memory, which the kernel need not clear."""
+
 
 def fit(
     network: nn.Module,
@@ -195,8 +200,8 @@ def cross_validate(
     with torch.random.fork_rng():
         network = str(make_network())
     affine = None if cohort.affine is None else cohort.affine.tolist()
-    grid = {"modality": cohort.modality, "normalised": cohort.normalised, "affine": affine}
-    grid |= {"shape": cohort.volumes.shape[1:]} | cohort.preparation
+    grid = {"modality": cohort.modality, "affine": affine, "shape": cohort.volumes.shape[1:]}
+    grid |= cohort.preparation
     numbers = (*assignment, *(() if confounds is None else np.ravel(confounds)))
     facts = {"network": network, "grid": grid, "cohort": digest(cohort)}
     facts["assignment"] = hashlib.sha256(repr(numbers).encode()).hexdigest()

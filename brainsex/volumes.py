@@ -18,8 +18,7 @@ import pandas as pd
 from scipy.ndimage import gaussian_filter1d, zoom
 from tqdm.auto import tqdm
 
-from brainsex import BRAIN_THRESHOLD, LABELS, SHAPE, layouts, registration, storage, tables
-from brainsex.registration import normalise_size
+from brainsex import BRAIN_THRESHOLD, LABELS, SHAPE, layouts, participants, registration, storage
 from brainsex.storage import load_volume, read_grid
 
 NO_VOLUME = "a row, but no volume"
@@ -30,17 +29,6 @@ RESULTS = ("subjects.csv", "labels.npy", "rejected.csv", "grid.json", "tensors.n
 
 
 load = load_volume
-
-
-def _memory_order(volume: np.ndarray) -> tuple[slice, ...]:
-    """Index that mirrors backward axes: numpy is ten times as fast in the order of memory."""
-    return tuple(slice(None, None, -1 if step < 0 else 1) for step in volume.strides)
-
-
-def _range(volume: np.ndarray) -> tuple[np.number, np.number]:
-    """Return the least and the largest value; NaN where there is one."""
-    stored = volume[_memory_order(volume)]
-    return stored.min(), stored.max()
 
 
 @lru_cache(maxsize=32)
@@ -61,17 +49,15 @@ def resample(
     float32 within the range of its values, and its affine (4, 4): voxel faces stay aligned. Raises
     ValueError if volume or shape are not 3D, or a value is not finite: `clean` it first.
     """
-    low, high = _range(volume)
+    low, high = volume.min(), volume.max()
     if volume.ndim != 3 or len(shape) != 3 or min(shape) < 1 or not np.isfinite([low, high]).all():
         raise ValueError(f"expected finite 3D, found {volume.shape}, {low} to {high}, and {shape}")
     x, y, z = (_axis_operator(old, new) for old, new in zip(volume.shape, shape))
-    order = _memory_order(volume)
-    stored = np.asfortranarray(volume[order], dtype=np.float32).T  # (Z, Y, X), a file's uncopied
-    # mirrored afterwards, which is the same: each operator mirrored along both axes is itself
-    reduced = np.tensordot(z, y @ (stored @ x.T), 1).T[order]
+    slices = y @ (volume.astype(np.float32, copy=False) @ z.T)  # (X, y, z)
+    reduced = np.tensordot(x, slices, 1).clip(np.float32(low), np.float32(high))
     factors = np.divide(volume.shape, shape)
     to_old = nib.affines.from_matvec(np.diag(factors), (factors - 1) / 2)
-    return np.ascontiguousarray(reduced.clip(np.float32(low), np.float32(high))), affine @ to_old
+    return reduced, affine @ to_old
 
 
 def clean(volume: np.ndarray, modality: str = "fa") -> tuple[np.ndarray, dict[str, int]]:
@@ -85,13 +71,13 @@ def clean(volume: np.ndarray, modality: str = "fa") -> tuple[np.ndarray, dict[st
     1, or with more than a quarter of the brain out of range.
     """
     counts = dict.fromkeys(MEASURES[1:], 0)
-    if not np.isfinite(_range(volume)).all():
+    if not np.isfinite(volume).all():
         counts["non_finite"] = int(np.count_nonzero(~np.isfinite(volume)))
         volume = np.nan_to_num(volume, posinf=0, neginf=0)
     values = volume.astype(np.float32, copy=False)
     if modality == "t1" and (floor := np.percentile(values, 99) / 10) > 0:
         values = values / (2 * np.median(values[values > floor]))
-    low, high = _range(values)
+    low, high = values.min(), values.max()
     if low < 0 or high > 1:
         negative, above = np.count_nonzero(values < 0), np.count_nonzero(values > 1)
         counts |= {"negative": int(negative), "above_one": int(above)}
@@ -107,8 +93,8 @@ def clean(volume: np.ndarray, modality: str = "fa") -> tuple[np.ndarray, dict[st
 
 def brain_volume(volume: np.ndarray, affine: np.ndarray) -> float:
     """Return the volume in ml of what is above `BRAIN_THRESHOLD`: in native space, brain size."""
-    brain = volume[_memory_order(volume)] > BRAIN_THRESHOLD
-    return float(np.count_nonzero(brain) * abs(np.linalg.det(affine[:3, :3])) / 1000)
+    brain = np.count_nonzero(volume > BRAIN_THRESHOLD)
+    return float(brain * abs(np.linalg.det(affine[:3, :3])) / 1000)
 
 
 def prepare(
@@ -120,11 +106,11 @@ def prepare(
     counts of `clean` with the native ``brain_volume_ml``. `masks` holds the path of one mask or
     label volume, outside which voxels become 0. Raises ValueError for a skull, or an unfit mask.
     """
-    volume, affine = load_volume(path, contiguous=False)
+    volume, affine = load_volume(path)
     if masks is not None:
         if len(masks) != 1:
             raise ValueError(f"expected one mask, found {[*map(str, masks)]}; see --mask")
-        labels, mask_affine = load_volume(masks[0], contiguous=False)
+        labels, mask_affine = load_volume(masks[0])
         if not registration.same_grid(labels.shape, mask_affine, (volume.shape, affine)):
             raise ValueError(f"{masks[0]}: expected its volume's grid, found another")
         volume = np.where(labels > 0, volume, 0)
@@ -140,8 +126,8 @@ def prepare_like(
 ) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
     """Read a volume and prepare it as those of a cohort, down to its small grid.
 
-    `grid` is what ``grid.json`` and a network's ``run.json`` hold: shape, modality, normalised and,
-    where the cohort had them, mask, align, regrid and the native grid (shape, affine). Returns the
+    `grid` is what ``grid.json`` and a network's ``run.json`` hold: shape, modality and, where the
+    cohort had them, mask, align, regrid and the native grid (shape, affine). Returns the
     volume, float32 in [0, 1], its affine (4, 4) and the record of `prepare`. Raises ValueError for
     a volume that cannot be prepared so.
     """
@@ -157,7 +143,6 @@ def prepare_like(
             own, wanted = (f"{shape} {np.round(to_mm, 3).tolist()}" for shape, to_mm in grids)
             raise ValueError(f"its grid is {own}, not the cohort's {wanted}; --regrid")
         volume, affine = registration.regrid(volume, affine, native), np.array(native[1])
-    volume = normalise_size(volume) if grid["normalised"] else volume
     volume, affine = resample(volume, affine, tuple(grid["shape"]))
     small = volume.shape, affine if grid.get("affine") is None else grid["affine"]
     if not registration.same_grid(volume.shape, affine, small):
@@ -172,7 +157,6 @@ def convert(
     *,
     shape: tuple[int, int, int] = SHAPE,
     regrid: bool = False,
-    normalised: bool = False,
     mask: str | None = None,
     align: str | None = None,
     workers: int | None = None,
@@ -187,7 +171,7 @@ def convert(
     Parameters
     ----------
     source : folder of FA ``<ID>.nii.gz`` and nothing else; or rows of `layouts.choose_volumes`.
-    table : of people, the folder that holds it, or what `tables.read_people` returns.
+    table : of people, the folder that holds it, or what `participants.read_people` returns.
     out_dir : gets ``tensors.npy`` (N, X, Y, Z) float32 in RAS, ``labels.npy`` (N,) int64,
         ``subjects.csv``, ``grid.json`` and ``rejected.csv``; subjects in the order of their IDs.
     regrid : resample volumes on another grid than the commonest, instead of rejecting them.
@@ -195,23 +179,25 @@ def convert(
     align : ``rigid`` or ``affine``: register to MNI152; how well is ``alignment_dice``.
     overwrite : start anew in a folder made with other options, otherwise a ValueError.
     """
-    out_dir, people = Path(out_dir), table
+    out_dir = Path(out_dir)
     if not isinstance(table, pd.DataFrame):
-        people = tables.read_people(tables.find_people(table) if Path(table).is_dir() else table)
+        table = participants.read_people(
+            participants.find_people(table) if Path(table).is_dir() else table
+        )
     if not isinstance(source, pd.DataFrame):
         source = layouts.choose_volumes(layouts.find_volumes(source), match="*")
     files = source.groupby("Subject")["path"].agg(list).to_dict()
-    people = people.set_axis(tables.spell_ids(people.index, files)).rename_axis("Subject")
-    accepted, rejected = _match_subjects(files, people)
+    table = table.set_axis(participants.spell_ids(table.index, files)).rename_axis("Subject")
+    accepted, rejected = _match_subjects(files, table)
     grid = {"shape": list(map(int, shape)), "modality": str(source["modality"].iloc[0])}
     asked = {"mask": mask, "align": align, "regrid": regrid}
-    grid |= {"normalised": normalised} | {name: value for name, value in asked.items() if value}
+    grid |= {name: value for name, value in asked.items() if value}
     storage.start_run(out_dir, "convert", grid, overwrite=overwrite, results=[*RESULTS, ".parts/*"])
     masks = source.set_index("Subject").get("mask", {})
     jobs = {subject: (path, masks.get(subject)) for subject, path in accepted.items()}
     stats = [(p, p.stat()) for path, own in jobs.values() for p in (path, *(own or ()))]
     stamps = [(*path.parts[-2:], stat.st_size, stat.st_mtime_ns) for path, stat in stats]
-    rows = people.loc[list(accepted)].to_json()
+    rows = table.loc[list(accepted)].to_json()
     inputs = joblib.hash(json.dumps([stamps, rejected, rows, grid]))
     whole = all((out_dir / name).is_file() for name in RESULTS)
     if not whole or storage.read_json(out_dir / "grid.json").get("inputs") != inputs:
@@ -222,7 +208,7 @@ def convert(
         records = dict(zip(jobs, tqdm(run(calls), "convert", total=len(jobs), unit="subject")))
         rejected |= {s: record["reason"] for s, record in records.items() if "reason" in record}
         grid["inputs"] = "" if any(record.get("retry") for record in records.values()) else inputs
-        _write_cohort(out_dir, grid, people, records, rejected, len(files))
+        _write_cohort(out_dir, grid, table, records, rejected, len(files))
     shutil.rmtree(out_dir / ".parts", ignore_errors=True)
     count, left_out = np.load(out_dir / "labels.npy").size, pd.read_csv(out_dir / "rejected.csv")
     print(f"{out_dir.name}: {count} subjects, {len(left_out)} left out (rejected.csv says why)")

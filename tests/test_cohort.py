@@ -36,7 +36,7 @@ def test_load_opens_what_convert_wrote(tmp_path):
     assert data.groups.tolist() == families
     np.testing.assert_array_equal(data.affine, AFFINE)
     assert data.table["brain_volume_ml"].tolist() == [1234.5] * 6
-    assert (data.modality, data.normalised) == ("fa", False)
+    assert data.modality == "fa"
 
 
 def test_load_takes_two_arrays_from_elsewhere(tmp_path):
@@ -54,10 +54,10 @@ def test_load_takes_two_arrays_from_elsewhere(tmp_path):
     for affine in (AFFINE[:3, :3], AFFINE * np.nan):
         with pytest.raises(ValueError, match=r"expected shape, modality and affine"):
             cohort.load(tmp_path / "c", affine=affine)
-    grid = {"shape": SHAPE, "modality": "t1", "normalised": True}
+    grid = {"shape": SHAPE, "modality": "t1"}
     (tmp_path / "c" / "grid.json").write_text(json.dumps(grid))
     data = cohort.load(tmp_path / "c", affine=AFFINE)
-    assert (data.modality, data.normalised, data.affine) == ("t1", True, None)
+    assert (data.modality, data.affine) == ("t1", None)
 
 
 def test_the_name_says_what_is_synthetic(tmp_path):

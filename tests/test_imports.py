@@ -18,10 +18,11 @@ ALLOWED = {
     "cohort": "storage tables",
     "archives": "layouts storage",
     "registration": "",
-    "volumes": "layouts registration storage tables",
+    "participants": "tables",
+    "volumes": "layouts participants registration storage",
     "layouts": "tables",
     "diffusion": "archives storage",
-    "tabular": "confounds evaluation tables",
+    "tabular": "confounds evaluation participants tables",
     "training": "cohort confounds evaluation networks perturbation speed storage",
     "first_layer": "networks speed",
     "perturbation": "networks speed",
@@ -75,7 +76,7 @@ before = flags()
 sys.modules["dipy"] = None
 import brainsex, brainsex.__main__
 assert flags() == before
-assert len(brainsex.__all__) == 12, brainsex.__all__
+assert len(brainsex.__all__) == 11, brainsex.__all__
 assert all(hasattr(brainsex, name) for name in brainsex.__all__)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

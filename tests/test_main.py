@@ -45,10 +45,9 @@ def test_convert_leaves_a_cohort_of_all_who_have_a_volume(folder):
 
 
 def test_a_synthetic_cohort_converted_elsewhere_stays_one(folder, tmp_path, capsys):
-    main(["convert", str(folder), "--out", str(tmp_path / "other"), "--normalised"])
+    main(["convert", str(folder), "--out", str(tmp_path / "other")])
     data = cohort.load_cohort(tmp_path / "other")
-    assert (len(data), data.synthetic, data.normalised) == (10, True, True)
-    assert not cohort.load_cohort(folder).normalised
+    assert (len(data), data.synthetic) == (10, True)
 
 
 def test_survey_says_what_is_there_and_what_to_run_next(folder, capsys):

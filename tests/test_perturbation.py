@@ -10,7 +10,7 @@ from scipy.ndimage import binary_dilation, gaussian_filter
 
 from brainsex import perturbation, speed
 from brainsex.networks import MriNet3d
-from brainsex.perturbation import gaussian_blur, optimise_group_mask, optimise_masks
+from brainsex.perturbation import gaussian_blur, optimise_masks
 
 pytestmark = pytest.mark.usefixtures("one_cpu_thread")
 
@@ -77,11 +77,6 @@ def quick_masks(network, volumes, **options):
     return optimise_masks(network, volumes, **settings)
 
 
-def quick_group(network, volumes, **options):
-    settings = {"iterations": 6, "batch_size": 2, "progress": False} | options
-    return optimise_group_mask(network, volumes, **settings)
-
-
 @pytest.fixture
 def unmoved(monkeypatch):
     """No shifts: `BoxMean` sees most where nothing is moved, which is where masks are scored."""
@@ -143,20 +138,19 @@ def state(network):
     )
 
 
-@pytest.mark.parametrize("learn", [quick_masks, quick_group])
 @pytest.mark.parametrize("raising", [False, True])
-def test_the_network_is_left_as_it_was(network, volumes, learn, raising, monkeypatch):
+def test_the_network_is_left_as_it_was(network, volumes, raising, monkeypatch):
     changed = copy.deepcopy(network).train()
     changed.hidden1[0].bias.requires_grad_(False)
     changed.linear.register_forward_hook(lambda *_: None)
     before = state(changed)
     if raising:
-        monkeypatch.setattr(perturbation, "_penalty", lambda *_: 1 / 0)
+        monkeypatch.setattr(perturbation, "_perturb", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            learn(changed, volumes)
+            quick_masks(changed, volumes)
     else:  # explained in evaluation mode
-        masks, expected = learn(changed, volumes[:2]), learn(network, volumes[:2])
-        np.testing.assert_array_equal(*(getattr(m, "masks", m) for m in (masks, expected)))
+        masks, expected = (quick_masks(net, volumes[:2]).masks for net in (changed, network))
+        np.testing.assert_array_equal(masks, expected)
     assert state(changed) == before
     for name, value in network.state_dict().items():
         assert torch.equal(changed.state_dict()[name], value), name
@@ -193,21 +187,19 @@ def with_value(volumes, value):
 
 
 @pytest.mark.parametrize(
-    ("learn", "change", "options", "message"),
+    ("change", "options", "message"),
     [
-        (quick_masks, lambda v: v[0], {}, r"\(N, X, Y, Z\), found \(22, 24, 26\)"),
-        (quick_masks, lambda v: v[..., :25], {}, r"expected volumes \(N, 1, 22, 24, 26\)"),
-        (quick_masks, lambda v: with_value(v, np.nan), {}, r"NaN or infinity in rows \[2"),
-        (quick_masks, lambda v: v, {"target": 2}, "target of 0 or 1.* found 2"),
-        (quick_masks, lambda v: v, {"target": [0, 1]}, r"\(2,\) .* shape \(4,\)"),
-        (quick_masks, lambda v: v, {"reference": np.zeros((2, *SMALL))}, r"\(2,22,.* \(4,22,"),
-        (quick_group, lambda v: with_value(v, np.inf), {}, r"NaN or infinity in rows \[.*2"),
-        (quick_group, lambda v: v, {"reference": np.full(SMALL, np.nan)}, "expected finite images"),
+        (lambda v: v[0], {}, r"\(N, X, Y, Z\), found \(22, 24, 26\)"),
+        (lambda v: v[..., :25], {}, r"expected volumes \(N, 1, 22, 24, 26\)"),
+        (lambda v: with_value(v, np.nan), {}, r"NaN or infinity in rows \[2"),
+        (lambda v: v, {"target": 2}, "target of 0 or 1.* found 2"),
+        (lambda v: v, {"target": [0, 1]}, r"\(2,\) .* shape \(4,\)"),
+        (lambda v: v, {"reference": np.zeros((2, *SMALL))}, r"\(2,22,.* \(4,22,"),
     ],
 )
-def test_bad_input(network, volumes, learn, change, options, message):
+def test_bad_input(network, volumes, change, options, message):
     with pytest.raises(ValueError, match=message):
-        learn(network, change(volumes), **options)
+        quick_masks(network, change(volumes), **options)
 
 
 def test_the_blur_is_scipys_gaussian_of_5_voxels(volumes):
@@ -235,18 +227,6 @@ def test_blurred_volumes_are_blurred_in_regions_of_the_seed_and_the_row(volumes)
     assert np.abs(other - alone).max() > 0.01
 
 
-def test_the_evidence_by_hand():
-    """No evidence is left at even odds; a distance is at least 1."""
-    target = torch.tensor([1, 1, 0])
-    original = torch.tensor([[0.0, 1.0], [0.0, 30.0], [0.0, 5.0]])  # log-odds 1, 30, -5
-    now = torch.tensor([[0.0, -4.0], [0.0, 0.0], [1.0, 0.0]])  # -4, 0, 1
-    above, distance = perturbation._evidence(now, target, original)
-    np.testing.assert_allclose(above, [0, 0, 1])
-    np.testing.assert_allclose(distance, [1, 30, 1])
-    above, distance = perturbation._evidence(original, target, original)
-    np.testing.assert_allclose(above, [1, 30, 0])
-
-
 def test_the_penalty_by_hand(monkeypatch):
     """One mask of 2 x 2 x 3 with a single step, one of zeros; worked out on paper."""
     monkeypatch.setattr(perturbation, "SMOOTHNESS", 2.0)
@@ -258,18 +238,23 @@ def test_the_penalty_by_hand(monkeypatch):
 def test_persistence_is_the_mean_mask_on_the_way(monkeypatch):
     """Constant masks, each step up or down; without the first step, which is the warm-up."""
     monkeypatch.setattr(perturbation, "WARM_UP", 1)
-    seen = []
+    seen, zeros = [], torch.zeros(1, 1, 4, 6, 8)
 
-    def evidence(coarse, _, step):
-        seen.append(coarse.detach().clone())
-        return (coarse * step).sum((1, 2, 3, 4))
+    def descend(slopes):
+        left = iter(slopes)
 
-    like = torch.empty(1, 1, 4, 6, 8)
-    final, mean = perturbation._descend(evidence, like, [0.5, -2.0, 1.0, 3.0], area=0.0)
-    on_the_way = [mask.mean().item() for mask in (*seen[2:], final)]  # after steps 2, 3 and 4
+        def network(images):  # which are the masks: log-odds of 5 and more
+            seen.append(images.mean().item())
+            return torch.stack([torch.zeros(1), 5 + images.mean((1, 2, 3, 4)) * next(left)], 1)
+
+        inputs = zeros, zeros + 1, torch.tensor([1]), torch.zeros(1, 2), [[(0, 0, 0)]] * len(slopes)
+        return perturbation._descend(network, *inputs, 0.0)
+
+    final, mean = descend([0.5, -2.0, 1.0, 3.0])
+    on_the_way = [*seen[2:], final.mean().item()]  # after steps 2, 3 and 4
+    assert len(set(on_the_way)) == 3
     assert mean.mean().item() == pytest.approx(np.mean(on_the_way), abs=1e-6)
-    final, mean = perturbation._descend(evidence, like, [0.5], area=0.0)
-    np.testing.assert_array_equal(final, mean)  # nothing after the warm-up: the mask itself
+    np.testing.assert_array_equal(*descend([0.5]))  # nothing after the warm-up: the mask itself
 
 
 def test_together_as_one_by_one(network, volumes, monkeypatch):
@@ -314,27 +299,13 @@ def test_another_reference_takes_the_blurs_place(bright, unmoved):
     assert expected < 0.55
 
 
-def test_a_groups_mask_covers_what_its_members_share(bright, precision, monkeypatch):
-    """Evidence of different strength; noise of their own, which no mask needs."""
-    monkeypatch.setattr(perturbation, "GROUP_AREA", 30.0)  # the box is a hundredth of this grid
-    rng = np.random.default_rng(4)
-    group = np.repeat(bright, 6, 0)
-    group[:, BOX] *= rng.uniform(0.8, 1.2, (6, 1)).astype(np.float32)
-    group += rng.uniform(0, 0.1, group.shape).astype(np.float32)
-    mask = optimise_group_mask(BoxMean(), group, progress=False)
-    assert mask.dtype == np.float32
-    assert mask[BOX].mean() > 0.5
-    assert mask[FAR].max() < 0.05
-    seen = group + mask * (gaussian_blur(torch.from_numpy(group)[:, None])[:, 0].numpy() - group)
-    before, after = (v[:, BOX].mean(1) - 0.45 for v in (group, seen))
-    assert (before > 0.1).all()
-    assert (after < 0.6 * before).all(), "persistence is no whole mask"
-
-
-def test_the_groups_objective_is_the_mean_of_its_members(network, volumes, monkeypatch):
+@pytest.mark.parametrize("scale", [1, 0.02])  # log-odds without a mask above 1, and below
+def test_a_step_goes_against_the_gradient_of_the_objective(network, volumes, monkeypatch, scale):
     """One step, no shifts: the mask moves against the sign of evidence's and area's gradient."""
     monkeypatch.setattr(perturbation, "MAX_SHIFT", 0)
     monkeypatch.setattr(perturbation.networks, "fast_precision", lambda device: torch.float32)
+    network, volumes = copy.deepcopy(network), volumes[2:3]
+    network.linear.load_state_dict({k: scale * v for k, v in network.linear.state_dict().items()})
     batch = torch.from_numpy(volumes.astype(float))[:, None]
     coarse = torch.full((1, 1, 11, 12, 13), 0.5, dtype=torch.double, requires_grad=True)
     large = torch.nn.functional.interpolate(coarse, size=SMALL, mode="trilinear")
@@ -343,23 +314,22 @@ def test_the_groups_objective_is_the_mean_of_its_members(network, volumes, monke
     plain = copy.deepcopy(network).double()
     start, now = (plain(v).diff(dim=1)[:, 0] for v in (batch, batch + large * removed))
     share = now.clamp(min=0) / start.detach().clamp(min=1)
-    (slope,) = torch.autograd.grad(share.mean(), coarse)
+    assert (start.item() > 1) == (scale == 1)
+    (slope,) = torch.autograd.grad(share.sum(), coarse)
     values = slope.flatten().sort().values[100:800]  # of 1716
     gap = values.diff().argmax()
     price = -values[gap : gap + 2].mean()  # no voxel is near the sign's change
-    monkeypatch.setattr(perturbation, "GROUP_AREA", price.item() * slope.numel() * 20)  # the ramp's
+    area = price.item() * slope.numel() * 20  # the ramp's
     expected = 0.5 - 0.3 * (slope + price).sign()
     expected = torch.nn.functional.interpolate(expected, size=SMALL, mode="trilinear")[0, 0]
-    mask = quick_group(network, volumes, iterations=1, batch_size=4, target=1)
+    mask = quick_masks(network, volumes, iterations=1, area=area, target=1).masks[0]
     np.testing.assert_allclose(mask, expected, atol=6e-3)  # Adam's epsilon
     assert mask.min() < 0.21 < 0.7 < mask.max()
 
 
-def test_a_groups_mask_has_the_same_bits_and_ignores_no_option(network, volumes):
-    mask = quick_group(network, volumes)
-    np.testing.assert_array_equal(quick_group(network, volumes), mask)
-    other = np.full(SMALL, 0.1)
-    options = {"iterations": 7, "seed": 1, "batch_size": 3, "reference": other, "target": 0}
-    for name, value in options.items():
-        changed = quick_group(network, volumes, **{name: value})
-        assert np.abs(changed - mask).max() > 1e-4, name
+def test_there_is_no_evidence_below_even_odds(network, volumes):
+    """Half of the blur is too much already for this volume: without a price nothing moves."""
+    half = (volumes[0] + gaussian_filter(volumes[0], 5, mode="nearest")) / 2
+    assert network(torch.from_numpy(half)[None, None]).diff(dim=1).item() < 0
+    mask = quick_masks(network, volumes[:1], iterations=1, area=0.0, target=1).masks
+    np.testing.assert_array_equal(mask, np.full_like(mask, 0.5))

@@ -83,13 +83,13 @@ def test_the_field_of_view_and_the_confounds_must_be_the_training_cohorts(tmp_pa
 
 
 def test_t1_of_any_units_is_prepared_as_the_training_cohort_was(tmp_path) -> None:
-    """Unpacked structural packages, each scanner's own units, all brains of one size."""
+    """Unpacked structural packages, each scanner's own units."""
     paths = []
     for n in range(6):
         path = tmp_path / f"90000{n}/T1w/T1w_acpc_dc_restore_brain.nii.gz"
         paths.append(save(path, (fa(n) + 0.4 * (fa(n) > 0)).astype(np.float32) * 10**n))
-    data, checkpoint = fit_cohort(tmp_path, paths, normalised=True)
-    assert (data.modality, data.normalised) == ("t1", True)
+    data, checkpoint = fit_cohort(tmp_path, paths)
+    assert data.modality == "t1"
     table = predict_files(checkpoint, paths)
     assert table["Subject"].tolist() == data.subjects.tolist()
     with torch.no_grad():

@@ -26,10 +26,10 @@ from brainsex import (
     cohort,
     diffusion,
     networks,
+    participants,
     perturbation,
     speed,
     synthetic,
-    tables,
     training,
     volumes,
 )
@@ -128,7 +128,7 @@ def convert(table: Table) -> None:
     with redirect_stdout(sys.stderr):
         archives.extract(folder / "archives", folder / "made")
     made = sorted((folder / "made").glob("*.nii.gz"))
-    names = tables.read_people(tables.find_people(folder)).index
+    names = participants.read_people(participants.find_people(folder)).index
     shutil.rmtree(folder / "fa", ignore_errors=True)
     (folder / "fa").mkdir()
     paths = [folder / "fa" / f"{name}.nii.gz" for name in names[: 8 * len(made)]]
@@ -215,7 +215,7 @@ def train_published(table: Table) -> None:
         f"validation on {epoch.VALIDATED}, 32 channels, against the published loop"
     )
     results = []
-    for way, more in (("ours", speed.MALLOC_ENVIRONMENT), ("published", {})):
+    for way, more in (("ours", training.MALLOC_ENVIRONMENT), ("published", {})):
         call = [sys.executable, "-m", "tests.benchmarks.epoch", way, BUILD / "benchmark-cohort"]
         done = subprocess.run(call, env=os.environ | more, check=True, stdout=subprocess.PIPE)
         results.append(json.loads(done.stdout))

@@ -26,7 +26,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from brainsex import cohort, explain, networks, storage, tables, tabular
+from brainsex import cohort, explain, networks, participants, storage, tabular
 from brainsex.__main__ import main
 from tests.reliability import damage
 from tests.reliability.damage import save_bytes
@@ -56,7 +56,7 @@ def write_study(root: Path, count: int = 9, without: str = "/none") -> dict[str,
     people, trained = partial(make_table, count), min(count, 12)
     measures = "Subject,Release,Gender,FS_IntraCranial_Vol,FS_L_Thalamus_Vol"
     subjects = "Subject,Gender,label,brain_volume_ml,group"
-    grid = {"shape": SHAPE, "affine": AFFINE.tolist(), "modality": "fa", "normalised": False}
+    grid = {"shape": SHAPE, "affine": AFFINE.tolist(), "modality": "fa"}
     files = {
         "study/unrestricted_behavioral.csv": people("Subject,Gender,Age", "{who},{sex},22-25"),
         "study/restricted.csv": people("Subject,Family_ID,Age_in_Yrs", "{who},F{n},3{n}"),
@@ -99,7 +99,7 @@ COMMANDS = {
     "explain": lambda: explain.explain(
         cohort.load_cohort("in/cohort"), "in/networks", "out/masks", rows=[0], iterations=1
     ),
-    "people": lambda: tables.read_people("in/study/unrestricted_behavioral.csv"),
+    "people": lambda: participants.read_people("in/study/unrestricted_behavioral.csv"),
     "measures": lambda: tabular.load_table("in/study/unrestricted_hcp_freesurfer.csv"),
 }
 """The arguments of a command that reads a study {0} and writes {1}; or a call of a notebook's."""

@@ -1,0 +1,232 @@
+"""The table of people: found, told by the IDs that stand in paths, and joined with those beside."""
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import pandas as pd
+
+from brainsex import tables
+from brainsex.tables import FIRST, compare_id, match_columns
+
+NAMES = (  # of tables of people, the likeliest first
+    r"(?i)unrestricted_behavioral\.csv",
+    r"(?i)(HCP_YA_subjects_|unrestricted_(?!.*freesurfer)).*\.csv",
+    r"(?i)participants\.tsv",
+)
+COLUMNS = {"Age": "age", "QC_Issue": "qc_issue"}  # of a table of people, and the names used here
+BESIDE = {  # columns that HCP ships in tables of their own, beside the table of people or in it
+    "Family_ID": "group",
+    "Age_in_Yrs": "age",  # known in years, it replaces HCP's age bands
+    "FS_InterCranial_Vol": "intracranial_volume_ml",  # in mm³ in the file
+    "FS_IntraCranial_Vol": "intracranial_volume_ml",
+}
+ID_WORD = r"id$|id[^a-z]|code|key|subj|particip|patient|person|number|(?:^|_)n[or]$"  # in a name
+MORPHOMETRY_NAMES = ("unrestricted_hcp_freesurfer.csv", "morphometry.csv")
+TABLE_NAME = r"(?i)^(?!\.|(subjects|rejected)\.csv$).*\.(csv|tsv|txt)$"  # but what convert leaves
+MAX_TABLES, MAX_FOLDERS = 100, 20  # that are looked at
+MAX_CODEBOOK = 1 << 20  # bytes
+
+
+def find_people(
+    folder: str | Path,
+    *,
+    subject: str | None = None,
+    sex: str | None = None,
+    known: tuple[set[str], set[str]] = (set(), set()),
+) -> list[Path]:
+    """Find a cohort's table of people, at any depth: HCP's, BIDS's, or the one that knows most IDs.
+
+    `subject` and `sex` name its columns; `known` is what `layouts.split_paths` returns. Tables of
+    a folder with the same columns are one in parts. Raises FileNotFoundError if there is none, or
+    if several are as likely.
+    """
+    parts, wanted = {}, (subject or "Subject", sex or "Gender")
+    for path, names in _read_headers(folder).items():
+        if match_columns(names, wanted[1]):
+            rank = next((n for n, name in enumerate(NAMES) if re.fullmatch(name, path.name)), 9)
+            parts.setdefault((path.parent, rank, *names), []).append(path)
+    merits = {}
+    for key, paths in parts.items():
+        rows = (tables.read_text_table(path) for path in paths if any(known))
+        count = sum(max(_count_known(part, *known).values())[0] for part in rows)
+        _, rank, *names = key
+        merits[key] = -rank, count, bool(match_columns(names, wanted[0])), -len(paths[0].parts)
+    best = [key for key in parts if merits[key] == max(merits.values())]
+    if len(best) != 1:
+        names = [path.name for key in best for path in parts[key]] or "none"
+        problem = f"expected one table with columns {' and '.join(wanted)}, found {names}"
+        remedy = "name a CSV by --table, columns by --subject and --sex; see DATA_ACCESS.md"
+        raise FileNotFoundError(f"{folder}: {problem}; {remedy}")
+    return parts[best[0]]
+
+
+def read_people(
+    table: str | Path | Sequence[Path],
+    *,
+    subject: str | None = None,
+    sex: str | None = None,
+    session: str | None = None,
+    known: tuple[set[str], set[str]] = (set(), set()),
+    folder: Path | None = None,
+) -> pd.DataFrame:
+    """Read a table of people, perhaps in parts, and the columns `BESIDE` of it and other tables.
+
+    `subject` and `sex` name its columns where neither their names nor the `known` parts of paths
+    tell, as by `find_id_column`; `session` chooses among rows; other tables lie in the cohort's
+    `folder`, by default the table's. The result is indexed by Subject (str) and has Gender (F, M)
+    and, where known, ``age`` (years, or HCP's age band), ``qc_issue``, ``intracranial_volume_ml``
+    and ``group`` (family ID). The codes of sex are printed. Raises FileNotFoundError, or ValueError
+    if a column is missing or a subject has two rows that differ in these.
+    """
+    paths = [Path(table)] if isinstance(table, str | Path) else list(table)
+    rows = pd.concat(map(tables.read_text_table, paths), ignore_index=True)
+    table, folder = paths[0], folder or paths[0].parent
+    if subject is None:
+        subject, rows = find_id_column(table, rows, *known)
+    sex = tables.find_column(table, rows, sex or "Gender")
+    used = [sex, *(name for meaning in COLUMNS | BESIDE for name in match_columns(rows, meaning))]
+    rows = tables.select_session(rows, session)
+    rows = rows.drop_duplicates(subject) if session == FIRST else rows
+    rows = tables.index_subjects(table, rows, subject, used)
+    codebooks = read_codebooks(table, folder, rows[sex])
+    people = tables.read_sex(table, rows, sex, codebooks).to_frame("Gender")
+    _add_columns(people, table, rows, COLUMNS | BESIDE)
+    return join_beside(people, folder, paths, rows, session)
+
+
+def join_beside(
+    people: pd.DataFrame,
+    folder: Path,
+    own: Sequence[Path] = (),
+    rows: pd.DataFrame | None = None,
+    session: str | None = None,
+) -> pd.DataFrame:
+    """Join the columns `BESIDE` of the tables in a folder, but their `own`, to people, by ID.
+
+    The `rows` of their own, by Subject, may hold other IDs of the same people. A table that knows
+    fewer than half of the people is named in a line. Raises ValueError if two tables have the same
+    column.
+    """
+    headers = _read_headers(folder) | (_read_headers(own[0].parent) if own else {})
+    subjects = {compare_id(name): name for name in people.index}
+    for column in () if rows is None else rows.columns[rows.columns.str.contains(f"(?i){ID_WORD}")]:
+        ids = rows[column].dropna().map(compare_id)
+        if ids.is_unique and not match_columns([column], "Family_ID"):
+            subjects = dict(zip(ids, ids.index)) | subjects
+    for column, name in BESIDE.items():
+        paths = [p for p, names in headers.items() if p not in own and match_columns(names, column)]
+        if len(paths) > 1:
+            names = [path.name for path in paths]
+            raise ValueError(f"{folder}: expected one table with {column}, found {names}: keep one")
+        for path in paths:
+            beside = tables.read_text_table(path, session)
+            id_column, beside = find_id_column(path, beside, {*subjects}, {*subjects})
+            used = match_columns(beside, column)
+            beside = tables.index_subjects(path, beside, id_column, used)
+            beside.index = [subjects.get(compare_id(key), key) for key in beside.index]
+            _add_columns(people, path, beside, {column: name})
+            count = people.index.isin(beside.index).sum()
+            if 2 * count < len(people):
+                print(f"WARNING: {path.name} has {column} of {count} of {len(people)}: compare IDs")
+    return people
+
+
+def _add_columns(people: pd.DataFrame, table: Path, rows: pd.DataFrame, columns: dict) -> None:
+    """Add those columns of rows (by Subject) that there are, under their new names, to people."""
+    for column, name in columns.items():
+        if len(matches := match_columns(rows, column)) > 1:
+            several = f"several columns {column}, not read"
+            print(f"WARNING: {table.name}: {', '.join(matches)}: {several}")
+        elif matches:
+            values = rows[matches[0]].reindex(people.index)
+            if name == "group":
+                values = values.mask(values.str.strip().str.lower().isin({*tables.MISSING, "0"}))
+            if name == "intracranial_volume_ml":
+                values = pd.to_numeric(values, errors="coerce") / 1000
+            people[name] = values.combine_first(people.get(name, values))
+
+
+def _read_headers(folder: str | Path) -> dict[Path, pd.Series]:
+    """Return the columns of up to `MAX_TABLES` tables in a folder, those at its top first.
+
+    Of many folders beside each other, those with a number in the name are subjects': left out.
+    """
+    paths, headers = [], {}
+    for parent, folders, names in os.walk(folder):
+        many = len(folders) > MAX_FOLDERS
+        folders[:] = [f for f in folders if f[0] != "." and not (many and re.search(r"\d", f))]
+        paths += [Path(parent, name) for name in names if re.search(TABLE_NAME, name)]
+    for path in sorted(paths, key=lambda path: (len(path.parts), path))[:MAX_TABLES]:
+        with suppress(ValueError, OSError):
+            headers[path] = tables.open_table(path)[1]["names"]
+    return headers
+
+
+def read_codebooks(table: Path, folder: Path, cells: pd.Series) -> Iterator[str]:
+    """Yield what is written beside a table about a column that has numbers: texts for `read_sex`.
+
+    These are BIDS's JSON of the table, and lines of other short texts and tables of the folder,
+    each from the column's name on.
+    """
+    if not cells.str.contains(r"\d").any():
+        return
+    for path in (table.with_suffix(".json"), *_read_headers(folder)):
+        if path != table and path.is_file() and path.stat().st_size < MAX_CODEBOOK:
+            text = path.read_text("utf-8", "replace")
+            text = " ".join(text.split()) if path.suffix == ".json" else text
+            yield from re.findall(rf"(?i)(?<!\w){re.escape(cells.name)}(?!\w)(.+)", text)
+
+
+def find_morphometry(cohort: str | Path, table: str | Path | None = None) -> Path | None:
+    """Return `table` if one is named, or the first of `MORPHOMETRY_NAMES` in a cohort's folder."""
+    paths = [Path(cohort) / name for name in MORPHOMETRY_NAMES]
+    return Path(table) if table else next((path for path in paths if path.is_file()), None)
+
+
+def spell_ids(ids: Iterable[object], others: Iterable[str]) -> list[str]:
+    """Spell IDs as `others` do where they mean the same subjects; else as `subject_id` does."""
+    spelling = {compare_id(other): other for other in others}
+    return [spelling.get(compare_id(name), tables.subject_id(name)) for name in ids]
+
+
+def find_id_column(
+    table: Path, rows: pd.DataFrame, parts: set[str], spans: set[str]
+) -> tuple[str, pd.DataFrame]:
+    """Return the column of IDs, by its name or by the values that stand in paths, and the rows.
+
+    `parts` and `spans` are those of `layouts.split_paths`. Where they have more than twice as many
+    values of another column than of the one named as IDs are, that is taken, unless a person has
+    several of its values, as of images, or several people one, as a site. Blanks are filled from
+    other rows of the same ID, as of another event, where these agree.
+    """
+    named, counts = match_columns(rows, "Subject"), _count_known(rows, parts, spans)
+    best, named = max(counts, key=counts.get), named[0] if len(named) == 1 else None
+    if not named and not counts[best][0]:
+        named = tables.find_column(table, rows, "Subject")
+    pairs = rows[[named or best, best]].dropna().drop_duplicates()
+    several = pairs.iloc[:, 0].duplicated().any() or pairs.iloc[:, 1].duplicated().any()
+    if named and (several or 2 * counts[named][0] >= counts[best][0]):
+        best = named
+    else:
+        print(f"{table.name}: IDs, by column {best}, whose values stand in the paths")
+    if rows[person := named or best].duplicated().any():
+        people = rows.groupby(person)
+        rows = rows.fillna(people.transform("first").where(people.transform("nunique") == 1))
+    return best, rows if best == named else rows.dropna(subset=best)
+
+
+def _count_known(
+    rows: pd.DataFrame, parts: set[str], spans: set[str]
+) -> dict[str, tuple[int, int, int]]:
+    """Count the values of each column in `spans`, those in `parts`, and all characters of them."""
+    named, counts = match_columns(rows, "Subject"), {}
+    counters = [[str(n + start) for n in range(len(rows))] for start in (0, 1)]
+    for column in dict.fromkeys([*named, *rows.columns[:200]]):  # IDs stand among the first
+        ids = rows[column].map(compare_id, na_action="ignore")
+        known = {key for key in set(ids) & spans if len(key) > 2 or key in parts}
+        known = known if column in named or ids.tolist() not in counters else set()
+        counts[column] = len(known), len(known & parts), sum(map(len, known))
+    return counts

@@ -176,7 +176,8 @@ def read_codebooks(table: Path, folder: Path, cells: pd.Series) -> Iterator[str]
     for path in (table.with_suffix(".json"), *_read_headers(folder)):
         if path != table and path.is_file() and path.stat().st_size < MAX_CODEBOOK:
             text = path.read_text("utf-8", "replace")
-            text = " ".join(text.split()) if path.suffix == ".json" else text
+            if path.suffix == ".json":
+                text = re.sub(r'\s+|"TermURL": "[^"]*",?|"(Label|Description)":|[{}]', " ", text)
             yield from re.findall(rf"(?i)(?<!\w){re.escape(cells.name)}(?!\w)(.+)", text)
 
 

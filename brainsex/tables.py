@@ -102,10 +102,13 @@ def open_table(table: Path) -> tuple[io.StringIO, dict]:
     file = io.StringIO(text, newline=None)
     lines, starts = [*islice(file, MAX_TITLE_LINES)], []
     for separator in ",;\t":
-        filled = [sum(map(bool, cells)) for cells in csv.reader(lines, delimiter=separator)]
+        rows = [*csv.reader(lines, delimiter=separator)]
+        filled = [sum(map(bool, row)) for row in rows]
         start = next((n for n, count in enumerate(filled) if 2 * count > max(filled)), 0)
-        starts.append((max(filled, default=0) < 2, start, separator))  # a single column is none
-    _, start, separator = min(starts)
+        widths = [len(row) for row in rows[start:] if row] or [0]
+        alike = widths.count(widths[0]) / len(widths)  # lines with as many cells as the header
+        starts.append((max(filled, default=0) < 2, -alike, start, separator))
+    *_, start, separator = min(starts)
     file.seek(0)
     options = {"sep": separator, "dtype": str, "skip_blank_lines": False}
     header = io.StringIO("".join(lines[start : start + 1]))

@@ -1,0 +1,122 @@
+"""Tables of people as labs leave them: where they lie, in how many parts, in which words."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from brainsex import layouts, participants
+from brainsex.__main__ import main
+
+PATHS = [f"scans/P0{n}/dti_FA.nii.gz" for n in range(1, 5)]
+KNOWN = layouts.split_paths(PATHS)
+
+
+def write(folder: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def read(folder: Path, **options) -> pd.DataFrame:
+    found = participants.find_people(folder, known=KNOWN)
+    return participants.read_people(found, known=KNOWN, folder=folder, **options)
+
+
+NUMBERS = "id,age,sex\nP01,30,1\nP02,31,2\nP03,32,1\nP04,33,2\n"
+LEVELS = {"1": {"TermURL": "x:248152002", "Label": "Female"}, "2": {"Label": "Male"}}
+PLAIN = {"sex": {"Description": "at birth", "Levels": {"1": "woman", "2": "man"}}}
+CODEBOOKS = [  # what lies beside a table whose women are 1 and men 2, against ISO 5218
+    {"people.json": json.dumps(PLAIN, indent=2)},
+    {"people.json": json.dumps({"sex": {"Annotations": {"Levels": LEVELS}}})},
+    {"dictionary.csv": 'Variable,Choices\nage,\nsex,"1, Female | 2, Male | 3, Other"\n'},
+    {"docs/dictionary.csv": 'Question,Name,Values\nSex of participant,sex,"1=Female, 2=Male"\n'},
+    {"NOTES.txt": "Age\tyears\nSex\tFemales = 1, Males = 2\n"},
+    {"labels.tsv": "name\tcodes\nsex\tfemale 1 male 2\n"},
+]
+
+
+@pytest.mark.parametrize("files", CODEBOOKS)
+def test_codes_mean_what_the_codebook_says(tmp_path, capsys, files):
+    write(tmp_path, {"people.csv": NUMBERS} | files)
+    assert read(tmp_path)["Gender"].tolist() == list("FMFM")
+    assert "1 is F, 2 is M" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("line", ["sex,1 = left, 2 = right", "sexes,1 = f, 2 = m", "age,sex 3"])
+def test_what_says_nothing_of_the_codes_changes_nothing(tmp_path, line):
+    write(tmp_path, {"people.csv": NUMBERS, "dictionary.csv": f"name,codes,more\n{line}\n"})
+    assert read(tmp_path)["Gender"].tolist() == list("MFMF")
+
+
+RELEASES = {
+    "pheno/R1.csv": "EID,Sex,Age\nP01,F,9\nP02,M,8\n",
+    "pheno/R2.csv": "EID,Sex,Age\nP02,M,8\nP03,F,7\nP04,M,6\nP99,M,5\n",
+}
+EXCEL = (
+    "Project: memory, 2016;;\n\nFp-nr;Kjønn (K/M);Alder\np1;K;34,6\nP 2;M;29,8\nP3;K;30\nP4;M;31\n"
+)
+DEEP = "participant,site,Geschlecht\nP01,1,w\nP02,1,m\nP03,1,w\nP04,1,m\n"
+VISITS = "record_id,event,sex,scan\n" + "".join(
+    f"{n},screening,{'FMFM'[n - 1]},\n{n},baseline,,P0{n}\n{n},drugs,,\n" for n in range(1, 5)
+)
+IMAGES = "Image,Subject,Sex,Description\n" + "".join(
+    f"I{n},P0{1 + n % 4},{'FMFM'[n % 4]},{'FA MD'.split()[n % 2]}\n" for n in range(12)
+)
+FOLDERS = [
+    RELEASES,  # one table in parts, a person in two of them
+    {"list.csv": EXCEL},  # titles above the header, decimal commas, IDs in another spelling
+    {"a/b/c/d/people.csv": DEEP, "other.csv": "id,sex\nP01,M\nX7,M\n"},  # deep, and known best
+    {"export.csv": VISITS},  # sexes and scans in rows of different events
+    {"images.csv": IMAGES},  # a row an image; those of a person agree
+    {"participants.tsv": "participant_id\nP01\n", "tabular/x.tsv": DEEP.replace(",", "\t")},
+]
+
+
+@pytest.mark.parametrize("files", FOLDERS)
+def test_the_table_of_people_is_the_one_that_knows_the_subjects(tmp_path, files):
+    write(tmp_path, files)
+    people = read(tmp_path)
+    people.index = participants.spell_ids(people.index, ["P01", "P02", "P03", "P04"])
+    sexes = people["Gender"].drop("P99", errors="ignore").to_dict()
+    assert sexes == {"P01": "F", "P02": "M", "P03": "F", "P04": "M"}
+
+
+def test_rows_of_a_person_that_differ_are_refused_unless_the_first_is_asked_for(tmp_path):
+    write(tmp_path, {"t.csv": NUMBERS + "P01,35,1\n"})
+    with pytest.raises(ValueError, match="'P01'; of several visits: --session"):
+        read(tmp_path)
+    assert read(tmp_path, session="first")["age"].to_dict()["P01"] == "30"
+
+
+def test_families_are_joined_by_another_id_of_the_same_people(tmp_path):
+    ids = "PSCID,CandID,sex\nP01,311,F\nP02,512,M\nP03,713,F\nP04,914,M\n"
+    write(tmp_path, {"people.csv": ids, "x/families.csv": "CandID,Sibship\n311,a\n914,a\n512,b\n"})
+    groups = read(tmp_path)["group"]
+    assert groups.fillna("").to_dict() == {"P01": "a", "P02": "b", "P03": "", "P04": "a"}
+
+
+def test_tables_of_subjects_own_folders_are_not_looked_at(tmp_path):
+    write(tmp_path, {f"sub-{n:03d}/stats/age.csv": "id,sex\nP01,F\n" for n in range(30)})
+    write(tmp_path, {"phenotype/people.csv": NUMBERS})
+    assert participants.find_people(tmp_path, known=KNOWN) == [tmp_path / "phenotype/people.csv"]
+
+
+def test_the_first_session_of_each_subject_is_taken(tmp_path):
+    visits = ("P01_d0129", "P01_d0757", "P02_d0031", "P03_d0500", "P03_d0501")
+    write(tmp_path, {f"fs/{visit}/mri/brain.mgz": "" for visit in visits})
+    files = layouts.find_volumes(tmp_path, known=["P01", "P02", "P03"])
+    assert files["kind"].unique().tolist() == ["fs/*_d*/mri/brain.mgz"]
+    with pytest.raises(ValueError, match="choose by --match, --session or --id"):
+        layouts.choose_volumes(files)
+    chosen = layouts.choose_volumes(files, session="first")
+    assert [path.parts[-3] for path in chosen["path"]] == [visits[0], visits[2], visits[3]]
+
+
+def test_a_folder_without_a_table_of_people_says_what_is_missing(tmp_path, capsys):
+    write(tmp_path, {path: "" for path in PATHS} | {"readme.txt": "P01 is a man\n"})
+    main(["survey", str(tmp_path)])
+    assert "expected one table with columns Subject and Gender" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="expected a table of people"):
+        main(["convert", str(tmp_path)])

@@ -170,11 +170,9 @@ def permuted_labels(
     NeuroImage 123:253. A family's new labels go to its members in random order. Nobody's family
     may be blank: `tables.fill_missing_families` fills them in.
     """
-    sex = np.asarray(sex)
-    if groups is None:
-        return rng.permutation(sex)
-    labels = np.empty_like(sex)
-    families = [np.flatnonzero(np.asarray(groups) == family) for family in np.unique(groups)]
+    groups = np.arange(len(sex)) if groups is None else np.asarray(groups)
+    sex, labels = np.asarray(sex), np.empty_like(sex)
+    families = [np.flatnonzero(groups == family) for family in np.unique(groups)]
     for size in dict.fromkeys(map(len, families)):  # rows are (families, members)
         rows = np.array([members for members in families if len(members) == size])
         labels[rows] = rng.permuted(sex[rng.permutation(rows)], axis=1)

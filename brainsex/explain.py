@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import pandas as pd
 import torch
@@ -132,12 +131,8 @@ def _mask_records(table: pd.DataFrame, out: Path) -> pd.DataFrame:
 
 def load_maps(out: str | Path, method: str, subjects: Sequence[str]) -> np.ndarray:
     """Load the maps (N, X, Y, Z) of a folder in `out`, as ``persistence`` or ``mask-random``."""
-    maps = []
-    for name in subjects:
-        path = Path(out) / method / f"{name}.nii.gz"
-        with storage.reading(path, "a map", "delete it"):
-            maps.append(np.ascontiguousarray(nib.load(path).get_fdata(dtype=np.float32)))
-    return np.stack(maps)
+    paths = (Path(out) / method / f"{name}.nii.gz" for name in subjects)
+    return np.stack([storage.load_volume(path)[0] for path in paths])
 
 
 def t_map(
@@ -169,9 +164,7 @@ def held_out_folds(networks_folder: str | Path, subjects: Sequence[str]) -> np.n
 
     Raises FileNotFoundError without a ``folds.csv``, ValueError for a subject it does not know.
     """
-    path = Path(networks_folder) / "folds.csv"
-    if not path.is_file():
-        raise FileNotFoundError(f"{networks_folder}: no folds.csv. Run notebook 04_cnn_3d first.")
+    path = Path(networks_folder) / "folds.csv"  # of notebook 04_cnn_3d
     folds = pd.read_csv(path, dtype={"Subject": str}).set_index("Subject")["fold"]
     return folds[subjects].to_numpy()
 

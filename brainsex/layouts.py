@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from brainsex import tables
-from brainsex.tables import FIRST
+from brainsex.tables import ENDS
 
 LABEL = "[0-9A-Za-z+]+"
 VOLUME_ENDINGS = (".nii", ".nii.gz", ".mgz")
@@ -47,8 +47,9 @@ NAMES = {
     "fa": r"fa(map)?|(fractional)?anisotropy",
     "t1": r"t1w?|mprage|struct(ural)?|extractedbrain0n4",
 }  # words of names
-NO_MAP_WORDS = set("mask mean all skeleton skeletonised seg dseg probseg labels".split())
-SPM_TISSUE = re.compile(r"m0?w[pc][1-7]")  # how the names of normalised tissues begin
+NO_MAP_WORDS = set("mask mean all skeleton skeletonised template seg dseg probseg labels".split())
+SPM_TISSUE = re.compile(r"m0?w[pc][1-7]|[pc][0-7](?=[a-z])")  # how names of tissues begin
+SPM_PREFIX = re.compile(r"^[swrum]{1,4}(?=[A-Z0-9])")  # of what SPM and CAT12 have made
 WORDS = re.compile(  # parts of paths that are no subject's ID
     r"fa(map)?|t1w?|dti|dwi|dmri|data|diffusion.*|anat|dtifit|tensor|maps?|brain|restore|acpc|dc|to"
     r"|target|mni.*|native|std|origdata|stats|tbss|results|derivatives|mri|metrics|models?|fdt"
@@ -129,7 +130,7 @@ def name_subjects(
         rows, columns = zip(*members)
         for n, name in zip(rows, _tell_apart(np.array(columns), np.array(free), depth, known)):
             names[n] = name
-    return [tables.subject_id(name) for name in names]
+    return [tables.subject_id(name.replace("/", "_")) for name in names]
 
 
 def _tell_apart(
@@ -166,7 +167,8 @@ def _tell_apart(
 
 def _known_within(name: str, known: dict[str, str]) -> str:
     """Return the only one of the `known` IDs that a name has within, as whole words; else it."""
-    spans = _split_words(name) & known.keys()
+    words = _split_words(name) | _split_words(SPM_PREFIX.sub("", name))
+    spans = words & known.keys()
     longest = max(spans, key=len, default="")
     nested = all(f" {span} " in f" {longest} " for span in spans)
     return known[longest] if spans and nested else name
@@ -247,10 +249,9 @@ def next_commands(files: pd.DataFrame, cores: int, options: str = "") -> list[st
     lines, count = [], files["Subject"].nunique()
     for command in (*first, *NEXT):
         seconds, megabytes = COSTS[command.split()[3]]
-        minutes, gigabytes = count * seconds / cores / 60, count * megabytes / 1000
-        time = f"{minutes / 60:.1f} hours" if minutes > 90 else f"{minutes:.0f} minutes"
+        hours, gigabytes = count * seconds / cores / 3600, count * megabytes / 1000
         line = command.format(folder.as_posix(), Path(os.path.abspath(folder)).name, options)
-        lines.append(f"  {line}  # {time}, {gigabytes:.1f} GB")
+        lines.append(f"  {line}  # {hours:.2f} hours, {gigabytes:.1f} GB")
     return lines
 
 
@@ -264,14 +265,14 @@ def choose_volumes(
     """Choose the rows of `find_volumes` for `volumes.convert`: volumes of one modality.
 
     `kind` is fa, or t1 where there is no FA, by default; `session` keeps one session, or of each
-    subject the ``first``, and `match` the names or paths that fit a pattern. Otherwise volumes of a
-    `PREFERRED` path are taken, where there are some. Raises ValueError if no volume is left, if
-    most subjects have several, or if most have others only.
+    subject the ``first`` or ``last``, and `match` the names or paths that fit a pattern. Otherwise
+    volumes of a `PREFERRED` path are taken, where there are some. Raises ValueError if no volume is
+    left, if most subjects have several, or if most have others only.
     """
     chosen = files[~files["kind"].isin(list(PACKAGES))]
     if match is not None:
         chosen = chosen[[fnmatchcase(f"/{p.as_posix()}", f"*/{match}") for p in chosen["path"]]]
-    if session not in (None, FIRST):  # a part of paths, or else of the table's rows
+    if session not in (None, *ENDS):  # a part of paths, or else of the table's rows
         below = [path.relative_to(files.attrs["folder"]) for path in chosen["path"]]
         parts = [{*path.parts[:-1], *path.name.split("_")[:-1]} for path in below]
         in_session = np.array([bool({session, f"ses-{session}"} & names) for names in parts], bool)
@@ -284,7 +285,7 @@ def choose_volumes(
         if (preferred := chosen["kind"].str.fullmatch(pattern)).any():
             chosen = chosen[preferred]
             break
-    chosen = chosen.drop_duplicates("Subject") if session == FIRST else chosen
+    chosen = chosen.drop_duplicates("Subject", keep=session) if session in ENDS else chosen
     subjects = chosen["Subject"]
     if chosen.empty or subjects.duplicated().sum() > most or subjects.nunique() < most:
         paths = ", ".join(f"{name} ({count})" for name, count in kinds[:8].items()) or "none"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from brainsex import tables
-from brainsex.tables import FIRST, compare_id, match_columns
+from brainsex.tables import ENDS, compare_id, match_columns
 
 NAMES = (  # of tables of people, the likeliest first
     r"(?i)unrestricted_behavioral\.csv",
@@ -25,7 +25,9 @@ BESIDE = {  # columns that HCP ships in tables of their own, beside the table of
 }
 ID_WORD = r"id$|id[^a-z]|code|key|subj|particip|patient|person|number|(?:^|_)n[or]$"  # in a name
 MORPHOMETRY_NAMES = ("unrestricted_hcp_freesurfer.csv", "morphometry.csv")
-TABLE_NAME = r"(?i)^(?!\.|(subjects|rejected)\.csv$).*\.(csv|tsv|txt)$"  # but what convert leaves
+TABLE_NAME = (
+    r"(?i)^(?!\.|(subjects|rejected)\.csv$).*\.(csv|tsv|txt|dat)$"  # but what convert leaves
+)
 MAX_TABLES, MAX_FOLDERS = 100, 20  # that are looked at
 MAX_CODEBOOK = 1 << 20  # bytes
 
@@ -89,7 +91,7 @@ def read_people(
     sex = tables.find_column(table, rows, sex or "Gender")
     used = [sex, *(name for meaning in COLUMNS | BESIDE for name in match_columns(rows, meaning))]
     rows = tables.select_session(rows, session)
-    rows = rows.drop_duplicates(subject) if session == FIRST else rows
+    rows = rows.drop_duplicates(subject, keep=session) if session in ENDS else rows
     rows = tables.index_subjects(table, rows, subject, used)
     codebooks = read_codebooks(table, folder, rows[sex])
     people = tables.read_sex(table, rows, sex, codebooks).to_frame("Gender")
@@ -178,7 +180,8 @@ def read_codebooks(table: Path, folder: Path, cells: pd.Series) -> Iterator[str]
             text = path.read_text("utf-8", "replace")
             if path.suffix == ".json":
                 text = re.sub(r'\s+|"TermURL": "[^"]*",?|"(Label|Description)":|[{}]', " ", text)
-            yield from re.findall(rf"(?i)(?<!\w){re.escape(cells.name)}(?!\w)(.+)", text)
+            told = re.findall(rf"(?i)(?<!\w){re.escape(cells.name)}(?!\w)(.+)", text)
+            yield from (*told, " | ".join(told))  # a line a code, perhaps
 
 
 def find_morphometry(cohort: str | Path, table: str | Path | None = None) -> Path | None:
@@ -200,8 +203,9 @@ def find_id_column(
 
     `parts` and `spans` are those of `layouts.split_paths`. Where they have more than twice as many
     values of another column than of the one named as IDs are, that is taken, unless a person has
-    several of its values, as of images, or several people one, as a site. Blanks are filled from
-    other rows of the same ID, as of another event, where these agree.
+    several of its values, as of images, or several people one, as a site. Where an ID is one only
+    within a site, both are joined. Blanks are filled from other rows of the same ID, as of another
+    event, where these agree.
     """
     named, counts = match_columns(rows, "Subject"), _count_known(rows, parts, spans)
     best, named = max(counts, key=counts.get), named[0] if len(named) == 1 else None
@@ -209,14 +213,19 @@ def find_id_column(
         named = tables.find_column(table, rows, "Subject")
     pairs = rows[[named or best, best]].dropna().drop_duplicates()
     several = pairs.iloc[:, 0].duplicated().any() or pairs.iloc[:, 1].duplicated().any()
-    if named and (several or 2 * counts[named][0] >= counts[best][0]):
-        best = named
-    else:
+    best = named if named and (several or 2 * counts[named][0] >= counts[best][0]) else best
+    for column in rows if rows[best].duplicated().any() else ():
+        joined = rows[column].str.cat(rows[best], "_")  # as of a site and its own numbers
+        if joined.is_unique and 2 * len(spans.intersection(map(compare_id, joined))) > len(rows):
+            best, named = f"{column}_{best}", None
+            rows = rows.assign(**{best: joined})
+            break
+    if best != named:
         print(f"{table.name}: IDs, by column {best}, whose values stand in the paths")
     if rows[person := named or best].duplicated().any():
         people = rows.groupby(person)
         rows = rows.fillna(people.transform("first").where(people.transform("nunique") == 1))
-    return best, rows if best == named else rows.dropna(subset=best)
+    return best, rows.dropna(subset=best)
 
 
 def _count_known(

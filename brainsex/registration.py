@@ -58,11 +58,10 @@ def align(volume: np.ndarray, affine: np.ndarray, pose: str) -> tuple[np.ndarray
 
 def same_grid(shape: Sequence[int], affine: np.ndarray, grid: tuple) -> bool:
     """Say whether a shape and affine (4, 4) are those of a `grid`, to a tenth of a voxel."""
-    if tuple(shape) != tuple(grid[0]):
-        return False
     corners = np.array([*np.ndindex(2, 2, 2)]) * (np.array(shape) - 1)
     apart = apply_affine(affine, corners) - apply_affine(np.array(grid[1]), corners)
-    return bool(np.linalg.norm(apart, axis=1).max() <= voxel_sizes(affine).min() / 10)
+    close = np.linalg.norm(apart, axis=1).max() <= voxel_sizes(affine).min() / 10
+    return bool(tuple(shape) == tuple(grid[0]) and close)
 
 
 def regrid(volume: np.ndarray, affine: np.ndarray, grid: tuple) -> np.ndarray:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from captum.attr import GuidedBackprop, IntegratedGradients, LayerGradCam, Occlusion, Saliency
+from captum.attr import GuidedBackprop, IntegratedGradients, LayerGradCam, Saliency
 from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 
@@ -130,16 +130,6 @@ def _integral(
     return IntegratedGradients(score).attribute(volumes, reference, target, **options)
 
 
-def _occlusion(
-    score: _LogOdds, volumes: Tensor, target: Tensor, *, window: int = 16, stride: int = 14
-) -> Tensor:
-    """What a blurred cube takes from the log-odds (Zeiler and Fergus 2014, arXiv 1311.2901)."""
-    volumes = volumes.detach()
-    cubes = (1, *[window] * 3), (1, *[stride] * 3), perturbation.gaussian_blur(volumes)
-    options = {"target": target, "perturbations_per_eval": speed.CPU_BATCH}
-    return Occlusion(score).attribute(volumes, *cubes, **options)
-
-
 def _grad_cam(score: _LogOdds, volumes: Tensor, target: Tensor) -> Tensor:
     """Maps of `hidden3`, weighted by mean gradients (Selvaraju et al. 2017, arXiv 1610.02391).
 
@@ -169,7 +159,6 @@ METHODS = {
     "counterfactual": _Method("mask (other sex's mean)", None, "other"),
     "gradient_difference": _Method("gradient × group difference", _gradient, "difference"),
     "integrated_gradients": _Method("integrated gradients (other sex's mean)", _integral, "other"),
-    "occlusion": _Method("occlusion (blur)", _occlusion),
     "grad_cam": _Method("Grad-CAM", _grad_cam),
     "guided_backpropagation": _Method("guided backpropagation", _guided_backpropagation),
     "gradient_input": _Method("gradient × input", _gradient),

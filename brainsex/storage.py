@@ -111,16 +111,12 @@ def folder_lock(folder: str | Path) -> Iterator[None]:
 
     Raises BlockingIOError if another run holds it, OSError if the folder cannot be written.
     """
-    lock = FileLock(Path(folder) / ".lock", timeout=0)
     try:
-        lock.acquire()  # which makes the folder, too
+        with FileLock(Path(folder) / ".lock", timeout=0):
+            yield
     except Timeout:
         problem = "another run is writing here; wait, stop it, or name another folder"
         raise BlockingIOError(f"{folder}: {problem}") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def start_run(

@@ -4,6 +4,7 @@ import csv
 import io
 import os
 import re
+import unicodedata
 import warnings
 from collections.abc import Iterable, Sequence
 from decimal import Decimal
@@ -17,34 +18,35 @@ from brainsex import storage
 
 MAX_TITLE_LINES = 30  # among which a header is looked for
 INVALID_ID_CHARACTERS, MAX_ID_LENGTH = r"[/\\\x00-\x1f\x7f]", 200  # IDs become file names
-FIRST = "first"  # the session that is each person's first
+ENDS = "first", "last"  # sessions: those of each person
 SYNONYMS = {  # of HCP's columns, in any case, as BIDS, UK Biobank, OASIS, REDCap … name them
-    "Subject": r"(sub|subj|subject|participant|patient|proband|pbn|twin|case|record|src_subject)"
+    "Subject": r"(sub|subj|subject|sujet|participant|patient|proband|pbn|twin|case|record|src_subject)"
     r"([ _.-]?(id|key|code|name|label|number|no|nr))?|eid|id|iid|mrn|ptid|ixi_id|measure:.*"
     r"|[lr]h\.aparc\S*",
     "Gender": r"sex|gender|m/f|f/m|(f\.|p)?31([-.]0\.0)?|female|male",
     "Age": r"(f\.|p)?21003.*|(age|alter)([ _.]?(at|in)?[ _.]?(scan|years|yrs|y))?( ?\(.*\))?",
     "session": r"(redcap_)?(ses|session|visit|event|timepoint|wave)([ _.]?(id|name|label))?",
-    "Family_ID": r"(rel_)?(fam(ily|ilie|ille)?|sib(ling|ship)?|søsken|syskon|geschwister|pedigree)"
-    r"[ _.]?(id|no|nr|number|code|group|gruppe|pair)?",
+    "Family_ID": r"(rel_)?(fam(ily|ilie|ille)?|sib(ling|ship)?|søsken|geschwister|pedigree|家系)"
+    r"[ _.]?(id|no|nr|number|code|group|gruppe|pair|番号)?",
 }
 SEX_WORD_IN_NAME = (
     r"(?<![^\W\d_])(?<!same_)(?:sexe?|sexo|gender|g[eé]nero|geschl|geschlecht|kj[oø]nn|k[oö]n|k[oø]n"
-    r"|geslacht|sukupuoli|p[lł]e[cć])(?![^\W\d_])|性别|性別"
+    r"|geslacht|sukupuoli|p[lł]e[cć])(?![^\W\d_])|性别|性別|성별"
 )
-SEX_WORDS = dict.fromkeys(
-    "f female w woman girl weiblich frau femme kvinne kvinna kvinde".split(), 0
-)
-SEX_WORDS |= dict.fromkeys("vrouw v k nainen kobieta mujer women girls 女 女性".split(), 0)
-SEX_WORDS |= dict.fromkeys("m male man boy männlich mann homme mand mies hombre men".split(), 1)
-SEX_WORDS |= dict.fromkeys("mężczyzna 男 男性".split(), 1)
-SEX_CODES = ({"0": 0, "1": 1}, {"1": 1, "2": 0}, SEX_WORDS)  # UK Biobank, ISO 5218, or words
+WOMAN = "f female w woman girl weiblich frau femme kvinne kvinna k vrouw v nainen 女 女性 여"
+MAN = "m male man boy männlich mann homme mies hombre mężczyzna 男 男性 남"
+SEX_WORDS = dict.fromkeys(WOMAN.split(), 0) | dict.fromkeys(MAN.split(), 1)
+SEX_CODES = ({"0": 0, "1": 1}, {"1": 1, "2": 0}, SEX_WORDS, {"f": 0, "h": 1})
+"""UK Biobank's, ISO 5218's, words, and femme and homme."""
 MISSING = {"", "9", "-9", "99", "999", "n/a", "na", "nan", "-", ".", "unknown"}
 
 
 def subject_id(text: object) -> str:
     """Return an ID as it is meant: of ``sub-01`` ``01``, of 900106.0 and 9.00106E+05 ``900106``."""
-    name = re.sub(r"(?i)^sub[-_](?=.)", "", str(text).strip().rstrip("/"))
+    name = (
+        unicodedata.normalize("NFKC", str(text)).strip().rstrip("/")
+    )  # of full-width letters, too
+    name = re.sub(r"(?i)^sub[-_](?=.)", "", name)
     name = name.replace("NDAR_INV", "NDARINV")  # ABCD's tables have the line, its files not
     number = re.fullmatch(r"\d+\.0*|\d(\.\d+)?[eE]\+\d\d?", name) and Decimal(name)
     return str(int(number)) if number and number == int(number) else name
@@ -90,15 +92,19 @@ def fill_missing_families(families: pd.Series) -> np.ndarray | None:
 def open_table(table: Path) -> tuple[io.StringIO, dict]:
     """Return a table's text, and how pandas reads it; a repeated name gets " (2)" appended.
 
-    The header is the first line with more than half as many cells as others have, below titles;
-    comma, semicolon or tab separate them, and the encoding is UTF-8, UTF-16 or Windows' (cp1252).
+    The header is the first line with more than half as many cells as others have, below titles.
+    Comma, semicolon or tab separate cells, or else blanks. The encoding is UTF-8, UTF-16 or one of
+    Windows': an East Asian one where that finds a word for sex.
     """
     content = table.read_bytes()
     try:
         marked = content[:2] in (b"\xff\xfe", b"\xfe\xff")
         text = content.decode("utf-16" if marked else "utf-8-sig")
-    except UnicodeDecodeError:  # as Excel encodes text in western Europe and America
-        text = content.decode("cp1252", errors="replace")
+    except UnicodeDecodeError:  # as Excel encodes text in East Asia, or in the West
+        for encoding in ("cp932", "gb18030", "cp949", "cp1252"):
+            text = content.decode(encoding, errors="replace")
+            if re.search("性[別别]|성별", text):
+                break
     file = io.StringIO(text, newline=None)
     lines, starts = [*islice(file, MAX_TITLE_LINES)], []
     for separator in ",;\t":
@@ -108,9 +114,9 @@ def open_table(table: Path) -> tuple[io.StringIO, dict]:
         widths = [len(row) for row in rows[start:] if row] or [0]
         alike = widths.count(widths[0]) / len(widths)  # lines with as many cells as the header
         starts.append((max(filled, default=0) < 2, -alike, start, separator))
-    *_, start, separator = min(starts)
+    single, _, start, separator = min(starts)
     file.seek(0)
-    options = {"sep": separator, "dtype": str, "skip_blank_lines": False}
+    options = {"sep": r"\s+" if single else separator, "dtype": str, "skip_blank_lines": False}
     header = io.StringIO("".join(lines[start : start + 1]))
     names = pd.read_csv(header, header=None, keep_default_na=False, **options)
     names = names.loc[0].str.strip()
@@ -143,7 +149,7 @@ def read_text_table(table: str | Path, session: str | None = None) -> pd.DataFra
 
 def select_session(rows: pd.DataFrame, session: str | None) -> pd.DataFrame:
     """Keep a table's rows of a session, where one is named and a column has sessions."""
-    if session not in (None, FIRST) and len(columns := match_columns(rows, "session")) == 1:
+    if session not in (None, *ENDS) and len(columns := match_columns(rows, "session")) == 1:
         sessions = rows[columns[0]].str.strip().str.removeprefix("ses-")
         rows = rows[sessions == session.removeprefix("ses-")]
     return rows
@@ -171,13 +177,16 @@ def read_sex(
     there is no such column, or if its codes do not tell the sexes apart.
     """
     cells = rows[find_column(table, rows, name)].str.strip()
-    letters = decode_sex(cells, codebooks).map({0: "F", 1: "M"})
+    sexes = decode_sex(cells, codebooks)
+    letters = sexes.map({0: "F", 1: "M"})
     coding = ", ".join((cells + " is " + letters).dropna().unique())
     unknown = sorted(set(cells[letters.isna()].dropna()))
     if letters.nunique() < 2 and (unknown or coding[:1].isdigit()):
         problem = f"expected M and F, words, 0 and 1 (men), or 1 (men) and 2, found {unknown[:9]}"
         raise ValueError(f"{table}: column {cells.name}: {problem} ({coding or 'none known'})")
-    print(f"{table.name}: sex, by column {cells.name}: {coding}")
+    unsure = coding[:1].isdigit() and not sexes.attrs["stated"]
+    warning = "; WARNING: nothing here says so, it is only usual" * unsure
+    print(f"{table.name}: sex, by column {cells.name}: {coding}{warning}")
     return letters.fillna(cells)
 
 
@@ -196,17 +205,19 @@ def decode_sex(column: pd.Series, codebooks: Iterable[str] = ()) -> pd.Series:
     if not known and any(present & set(codes) for codes in own):
         problem = f"expected codes as in sex (1=f, 2=m), found {sorted(present)[:9]}"
         raise ValueError(f"column {column.name}: {problem}; rename it if it says no codes")
-    known += [codes for codes in SEX_CODES if present <= set(codes)]
-    return cells.map(SEX_WORDS | next(iter(known), {}))
+    usual = [codes for codes in SEX_CODES if present <= set(codes)]
+    sexes = cells.map(SEX_WORDS | next(iter(known + usual), {}))
+    sexes.attrs["stated"] = bool(known)
+    return sexes
 
 
 def _stated_codes(text: str) -> list[dict[str, int | None]]:
     """Return what codes may mean by a text: ``1=f``, ``f=1``, ``1 f`` or ``f 1``; None: no sex."""
-    word, code = r"([^\W\d_]+)", r"(\d+)"
-    pairs = [re.findall(rf"{code}[\"']? *[=:-] *[\"']?{word}", text.lower())]
-    pairs += [[pair[::-1] for pair in re.findall(rf"{word}[\"']? *[=:] *{code}", text.lower())]]
-    pairs += [re.findall(rf"{code}[\"']?,? *[\"']?{word}", text.lower())]
-    pairs += [[pair[::-1] for pair in re.findall(rf"{word} +{code}", text.lower())]]
+    word, code, quote = r"([^\W\d_]+)", r"(\d+)", r"[\"']?"
+    forms = rf"{code}{quote} *[=:-] *{quote}{word}", rf"{word}{quote} *[=:] *{code}"
+    forms += rf"{code}{quote},? *{quote}{word}", rf"{word} +{code}"
+    # the code of each pair first: digits are sorted before letters
+    pairs = ([sorted(pair) for pair in re.findall(form, text.lower())] for form in forms)
     return [{c: SEX_WORDS.get(w.removesuffix("s")) for c, w in reversed(each)} for each in pairs]
 
 

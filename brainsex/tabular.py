@@ -24,6 +24,7 @@ from brainsex.confounds import ConfoundRegressor
 # HCP's two spellings, FreeSurfer's own names, and other programs', in mm³.
 HEAD_SIZE_COLUMNS = "FS_IntraCranial_Vol FS_InterCranial_Vol EstimatedTotalIntraCranialVol".split()
 HEAD_SIZE_COLUMNS += ["eTIV", "ICV", "TIV"]
+INNER = 3  # folds of the training subjects, by which k and C are chosen
 NEIGHBOURS = (1, 3, 5, 9, 15, 25, 39, 59, 99)  # the k among which the inner folds choose
 
 
@@ -123,15 +124,22 @@ def make_classifiers(
 ) -> dict[str, BaseEstimator]:
     """Make the study's four classifiers with its settings; its KNN swept over k instead.
 
-    Nested, k (up to `largest`) and C are chosen by five inner folds, which may part relatives.
+    Nested, k (up to `largest`) and C are chosen by `INNER` inner folds, which may part relatives.
     """
     nearest = KNeighborsClassifier(neighbours)
     logistic, svm = LogisticRegression(max_iter=1000), SVC()
     if nested:
-        options = {"scoring": "accuracy", "max_iter": 1000, "use_legacy_attributes": False}
-        nearest = GridSearchCV(nearest, {"n_neighbors": [k for k in NEIGHBOURS if k <= largest]})
+        options = {
+            "scoring": "accuracy",
+            "max_iter": 1000,
+            "use_legacy_attributes": False,
+            "cv": INNER,
+        }
+        nearest = GridSearchCV(
+            nearest, {"n_neighbors": [k for k in NEIGHBOURS if k <= largest]}, cv=INNER
+        )
         logistic = LogisticRegressionCV(Cs=np.logspace(-4, 0, 5), l1_ratios=(0,), **options)
-        svm = GridSearchCV(svm, {"C": (0.1, 1.0, 10.0)})
+        svm = GridSearchCV(svm, {"C": (0.1, 1.0, 10.0)}, cv=INNER)
     return {
         "XGBoost": XGBClassifier(learning_rate=0.5, n_jobs=1, random_state=0),  # blanks as they are
         "KNN": _standardised(nearest),
@@ -175,7 +183,7 @@ def cross_val_decisions(
 def compare(table: Table, *, folds: int = 10, seed: int = 0) -> pd.DataFrame:
     """Score the nested classifiers on the same folds, which keep families together."""
     assignment = evaluation.folds(table.sex, groups=table.groups, folds=folds, seed=seed)
-    largest = len(table) * (folds - 1) // folds * 4 // 5 - 1  # of an inner training fold
+    largest = len(table) * (folds - 1) // folds * (INNER - 1) // INNER - 1
     decisions = {
         name: cross_val_decisions(classifier, table.features, table.sex, assignment)
         for name, classifier in make_classifiers(nested=True, largest=largest).items()

@@ -226,7 +226,9 @@ def _match_subjects(
         if subject not in files:
             rejected[subject] = NO_VOLUME
         elif subject not in people.index:
-            rejected[subject] = "a volume, but no row in the table; --id or --subject take others"
+            rejected[subject] = (
+                "a volume, but no row in the table; --id, --subject or --session take others"
+            )
         elif len(paths := files[subject]) > 1:
             names = ", ".join("/".join(path.parts[-3:]) for path in paths)
             rejected[subject] = f"{len(paths)} volumes: {names}: keep one (--session, --match)"

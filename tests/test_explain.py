@@ -86,7 +86,7 @@ def test_gradients_are_of_the_network_that_did_not_see_the_subject(study, tmp_pa
     path = tmp_path / "gradient_input/000005.nii.gz"
     np.testing.assert_allclose(nib.load(path).affine, AFFINE, atol=1e-6)
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"000005\.nii\.gz: expected a map.* delete it"):
+    with pytest.raises(ValueError, match=r"000005\.nii\.gz: expected a whole file"):
         explain.load_maps(tmp_path, "gradient_input", ["000005"])
 
 

@@ -128,7 +128,12 @@ def test_brains_of_freesurfer_and_spm_are_told_from_what_lies_beside(tmp_path):
         f"mri/{name}sub-0{n}_T1w.nii" for n in (1, 2) for name in ("wm", "mwp1", "mwp2", "m0wp1")
     ]
     write(tmp_path / "spm", dict.fromkeys(names, ""))
-    for folder, name in (("fs", "P0{}/mri/brain.mgz"), ("spm", "mri/wmsub-0{}_T1w.nii")):
+    names = [f"CAT12/mri/{name}KU0{n}_T1.nii" for n in (1, 2) for name in ("wm", "mwp1", "p0")]
+    write(tmp_path / "cat", dict.fromkeys(names, ""))
+    assert layouts.find_volumes(tmp_path / "cat", known=["KU01", "KU02"])["Subject"].nunique() == 2
+    wanted = {"fs": "P0{}/mri/brain.mgz", "spm": "mri/wmsub-0{}_T1w.nii"}
+    wanted["cat"] = "CAT12/mri/wmKU0{}_T1.nii"
+    for folder, name in wanted.items():
         chosen = layouts.choose_volumes(layouts.find_volumes(tmp_path / folder))
         expected = [tmp_path / folder / name.format(n) for n in (1, 2)]
         assert chosen["path"].tolist() == expected
@@ -237,7 +242,7 @@ IXI = [f"IXI0{name}-T1.nii.gz" for name in ("07-Guys-0173", "12-Guys-0901", "13-
         (["sub-01/ses-1/T1w/Diffusion/data.nii.gz"], {}, ["01"]),
         (["900001_3T_Diffusion_preproc.zip"], {}, ["900001"]),
         (["a/01/x_FA.nii", "a/02/x_FA.nii"], {}, ["01", "02"]),
-        (["con/01/FA.nii", "pat/01/FA.nii"], {"pattern": r"([a-z]+/\d+)/FA"}, ["con/01", "pat/01"]),
+        (["con/01/FA.nii", "pat/01/FA.nii"], {"pattern": r"([a-z]+/\d+)/FA"}, ["con_01", "pat_01"]),
         (["s/T1/9_x.nii", "s/T2/8_x.nii"], {"known": ["9", "8"]}, ["9", "8"]),
         (["s/A/1001.nii", "s/B/1002.nii"], {"known": ["a", "B"]}, ["A", "B"]),
         (

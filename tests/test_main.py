@@ -55,7 +55,7 @@ def test_survey_says_what_is_there_and_what_to_run_next(folder, capsys):
     said = capsys.readouterr().out
     assert f"people: {folder / 'unrestricted_behavioral.csv'}, 1113; the families of 1113" in said
     assert f"morphometry: {folder / 'unrestricted_hcp_freesurfer.csv'}" in said
-    assert f"python -m brainsex convert {folder.as_posix()}  # 0 minutes, 0.0 GB" in said
+    assert f"python -m brainsex convert {folder.as_posix()}  # 0.00 hours, 0.0 GB" in said
     rows = {line.split()[0]: line.split()[2] for line in said.splitlines() if " fa  " in line}
     assert rows == {"archive": "8", "fa/*.nii.gz": "10"}
 
@@ -154,7 +154,7 @@ def test_masks_are_nifti_in_the_cohorts_space_and_resume(folder, trained, monkey
         ("train nowhere out", "notebook 02"),
         ("predict nowhere.pt x.nii.gz", "notebook 04_cnn_3d"),
         ("predict {folder}/restricted.csv x.nii.gz", r"restricted\.csv: .*state dict of MriNet3d"),
-        ("masks {folder} nowhere out", "notebook 04_cnn_3d"),
+        ("masks {folder} nowhere out", r"nowhere.folds\.csv"),
     ],
 )
 def test_bad_input_ends_with_one_line_that_says_what_to_do(

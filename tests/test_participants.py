@@ -34,6 +34,7 @@ CODEBOOKS = [  # what lies beside a table whose women are 1 and men 2, against I
     {"docs/dictionary.csv": 'Question,Name,Values\nSex of participant,sex,"1=Female, 2=Male"\n'},
     {"NOTES.txt": "Age\tyears\nSex\tFemales = 1, Males = 2\n"},
     {"labels.tsv": "name\tcodes\nsex\tfemale 1 male 2\n"},
+    {"codes.csv": "name,code,label\nsex,1,Female\nsex,2,Male\n"},  # a line a code
 ]
 
 
@@ -45,9 +46,10 @@ def test_codes_mean_what_the_codebook_says(tmp_path, capsys, files):
 
 
 @pytest.mark.parametrize("line", ["sex,1 = left, 2 = right", "sexes,1 = f, 2 = m", "age,sex 3"])
-def test_what_says_nothing_of_the_codes_changes_nothing(tmp_path, line):
+def test_what_says_nothing_of_the_codes_changes_nothing(tmp_path, capsys, line):
     write(tmp_path, {"people.csv": NUMBERS, "dictionary.csv": f"name,codes,more\n{line}\n"})
     assert read(tmp_path)["Gender"].tolist() == list("MFMF")
+    assert "1 is M, 2 is F; WARNING: nothing here says so" in capsys.readouterr().out
 
 
 RELEASES = {
@@ -70,6 +72,7 @@ FOLDERS = [
     {"a/b/c/d/people.csv": DEEP, "other.csv": "id,sex\nP01,M\nX7,M\n"},  # deep, and known best
     {"export.csv": VISITS},  # sexes and scans in rows of different events
     {"images.csv": IMAGES},  # a row an image; those of a person agree
+    {"qdec/table.dat": "fsid age gender\nP01 9 Female\nP02 8 Male\nP03 7 Female\nP04 7 Male\n"},
     {"participants.tsv": "participant_id\nP01\n", "tabular/x.tsv": DEEP.replace(",", "\t")},
 ]
 
@@ -81,6 +84,32 @@ def test_the_table_of_people_is_the_one_that_knows_the_subjects(tmp_path, files)
     people.index = participants.spell_ids(people.index, ["P01", "P02", "P03", "P04"])
     sexes = people["Gender"].drop("P99", errors="ignore").to_dict()
     assert sexes == {"P01": "F", "P02": "M", "P03": "F", "P04": "M"}
+
+
+@pytest.mark.parametrize("id_name", ["Sujet", "Subject"])
+def test_numbers_that_are_a_sites_own_are_joined_with_the_site(tmp_path, id_name):
+    table = f"Centre;{id_name};Sexe;Age\nLyon;S01;F;30\nLyon;S02;H;\nBrest;S01;H;40\n"
+    write(tmp_path, {"base.csv": table})
+    known = layouts.split_paths(
+        f"{place}/dwi/fa.nii" for place in ("Lyon/S01", "Lyon/S02", "Brest/S01")
+    )
+    people = participants.read_people(tmp_path / "base.csv", known=known)
+    assert people["Gender"].to_dict() == {"Lyon_S01": "F", "Lyon_S02": "M", "Brest_S01": "M"}
+    assert people["age"].fillna("").tolist() == ["30", "", "40"]  # nobody fills another's blank
+
+
+@pytest.mark.parametrize(
+    ("encoding", "sexes"), [("cp932", "女男"), ("gb18030", "女男"), ("cp949", "여남")]
+)
+def test_tables_of_east_asia_are_read(tmp_path, encoding, sexes):
+    name = "성별" if encoding == "cp949" else "性別"
+    text = f"id,{name},家系番号\n\uff30\uff10\uff11,{sexes[0]},K1\nP02,{sexes[1]},K1\n"
+    (tmp_path / "table.csv").write_bytes(
+        text.replace("家系番号", "fam" * (encoding == "cp949") or "家系番号").encode(encoding)
+    )
+    people = participants.read_people(tmp_path / "table.csv")
+    assert people["Gender"].to_dict() == {"P01": "F", "P02": "M"}
+    assert people["group"].tolist() == ["K1", "K1"]
 
 
 def test_rows_of_a_person_that_differ_are_refused_unless_the_first_is_asked_for(tmp_path):

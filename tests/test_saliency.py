@@ -21,7 +21,6 @@ QUICK = {
     "mask": {"iterations": 3, "area": 1.0},
     "counterfactual": {"iterations": 3, "area": 1.0},
     "integrated_gradients": {"steps": 3},
-    "occlusion": {"window": 12, "stride": 10},
 }
 CAPTUM = [method for method in METHODS if METHODS[method].compute]
 
@@ -139,23 +138,9 @@ def test_integrated_gradients_add_up_to_the_difference(volumes, weight):
     np.testing.assert_allclose(maps, weight * (volumes**2 - 0.25**2), atol=1e-5)
 
 
-def test_occlusion_by_hand(volumes):
-    """Cubes of 12 voxels from 0, 10 and 20: what a cube loses, averaged over a voxel's cubes."""
-    maps = explain("occlusion", Weighted(np.ones(SHAPE, np.float32)), volumes, target=1)
-    assert np.abs(maps).max() > 1
-    for volume, image in zip(volumes.astype(float), maps):
-        lost = volume - gaussian_filter(volume, 5.0, mode="nearest")
-        total, count = np.zeros((2, *SHAPE))
-        for x, y, z in np.ndindex(2, 3, 3):
-            cube = tuple(slice(10 * n, 10 * n + 12) for n in (x, y, z))
-            total[cube] += lost[cube].sum()
-            count[cube] += 1
-        np.testing.assert_allclose(image, total / count, atol=1e-2)
-
-
 def test_reference_for_and_smoothing(network, volumes, weight):
     means, target = np.stack([weight, 3 * weight**2]), np.array([1, 0, 1])
-    assert saliency.reference_for("occlusion", means, target) is None
+    assert saliency.reference_for("grad_cam", means, target) is None
     other = saliency.reference_for("counterfactual", means, target)
     np.testing.assert_array_equal(other, means[[0, 1, 0]])
     difference = saliency.reference_for("gradient_difference", means, target, 1.5)

@@ -81,7 +81,6 @@ def make_pairs(anatomy, pairs, *, head_size=0.0, effect=1.0):
 
 
 def test_archives_are_read_by_zipfile_and_nibabel_and_extracted(cohort, tmp_path):
-    assert template._hcp_grid(1.25)[0] == (145, 174, 145)  # HCP's own
     paths = sorted((cohort / "archives").iterdir())
     assert len(paths) == 12
     archives.extract(cohort / "archives", tmp_path)

@@ -30,7 +30,9 @@ def make_anatomy(spacing: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     Returns images (3, X, Y, Z) float32 in RAS: FA, brain mask, and FA of men minus FA of women;
     labels (X, Y, Z) int16 of `REGIONS`, 0 elsewhere; affine (4, 4), voxel indices to MNI mm.
     """
-    shape, affine = _hcp_grid(spacing)
+    shape = tuple(int(n * 1.25 / spacing + 0.5) for n in (145, 174, 145))  # HCP's field of view
+    corner = 90 - spacing * (shape[0] - 1), -126, -72  # LAS's first voxel is at x = 90
+    affine = from_matvec(spacing * np.eye(3), corner)
     positions = apply_affine(affine, np.moveaxis(np.indices(shape), 0, -1))
     white = _on_grid(datasets.load_mni152_wm_template(resolution=1), shape, affine)
     grey = _on_grid(datasets.load_mni152_gm_template(resolution=1), shape, affine)
@@ -49,13 +51,6 @@ def make_anatomy(spacing: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         images[2] += region.fa_men_minus_women * bump
         labels[bump > 0.5] = region.label
     return images, labels, affine
-
-
-def _hcp_grid(spacing: float) -> tuple[tuple[int, int, int], np.ndarray]:
-    """Return shape and RAS affine of HCP's field of view at `spacing` mm (1.25: HCP's own grid)."""
-    shape = tuple(int(n * 1.25 / spacing + 0.5) for n in (145, 174, 145))
-    corner = 90 - spacing * (shape[0] - 1), -126, -72  # LAS's first voxel is at x = 90
-    return shape, from_matvec(spacing * np.eye(3), corner)
 
 
 def _on_grid(image: nib.Nifti1Image, shape: tuple[int, int, int], affine: np.ndarray) -> np.ndarray:

@@ -20,9 +20,9 @@ MAX_TITLE_LINES = 30  # among which a header is looked for
 INVALID_ID_CHARACTERS, MAX_ID_LENGTH = r"[/\\\x00-\x1f\x7f]", 200  # IDs become file names
 ENDS = "first", "last"  # sessions: those of each person
 SYNONYMS = {  # of HCP's columns, in any case, as BIDS, UK Biobank, OASIS, REDCap … name them
-    "Subject": r"(sub|subj|subject|sujet|participant|patient|proband|pbn|twin|case|record|src_subject)"
-    r"([ _.-]?(id|key|code|name|label|number|no|nr))?|eid|id|iid|mrn|ptid|ixi_id|measure:.*"
-    r"|[lr]h\.aparc\S*",
+    "Subject": r"(sub|subj|subject|sujet|participant|patient|proband|pbn|twin|case|record"
+    r"|src_subject)([ _.-]?(id|key|code|name|label|number|no|nr))?|eid|id|iid|mrn|ptid|ixi_id"
+    r"|measure:.*|[lr]h\.aparc\S*",
     "Gender": r"sex|gender|m/f|f/m|(f\.|p)?31([-.]0\.0)?|female|male",
     "Age": r"(f\.|p)?21003.*|(age|alter)([ _.]?(at|in)?[ _.]?(scan|years|yrs|y))?( ?\(.*\))?",
     "session": r"(redcap_)?(ses|session|visit|event|timepoint|wave)([ _.]?(id|name|label))?",

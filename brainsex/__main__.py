@@ -32,9 +32,9 @@ from brainsex.cohort import check_grid, load_cohort
 
 
 def _read_layout(
-    cohort: Path, table: Path | None, id: str | None, **names: str | None
+    cohort: Path, table: Path | None, optional: bool, id: str | None, **names: str | None
 ) -> tuple[pd.DataFrame, pd.DataFrame | None]:
-    """Say what a folder holds; return its volumes, and its people (None without their table)."""
+    """Say what a folder holds; return its volumes, and its people: None if `optional` and none."""
     people, columns = None, {name: names[name] for name in ("subject", "sex")}
     paths = layouts.find_files(cohort, *layouts.VOLUME_ENDINGS, ".zip")
     known = layouts.split_paths(path.relative_to(cohort).as_posix() for path in paths)
@@ -45,7 +45,7 @@ def _read_layout(
         sources = ", ".join(map(str, parts))
         print(f"people: {sources}, {len(people)}; the families of {families} are known")
     except FileNotFoundError as error:
-        if table is not None:
+        if table is not None or not optional:
             raise
         print(f"no table of people: {error}")
     files = layouts.find_volumes(cohort, pattern=id, known=() if people is None else people.index)
@@ -57,7 +57,7 @@ def _read_layout(
 
 def _survey(cohort: Path, table: Path | None, **names: str | None) -> None:
     """Say what a folder holds, what is missing, what to run next, and what it will take."""
-    files, _ = _read_layout(cohort, table, **names)
+    files, _ = _read_layout(cohort, table, True, **names)
     print(f"morphometry: {participants.find_morphometry(cohort) or 'none'}")
     print("next, and what it takes here without a GPU, roughly:")
     settings = ({"table": table} | names).items()
@@ -69,9 +69,7 @@ def _convert(cohort: Path, out: Path | None, table: Path | None, **settings: obj
     """Turn a folder's volumes and its table of people into tensors.npy."""
     choice = {name: settings.pop(name) for name in ("kind", "session", "match")}
     names = {name: settings.pop(name) for name in ("subject", "sex", "id")}
-    files, people = _read_layout(cohort, table, session=choice["session"], **names)
-    if people is None:
-        raise FileNotFoundError(f"{cohort}: expected a table of people; see the line above")
+    files, people = _read_layout(cohort, table, False, session=choice["session"], **names)
     if settings["mask"]:  # masks are no volumes
         masks = glob(settings["mask"], root_dir=cohort, recursive=True)
         files = files[~files["path"].isin([cohort / mask for mask in masks])]

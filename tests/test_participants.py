@@ -147,5 +147,5 @@ def test_a_folder_without_a_table_of_people_says_what_is_missing(tmp_path, capsy
     write(tmp_path, {path: "" for path in PATHS} | {"readme.txt": "P01 is a man\n"})
     main(["survey", str(tmp_path)])
     assert "expected one table with columns Subject and Gender" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="expected a table of people"):
+    with pytest.raises(SystemExit, match="expected one table with columns Subject and Gender"):
         main(["convert", str(tmp_path)])

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from brainsex import networks, speed
 
 BLUR = 5.0  # voxels: the Gaussian of the reference, where none is passed
-WARM_UP = 10  # iterations before masks count for persistence
+WARM_UP = 3  # iterations before masks count for persistence
 RAMP = 20  # iterations until the penalty has its full weight
 DECAY = 40  # iterations until the learning rate is cut to a tenth
 LEARNING_RATE = 0.3  # of Adam

@@ -42,8 +42,7 @@ def _read_layout(
         parts = [table] if table else participants.find_people(cohort, **columns, known=known)
         people = participants.read_people(parts, **names, known=known, folder=cohort)
         families = people["group"].notna().sum() if "group" in people else 0
-        sources = ", ".join(map(str, parts))
-        print(f"people: {sources}, {len(people)}; the families of {families} are known")
+        print("people:", *parts, f"{len(people)}; the families of {families} are known")
     except FileNotFoundError as error:
         if table is not None or not optional:
             raise
@@ -92,7 +91,6 @@ def _train(cohort: Path, channels: int, **settings: object) -> None:
 
     table = training.cross_validate(data, make_network, **settings)
     correct = (table["probability"] > 0.5) == table["sex"]
-    print(correct.groupby(table["fold"]).mean().to_string())
     print(f"accuracy {correct.mean():.4f} over {len(table)} subjects")
 
 

@@ -45,7 +45,7 @@ PREFERRED = {  # how the paths of volumes look that are taken where there are ot
 FOLDERS = {"fa": "fa", "origdata": "fa", "t1": "t1"}  # whose volumes are of what modality
 NAMES = {
     "fa": r"fa(map)?|(fractional)?anisotropy",
-    "t1": r"t1w?|mprage|struct(ural)?|extractedbrain0n4",
+    "t1": r"t1w?|mprage|struct(ural)?|extractedbrain0n4|bfc",
 }  # words of names
 NO_MAP_WORDS = set("mask mean all skeleton skeletonised template seg dseg probseg labels".split())
 SPM_TISSUE = re.compile(r"m0?w[pc][1-7]|[pc][0-7](?=[a-z])")  # how names of tissues begin
@@ -139,7 +139,8 @@ def _tell_apart(
     """Return the IDs (N,) among the parts of paths (N, parts); ValueError if two are as likely.
 
     The first `depth` parts are folders, the others words of the file's name, which may be joined;
-    `free` (parts,) are no `WORDS`. The part wins that has most known IDs, then most different ones.
+    `free` (parts,) are no `WORDS`. The part wins that has most known IDs, then is no part of a
+    name, then has fewest others; if none is known, most different ones.
     """
     differs, choices = (columns != columns[0]).any(0), []
     for allowed in (differs & free, free, np.ones(len(free), bool)):
@@ -151,9 +152,10 @@ def _tell_apart(
     joined = [_known_within("_".join(row), known) for row in columns[:, differs]]  # of two folders
     choices += [joined] if {*map(tables.compare_id, joined)} & known.keys() else []
     keys = [list(map(tables.compare_id, choice)) for choice in choices]
-    merits = [(len(set(key) & known.keys()), len(set(key))) for key in keys]
+    counts = [(len(set(key) & known.keys()), len(set(key))) for key in keys]
+    merits = [(c, n < len(keys) // 2, -d if c else d) for n, (c, d) in enumerate(counts)]
     best = max(merits)
-    for n, row in enumerate(zip(*(key for key, merit in zip(keys, merits) if merit == best))):
+    for n, row in enumerate(zip(*(k for k, merit in zip(keys, merits) if merit[0] == best[0]))):
         if len(rivals := dict.fromkeys(known[key] for key in row if key in known)) > 1:
             problem = f"expected one ID, found {' or '.join(rivals)}; --id REGEX says which"
             place = f"{'/'.join(columns[n, :depth])}/{'_'.join(columns[n, depth:])}"
@@ -167,8 +169,7 @@ def _tell_apart(
 
 def _known_within(name: str, known: dict[str, str]) -> str:
     """Return the only one of the `known` IDs that a name has within, as whole words; else it."""
-    words = _split_words(name) | _split_words(SPM_PREFIX.sub("", name))
-    spans = words & known.keys()
+    spans = (_split_words(name) | _split_words(SPM_PREFIX.sub("", name))) & known.keys()
     longest = max(spans, key=len, default="")
     nested = all(f" {span} " in f" {longest} " for span in spans)
     return known[longest] if spans and nested else name
@@ -191,8 +192,8 @@ def find_volumes(
         kind, modality = _describe(f"{Path(os.path.abspath(folder)).name}/{below}")
         if not kind:
             kind = below.replace(f"ses-{session}", "ses-*") if session else below
-            kind = re.sub(rf"(?<![0-9A-Za-z]){re.escape(subject)}(?![0-9A-Za-z])", "*", kind)
-            kind = re.sub(r"\d{4,}", "*", kind)  # as times and visits
+            varying = rf"(?<![0-9A-Za-z]){re.escape(subject)}(?![0-9A-Za-z])|\d{{4,}}"  # as times
+            kind = re.sub(rf"{varying}|(?<=sub-)[0-9A-Za-z]+", "*", kind)
         if subject and (modality or path.suffix.lower() != ".zip"):
             rows.append((subject, session, kind, modality, path))
     if not rows:

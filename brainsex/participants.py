@@ -12,7 +12,6 @@ from brainsex import tables
 from brainsex.tables import ENDS, compare_id, match_columns
 
 NAMES = (  # of tables of people, the likeliest first
-    r"(?i)unrestricted_behavioral\.csv",
     r"(?i)(HCP_YA_subjects_|unrestricted_(?!.*freesurfer)).*\.csv",
     r"(?i)participants\.tsv",
 )
@@ -53,7 +52,7 @@ def find_people(
     merits = {}
     for key, paths in parts.items():
         rows = (tables.read_text_table(path) for path in paths if any(known))
-        count = sum(max(_count_known(part, *known).values())[0] for part in rows)
+        count = tuple(map(sum, zip(*(max(_count_known(part, *known).values()) for part in rows))))
         _, rank, *names = key
         merits[key] = -rank, count, bool(match_columns(names, wanted[0])), -len(paths[0].parts)
     best = [key for key in parts if merits[key] == max(merits.values())]
@@ -88,6 +87,7 @@ def read_people(
     table, folder = paths[0], folder or paths[0].parent
     if subject is None:
         subject, rows = find_id_column(table, rows, *known)
+    rows = _fill_blanks(rows, subject)
     sex = tables.find_column(table, rows, sex or "Gender")
     used = [sex, *(name for meaning in COLUMNS | BESIDE for name in match_columns(rows, meaning))]
     rows = tables.select_session(rows, session)
@@ -222,10 +222,16 @@ def find_id_column(
             break
     if best != named:
         print(f"{table.name}: IDs, by column {best}, whose values stand in the paths")
-    if rows[person := named or best].duplicated().any():
-        people = rows.groupby(person)
-        rows = rows.fillna(people.transform("first").where(people.transform("nunique") == 1))
-    return best, rows.dropna(subset=best)
+    return best, _fill_blanks(rows, named or best).dropna(subset=best)
+
+
+def _fill_blanks(rows: pd.DataFrame, person: str) -> pd.DataFrame:
+    """Fill a person's blanks from other rows of the same, where those agree."""
+    repeated = rows[rows[person].duplicated(keep=False) & rows[person].notna()]
+    if repeated.empty:
+        return rows
+    people = repeated.groupby(person)
+    return rows.fillna(people.transform("first").where(people.transform("nunique") == 1))
 
 
 def _count_known(

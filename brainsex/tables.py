@@ -20,24 +20,27 @@ MAX_TITLE_LINES = 30  # among which a header is looked for
 INVALID_ID_CHARACTERS, MAX_ID_LENGTH = r"[/\\\x00-\x1f\x7f]", 200  # IDs become file names
 ENDS = "first", "last"  # sessions: those of each person
 SYNONYMS = {  # of HCP's columns, in any case, as BIDS, UK Biobank, OASIS, REDCap … name them
-    "Subject": r"(sub|subj|subject|sujet|participant|patient|proband|pbn|twin|case|record"
-    r"|src_subject)([ _.-]?(id|key|code|name|label|number|no|nr))?|eid|id|iid|mrn|ptid|ixi_id"
-    r"|measure:.*|[lr]h\.aparc\S*",
+    "Subject": r"(sub|subj|subject|sujet|participant|patient|proband|pbn|case|record|src_subject)"
+    r"([ _.-]?(id|key|code|name|label|number|no|nr))?|twin[ _.-]?(id|code|no|nr)|eid|id|iid|mrn"
+    r"|ptid|ixi_id|measure:.*|[lr]h\.aparc\S*",
     "Gender": r"sex|gender|m/f|f/m|(f\.|p)?31([-.]0\.0)?|female|male",
     "Age": r"(f\.|p)?21003.*|(age|alter)([ _.]?(at|in)?[ _.]?(scan|years|yrs|y))?( ?\(.*\))?",
     "session": r"(redcap_)?(ses|session|visit|event|timepoint|wave)([ _.]?(id|name|label))?",
-    "Family_ID": r"(rel_)?(fam(ily|ilie|ille)?|sib(ling|ship)?|søsken|geschwister|pedigree|家系)"
+    "Family_ID": r"(rel_)?(fam(ily|ilie|ille)?|sib(ling|ship)?|søsken|pedigree|mother|家系)"
     r"[ _.]?(id|no|nr|number|code|group|gruppe|pair|番号)?",
 }
 SEX_WORD_IN_NAME = (
-    r"(?<![^\W\d_])(?<!same_)(?:sexe?|sexo|gender|g[eé]nero|geschl|geschlecht|kj[oø]nn|k[oö]n|k[oø]n"
-    r"|geslacht|sukupuoli|p[lł]e[cć])(?![^\W\d_])|性别|性別|성별"
+    r"(?<![^\W\d_])(?<!same_)(?:sexe?|sexo|(?:pt)?gender|g[eé]nero|geschl|geschlecht|kj[oø]nn|k[öo]n"
+    r"|køn|geslacht|sukupuoli|p[lł]e[cć])(?![^\W\d_])|性别|性別|성별"
 )
-WOMAN = "f female w woman girl weiblich frau femme kvinne kvinna k vrouw v nainen 女 女性 여"
-MAN = "m male man boy männlich mann homme mies hombre mężczyzna 男 男性 남"
+WOMAN = """f female w woman girl weiblich frau mädchen femme fille kvinne kvinna k vrouw meisje
+    mujer niña femenino femenina feminino femminile nainen 女 女性 여"""
+MAN = """m male man boy männlich mann junge homme garçon mies jongen hombre varón niño masculino
+    masculina maschile 男 男性 남"""
 SEX_WORDS = dict.fromkeys(WOMAN.split(), 0) | dict.fromkeys(MAN.split(), 1)
-SEX_CODES = ({"0": 0, "1": 1}, {"1": 1, "2": 0}, SEX_WORDS, {"f": 0, "h": 1})
-"""UK Biobank's, ISO 5218's, words, and femme and homme."""
+SEX_CODES = ({"0": 0, "1": 1}, {"1": 1, "2": 0}, SEX_WORDS, {"f": 0, "h": 1}, {"m": 0, "h": 1})
+"""UK Biobank's, ISO 5218's, words, and the letters of French and of Spanish."""
+MAX_OTHERS = 0.1  # share of people whose code may be neither sex's
 MISSING = {"", "9", "-9", "99", "999", "n/a", "na", "nan", "-", ".", "unknown"}
 
 
@@ -76,8 +79,7 @@ def index_subjects(
     ValueError if the column is missing, or an ID is no file name or has two rows.
     """
     column = find_column(table, rows, column)
-    rows = rows.dropna(subset=column)
-    rows = rows.drop_duplicates(rows.columns if used is None else [column, *used])
+    rows = rows.dropna(subset=column).drop_duplicates([column, *used] if used else None)
     meaning = r"\S+\s+\S+\s+\S+\s+\S"  # as NDA's tables say below the header what a column means
     rows = rows[~rows[column].str.contains(meaning)]
     return rows.set_index(check_subject_ids(table, rows[column])).rename_axis("Subject")
@@ -201,12 +203,18 @@ def decode_sex(column: pd.Series, codebooks: Iterable[str] = ()) -> pd.Series:
     if name in SEX_WORDS and len(name) > 1:
         own = [{"1": SEX_WORDS[name], "0": 1 - SEX_WORDS[name]}]
     stated = own + [codes for text in codebooks for codes in _stated_codes(text)]
-    known = [codes for codes in stated if present <= set(codes) and {0, 1} <= {*codes.values()}]
+
+    def known_share(codes: dict) -> float:
+        return cells.dropna().isin([*codes, *MISSING]).mean()
+
+    stated = [codes for codes in stated if {0, 1} <= {*codes.values()}]
+    known = [codes for codes in stated if known_share(codes) >= 1 - MAX_OTHERS]
     if not known and any(present & set(codes) for codes in own):
         problem = f"expected codes as in sex (1=f, 2=m), found {sorted(present)[:9]}"
         raise ValueError(f"column {column.name}: {problem}; rename it if it says no codes")
-    usual = [codes for codes in SEX_CODES if present <= set(codes)]
-    sexes = cells.map(SEX_WORDS | next(iter(known + usual), {}))
+    usual = max(SEX_CODES, key=known_share)
+    usual = usual if known_share(usual) >= 1 - MAX_OTHERS else {}
+    sexes = cells.map(SEX_WORDS | (known[0] if known else usual))
     sexes.attrs["stated"] = bool(known)
     return sexes
 
@@ -215,7 +223,7 @@ def _stated_codes(text: str) -> list[dict[str, int | None]]:
     """Return what codes may mean by a text: ``1=f``, ``f=1``, ``1 f`` or ``f 1``; None: no sex."""
     word, code, quote = r"([^\W\d_]+)", r"(\d+)", r"[\"']?"
     forms = rf"{code}{quote} *[=:-] *{quote}{word}", rf"{word}{quote} *[=:] *{code}"
-    forms += rf"{code}{quote},? *{quote}{word}", rf"{word} +{code}"
+    forms += rf"{code}{quote}[,;\t]? *{quote}{word}", rf"{word} +{code}"
     # the code of each pair first: digits are sorted before letters
     pairs = ([sorted(pair) for pair in re.findall(form, text.lower())] for form in forms)
     return [{c: SEX_WORDS.get(w.removesuffix("s")) for c, w in reversed(each)} for each in pairs]

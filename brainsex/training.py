@@ -97,7 +97,6 @@ def fit(
                 row["validation_loss"] = loss.item()
                 row["validation_accuracy"] = correct / len(logits)
             history.append({"epoch": epoch + 1, **row})
-            bar.set_postfix({name: f"{value:.3f}" for name, value in row.items()})
     network.eval()
     if neutral:
         learn_neutral_layer(network, volumes, np.asarray(sex), seed=seed)

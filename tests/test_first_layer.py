@@ -78,20 +78,9 @@ def test_a_constant_map_has_no_entropy_and_no_test():
         assert not first_layer.compare_sexes(entropy, np.arange(8) // 7)["tested"].any()
 
 
-NOT_FINITE = make_volumes(4)
-NOT_FINITE[3, 9, 9, 9] = np.nan
-
-
-@pytest.mark.parametrize(
-    ("network", "volumes", "message"),
-    [
-        (make_network(), make_volumes(4, (26, 23, 24)), r"found \(1, 1, 26, 23, 24\)"),
-        (make_network(), NOT_FINITE, r"volumes \[3\]: expected finite FA"),
-    ],
-)
-def test_networks_and_volumes_that_do_not_fit(network, volumes, message):
-    with pytest.raises(ValueError, match=message):
-        first_layer.summarise(network, volumes)
+def test_volumes_of_another_shape_are_refused():
+    with pytest.raises(ValueError, match=r"found \(1, 1, 26, 23, 24\)"):
+        first_layer.summarise(make_network(), make_volumes(4, (26, 23, 24)))
 
 
 def make_values(count: int = 60, maps: int = 9) -> tuple[np.ndarray, np.ndarray]:

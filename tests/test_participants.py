@@ -149,3 +149,26 @@ def test_a_folder_without_a_table_of_people_says_what_is_missing(tmp_path, capsy
     assert "expected one table with columns Subject and Gender" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="expected one table with columns Subject and Gender"):
         main(["convert", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("cells", "sexes"),
+    [("H M H M", "MFMF"), ("F H F H", "FMFM"), ("niña varón niña varón", "FMFM")],
+)
+def test_letters_and_words_of_other_languages_are_sexes(tmp_path, cells, sexes):
+    rows = "".join(f"P0{n},{cell}\n" for n, cell in enumerate(cells.split(), 1))
+    write(tmp_path, {"t.csv": "id,sexo\n" + rows})
+    assert read(tmp_path)["Gender"].tolist() == list(sexes)
+
+
+def test_a_rare_code_of_neither_sex_makes_no_other_unreadable(tmp_path):
+    rows = "".join(f"P{n:02d},{1 + n % 2}\n" for n in range(20))
+    write(tmp_path, {"t.csv": "id,sex\n" + rows + "P99,3\n"})
+    assert read(tmp_path)["Gender"].tolist() == [*("MF" * 10), "3"]
+
+
+def test_the_folder_that_is_an_id_goes_before_names_that_have_it_within():
+    paths = [Path(f"/d/CON-{n}/CON-{n}.{part}.nii.gz") for n in (1, 2) for part in ("bfc", "bse")]
+    paths += [Path(f"/d/{name}/{name}.nii.gz") for name in ("CON-1", "PAC-1", "PAC-2")]
+    names = layouts.name_subjects(paths, known=["CON-1", "CON-2"])
+    assert names == ["CON-1", "CON-1", "CON-2", "CON-2", "CON-1", "PAC-1", "PAC-2"]

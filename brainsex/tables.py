@@ -8,6 +8,7 @@ import unicodedata
 import warnings
 from collections.abc import Iterable, Sequence
 from decimal import Decimal
+from functools import cache
 from itertools import islice
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import pandas as pd
 
 from brainsex import storage
 
-MAX_TITLE_LINES = 30  # among which a header is looked for
+MAX_TITLE_LINES, MAX_OTHERS = 30, 0.1  # above a header; share of people of neither sex
 INVALID_ID_CHARACTERS, MAX_ID_LENGTH = r"[/\\\x00-\x1f\x7f]", 200  # IDs become file names
 ENDS = "first", "last"  # sessions: those of each person
 SYNONYMS = {  # of HCP's columns, in any case, as BIDS, UK Biobank, OASIS, REDCap … name them
@@ -40,7 +41,7 @@ MAN = """m male man boy männlich mann junge homme garçon mies jongen hombre va
 SEX_WORDS = dict.fromkeys(WOMAN.split(), 0) | dict.fromkeys(MAN.split(), 1)
 SEX_CODES = ({"0": 0, "1": 1}, {"1": 1, "2": 0}, SEX_WORDS, {"f": 0, "h": 1}, {"m": 0, "h": 1})
 """UK Biobank's, ISO 5218's, words, and the letters of French and of Spanish."""
-MAX_OTHERS = 0.1  # share of people whose code may be neither sex's
+_print_once = cache(print)  # what is the same whenever a table is read
 MISSING = {"", "9", "-9", "99", "999", "n/a", "na", "nan", "-", ".", "unknown"}
 
 
@@ -80,8 +81,8 @@ def index_subjects(
     """
     column = find_column(table, rows, column)
     rows = rows.dropna(subset=column).drop_duplicates([column, *used] if used else None)
-    meaning = r"\S+\s+\S+\s+\S+\s+\S"  # as NDA's tables say below the header what a column means
-    rows = rows[~rows[column].str.contains(meaning)]
+    # without what NDA's tables say below the header, of each column's meaning
+    rows = rows[~rows[column].str.contains(r"\S+\s+\S+\s+\S+\s+\S")]
     return rows.set_index(check_subject_ids(table, rows[column])).rename_axis("Subject")
 
 
@@ -144,7 +145,7 @@ def read_text_table(table: str | Path, session: str | None = None) -> pd.DataFra
     names = rows.columns.str.replace(r"^FS_L_(Cerebellum\w*) \(2\)$", r"FS_R_\1", regex=True)
     if (renamed := (~names.isin(rows.columns)).sum()) and names.is_unique:
         mistake = f"{renamed} columns FS_L_Cerebellum… stand twice, by HCP's mistake"
-        print(f"{table.name}: {mistake}: the second is taken for the right side, FS_R_Cerebellum…")
+        _print_once(f"{table.name}: {mistake}: the second is taken for the right, FS_R_Cerebellum…")
         rows.columns = names
     return select_session(rows, session)
 

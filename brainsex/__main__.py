@@ -90,8 +90,7 @@ def _train(cohort: Path, channels: int, **settings: object) -> None:
         return networks.MriNet3d(channels, data.volumes.shape[1:])
 
     table = training.cross_validate(data, make_network, **settings)
-    correct = (table["probability"] > 0.5) == table["sex"]
-    print(f"accuracy {correct.mean():.4f} over {len(table)} subjects")
+    print("accuracy", ((table["probability"] > 0.5) == table["sex"]).mean(), "of", len(table))
 
 
 def _masks(cohort: Path, networks: Path, out: Path, **settings: object) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from brainsex import tables
-from brainsex.tables import ENDS
+from brainsex.tables import SESSION_ENDS
 
 LABEL = "[0-9A-Za-z+]+"
 VOLUME_ENDINGS = (".nii", ".nii.gz", ".mgz")
@@ -273,7 +273,7 @@ def choose_volumes(
     chosen = files[~files["kind"].isin(list(PACKAGES))]
     if match is not None:
         chosen = chosen[[fnmatchcase(f"/{p.as_posix()}", f"*/{match}") for p in chosen["path"]]]
-    if session not in (None, *ENDS):  # a part of paths, or else of the table's rows
+    if session not in (None, *SESSION_ENDS):  # a part of paths, or else of the table's rows
         below = [path.relative_to(files.attrs["folder"]) for path in chosen["path"]]
         parts = [{*path.parts[:-1], *path.name.split("_")[:-1]} for path in below]
         in_session = np.array([bool({session, f"ses-{session}"} & names) for names in parts], bool)
@@ -286,7 +286,11 @@ def choose_volumes(
         if (preferred := chosen["kind"].str.fullmatch(pattern)).any():
             chosen = chosen[preferred]
             break
-    chosen = chosen.drop_duplicates("Subject", keep=session) if session in ENDS else chosen
+    if session in SESSION_ENDS:  # of files that are called alike but for numbers, in their order
+        order = chosen["path"].map(lambda path: (len(str(path)), str(path)))  # 129 before 1000
+        chosen = chosen.loc[order.sort_values().index]
+        forms = chosen["Subject"] + "/" + chosen["kind"].str.replace(r"\d+", "", regex=True)
+        chosen = chosen[~forms.duplicated(keep=session)]
     subjects = chosen["Subject"]
     if chosen.empty or subjects.duplicated().sum() > most or subjects.nunique() < most:
         paths = ", ".join(f"{name} ({count})" for name, count in kinds[:8].items()) or "none"

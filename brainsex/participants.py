@@ -1,5 +1,6 @@
 """The table of people: found, told by the IDs that stand in paths, and joined with those beside."""
 
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -9,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from brainsex import tables
-from brainsex.tables import ENDS, compare_id, match_columns
+from brainsex.tables import compare_id, match_columns
 
 NAMES = (  # of tables of people, the likeliest first
     r"(?i)(HCP_YA_subjects_|unrestricted_(?!.*freesurfer)).*\.csv",
@@ -22,13 +23,11 @@ BESIDE = {  # columns that HCP ships in tables of their own, beside the table of
     "FS_InterCranial_Vol": "intracranial_volume_ml",  # in mm³ in the file
     "FS_IntraCranial_Vol": "intracranial_volume_ml",
 }
-ID_WORD = r"id$|id[^a-z]|code|key|subj|particip|patient|person|number|(?:^|_)n[or]$"  # in a name
 MORPHOMETRY_NAMES = ("unrestricted_hcp_freesurfer.csv", "morphometry.csv")
-TABLE_NAME = (
-    r"(?i)^(?!\.|(subjects|rejected)\.csv$).*\.(csv|tsv|txt|dat)$"  # but what convert leaves
-)
-MAX_TABLES, MAX_FOLDERS = 100, 20  # that are looked at
-MAX_CODEBOOK = 1 << 20  # bytes
+TABLE_NAME = r"(?i)^(?!\.|(subjects|rejected)\.csv$).*\.(csv|tsv|txt)$"  # but what convert leaves
+MAX_TABLES, MAX_FOLDERS, MAX_FAMILY = 1000, 20, 15  # the last: members
+MAX_HEADER, MAX_CODEBOOK = 1 << 16, 1 << 20  # bytes
+NO_FAMILY = [code for code in tables.MISSING if not code.isdecimal()]
 
 
 def find_people(
@@ -38,24 +37,26 @@ def find_people(
     sex: str | None = None,
     known: tuple[set[str], set[str]] = (set(), set()),
 ) -> list[Path]:
-    """Find a cohort's table of people, at any depth: HCP's, BIDS's, or the one that knows most IDs.
+    """Find a cohort's table of people at any depth: HCP's or BIDS's, or that which knows most IDs.
 
     `subject` and `sex` name its columns; `known` is what `layouts.split_paths` returns. Tables of
-    a folder with the same columns are one in parts. Raises FileNotFoundError if there is none, or
-    if several are as likely.
+    a folder with the same columns are one in parts; those that cannot be read are passed over.
+    Raises FileNotFoundError if there is none, or if several are as likely.
     """
-    parts, wanted = {}, (subject or "Subject", sex or "Gender")
+    parts, wanted, merits = {}, (subject or "Subject", sex or "Gender"), {}
     for path, names in _read_headers(folder).items():
-        if match_columns(names, wanted[1]):
+        if len(names) > 1 and match_columns(names, wanted[1]):
             rank = next((n for n, name in enumerate(NAMES) if re.fullmatch(name, path.name)), 9)
-            parts.setdefault((path.parent, rank, *names), []).append(path)
-    merits = {}
-    for key, paths in parts.items():
-        rows = (tables.read_text_table(path) for path in paths if any(known))
-        count = tuple(map(sum, zip(*(max(_count_known(part, *known).values()) for part in rows))))
-        _, rank, *names = key
-        merits[key] = -rank, count, bool(match_columns(names, wanted[0])), -len(paths[0].parts)
-    best = [key for key in parts if merits[key] == max(merits.values())]
+            parts.setdefault((rank, path.parent, *names), []).append(path)
+    likeliest = [key for key in parts if key[0] == min(key[0] for key in parts)]
+    for key in likeliest:
+        count = (0, 0, 0)
+        for path in parts[key] if any(known) and len(likeliest) > 1 else ():
+            with suppress(ValueError):
+                rows = tables.read_text_table(path)
+                count = tuple(map(sum, zip(count, max(_count_known(rows, *known).values()))))
+        merits[key] = count, bool(match_columns(key[2:], wanted[0])), -len(key[1].parts)
+    best = [key for key in merits if merits[key] == max(merits.values())]
     if len(best) != 1:
         names = [path.name for key in best for path in parts[key]] or "none"
         problem = f"expected one table with columns {' and '.join(wanted)}, found {names}"
@@ -82,7 +83,8 @@ def read_people(
     and ``group`` (family ID). The codes of sex are printed. Raises FileNotFoundError, or ValueError
     if a column is missing or a subject has two rows that differ in these.
     """
-    paths = [Path(table)] if isinstance(table, str | Path) else list(table)
+    paths = [table] if isinstance(table, str | Path) else table
+    paths = [Path(os.path.abspath(path)) for path in paths]
     rows = pd.concat(map(tables.read_text_table, paths), ignore_index=True)
     table, folder = paths[0], folder or paths[0].parent
     if subject is None:
@@ -90,44 +92,36 @@ def read_people(
     rows = _fill_blanks(rows, subject)
     sex = tables.find_column(table, rows, sex or "Gender")
     used = [sex, *(name for meaning in COLUMNS | BESIDE for name in match_columns(rows, meaning))]
-    rows = tables.select_session(rows, session)
-    rows = rows.drop_duplicates(subject, keep=session) if session in ENDS else rows
-    rows = tables.index_subjects(table, rows, subject, used)
+    rows = tables.index_subjects(table, rows, subject, used, session)
     codebooks = read_codebooks(table, folder, rows[sex])
     people = tables.read_sex(table, rows, sex, codebooks).to_frame("Gender")
     _add_columns(people, table, rows, COLUMNS | BESIDE)
-    return join_beside(people, folder, paths, rows, session)
+    return join_beside(people, folder, paths, session)
 
 
 def join_beside(
     people: pd.DataFrame,
     folder: Path,
     own: Sequence[Path] = (),
-    rows: pd.DataFrame | None = None,
     session: str | None = None,
 ) -> pd.DataFrame:
     """Join the columns `BESIDE` of the tables in a folder, but their `own`, to people, by ID.
 
-    The `rows` of their own, by Subject, may hold other IDs of the same people. A table that knows
-    fewer than half of the people is named in a line. Raises ValueError if two tables have the same
-    column.
+    A table that knows fewer than half of the people is named in a line. Raises ValueError if two
+    tables have the same column.
     """
     headers = _read_headers(folder) | (_read_headers(own[0].parent) if own else {})
     subjects = {compare_id(name): name for name in people.index}
-    for column in () if rows is None else rows.columns[rows.columns.str.contains(f"(?i){ID_WORD}")]:
-        ids = rows[column].dropna().map(compare_id)
-        if ids.is_unique and not match_columns([column], "Family_ID"):
-            subjects = dict(zip(ids, ids.index)) | subjects
     for column, name in BESIDE.items():
         paths = [p for p, names in headers.items() if p not in own and match_columns(names, column)]
         if len(paths) > 1:
             names = [path.name for path in paths]
             raise ValueError(f"{folder}: expected one table with {column}, found {names}: keep one")
         for path in paths:
-            beside = tables.read_text_table(path, session)
+            beside = tables.read_text_table(path)
             id_column, beside = find_id_column(path, beside, {*subjects}, {*subjects})
             used = match_columns(beside, column)
-            beside = tables.index_subjects(path, beside, id_column, used)
+            beside = tables.index_subjects(path, beside, id_column, used, session)
             beside.index = [subjects.get(compare_id(key), key) for key in beside.index]
             _add_columns(people, path, beside, {column: name})
             count = people.index.isin(beside.index).sum()
@@ -145,7 +139,9 @@ def _add_columns(people: pd.DataFrame, table: Path, rows: pd.DataFrame, columns:
         elif matches:
             values = rows[matches[0]].reindex(people.index)
             if name == "group":
-                values = values.mask(values.str.strip().str.lower().isin({*tables.MISSING, "0"}))
+                values = values.mask(values.str.strip().str.lower().isin(NO_FAMILY))
+                # nor is what many share: a code for unknown, or another question's answers
+                values = values.mask(values.map(values.value_counts()) > MAX_FAMILY)
             if name == "intracranial_volume_ml":
                 values = pd.to_numeric(values, errors="coerce") / 1000
             people[name] = values.combine_first(people.get(name, values))
@@ -157,30 +153,34 @@ def _read_headers(folder: str | Path) -> dict[Path, pd.Series]:
     Of many folders beside each other, those with a number in the name are subjects': left out.
     """
     paths, headers = [], {}
-    for parent, folders, names in os.walk(folder):
+    for parent, folders, names in os.walk(os.path.abspath(folder)):
         many = len(folders) > MAX_FOLDERS
         folders[:] = [f for f in folders if f[0] != "." and not (many and re.search(r"\d", f))]
         paths += [Path(parent, name) for name in names if re.search(TABLE_NAME, name)]
     for path in sorted(paths, key=lambda path: (len(path.parts), path))[:MAX_TABLES]:
         with suppress(ValueError, OSError):
-            headers[path] = tables.open_table(path)[1]["names"]
+            headers[path] = tables.open_table(path, MAX_HEADER)[1]["names"]
     return headers
 
 
 def read_codebooks(table: Path, folder: Path, cells: pd.Series) -> Iterator[str]:
     """Yield what is written beside a table about a column that has numbers: texts for `read_sex`.
 
-    These are BIDS's JSON of the table, and lines of other short texts and tables of the folder,
-    each from the column's name on.
+    These are the levels in BIDS's JSON of the table, and lines of other short texts and tables of
+    the folder of which the column's name is a cell or the beginning, from there on.
     """
-    if not cells.str.contains(r"\d").any():
+    name = rf"[\"\s]*{re.escape(cells.name)}[\"\s]*"
+    if not cells.str.contains(r"\d").any() or not re.search(r"[^\W\d]", cells.name):
         return
-    for path in (table.with_suffix(".json"), *_read_headers(folder)):
-        if path != table and path.is_file() and path.stat().st_size < MAX_CODEBOOK:
-            text = path.read_text("utf-8", "replace")
-            if path.suffix == ".json":
-                text = re.sub(r'\s+|"TermURL": "[^"]*",?|"(Label|Description)":|[{}]', " ", text)
-            told = re.findall(rf"(?i)(?<!\w){re.escape(cells.name)}(?!\w)(.+)", text)
+    book = table.with_suffix(".json")
+    if book.is_file():
+        entry = json.loads(book.read_text("utf-8")).get(cells.name, {})
+        levels = entry.get("Levels") or entry.get("Annotations", {}).get("Levels", {})
+        yield re.sub(r"'TermURL': '[^']*',?|'(Label|Description)':|[{}]", " ", str(levels))
+    for path in _read_headers(folder):
+        if path != table and path.stat().st_size < MAX_CODEBOOK:
+            text = tables.open_table(path)[0].read()
+            told = re.findall(rf"(?im)(?<=\n)(?:.*[,;\t|])?{name}(?:[,;\t|:=(]|\s\s)(.+)", text)
             yield from (*told, " | ".join(told))  # a line a code, perhaps
 
 
@@ -203,9 +203,8 @@ def find_id_column(
 
     `parts` and `spans` are those of `layouts.split_paths`. Where they have more than twice as many
     values of another column than of the one named as IDs are, that is taken, unless a person has
-    several of its values, as of images, or several people one, as a site. Where an ID is one only
-    within a site, both are joined. Blanks are filled from other rows of the same ID, as of another
-    event, where these agree.
+    several of its values, as of images, or several people one, as a site. Blanks are filled from
+    other rows of the same ID, as of another event, where these agree.
     """
     named, counts = match_columns(rows, "Subject"), _count_known(rows, parts, spans)
     best, named = max(counts, key=counts.get), named[0] if len(named) == 1 else None
@@ -214,12 +213,6 @@ def find_id_column(
     pairs = rows[[named or best, best]].dropna().drop_duplicates()
     several = pairs.iloc[:, 0].duplicated().any() or pairs.iloc[:, 1].duplicated().any()
     best = named if named and (several or 2 * counts[named][0] >= counts[best][0]) else best
-    for column in rows if rows[best].duplicated().any() else ():
-        joined = rows[column].str.cat(rows[best], "_")  # as of a site and its own numbers
-        if joined.is_unique and 2 * len(spans.intersection(map(compare_id, joined))) > len(rows):
-            best, named = f"{column}_{best}", None
-            rows = rows.assign(**{best: joined})
-            break
     if best != named:
         print(f"{table.name}: IDs, by column {best}, whose values stand in the paths")
     return best, _fill_blanks(rows, named or best).dropna(subset=best)
@@ -230,7 +223,7 @@ def _fill_blanks(rows: pd.DataFrame, person: str) -> pd.DataFrame:
     repeated = rows[rows[person].duplicated(keep=False) & rows[person].notna()]
     if repeated.empty:
         return rows
-    people = repeated.groupby(person)
+    people = repeated.drop(columns=match_columns(rows, "Age")).groupby(person)
     return rows.fillna(people.transform("first").where(people.transform("nunique") == 1))
 
 
@@ -241,8 +234,8 @@ def _count_known(
     named, counts = match_columns(rows, "Subject"), {}
     counters = [[str(n + start) for n in range(len(rows))] for start in (0, 1)]
     for column in dict.fromkeys([*named, *rows.columns[:200]]):  # IDs stand among the first
-        ids = rows[column].map(compare_id, na_action="ignore")
-        known = {key for key in set(ids) & spans if len(key) > 2 or key in parts}
-        known = known if column in named or ids.tolist() not in counters else set()
+        ids = {compare_id(value) for value in rows[column].dropna().unique()}
+        known = {key for key in ids & spans if len(key) > 2 or key in parts}
+        known = known if column in named or rows[column].tolist() not in counters else set()
         counts[column] = len(known), len(known & parts), sum(map(len, known))
     return counts

@@ -8,7 +8,6 @@ import unicodedata
 import warnings
 from collections.abc import Iterable, Sequence
 from decimal import Decimal
-from functools import cache
 from itertools import islice
 from pathlib import Path
 
@@ -17,9 +16,10 @@ import pandas as pd
 
 from brainsex import storage
 
-MAX_TITLE_LINES, MAX_OTHERS = 30, 0.1  # above a header; share of people of neither sex
+MAX_TITLE_LINES, MAX_LINE, MAX_UNKNOWN_SHARE = 30, 1 << 16, 0.1
+"""Lines among which a header is looked for, their characters, people of neither sex's code."""
 INVALID_ID_CHARACTERS, MAX_ID_LENGTH = r"[/\\\x00-\x1f\x7f]", 200  # IDs become file names
-ENDS = "first", "last"  # sessions: those of each person
+SESSION_ENDS = "first", "last"  # sessions: those of each person
 SYNONYMS = {  # of HCP's columns, in any case, as BIDS, UK Biobank, OASIS, REDCap … name them
     "Subject": r"(sub|subj|subject|sujet|participant|patient|proband|pbn|case|record|src_subject)"
     r"([ _.-]?(id|key|code|name|label|number|no|nr))?|twin[ _.-]?(id|code|no|nr)|eid|id|iid|mrn"
@@ -39,9 +39,8 @@ WOMAN = """f female w woman girl weiblich frau mädchen femme fille kvinne kvinn
 MAN = """m male man boy männlich mann junge homme garçon mies jongen hombre varón niño masculino
     masculina maschile 男 男性 남"""
 SEX_WORDS = dict.fromkeys(WOMAN.split(), 0) | dict.fromkeys(MAN.split(), 1)
-SEX_CODES = ({"0": 0, "1": 1}, {"1": 1, "2": 0}, SEX_WORDS, {"f": 0, "h": 1}, {"m": 0, "h": 1})
-"""UK Biobank's, ISO 5218's, words, and the letters of French and of Spanish."""
-_print_once = cache(print)  # what is the same whenever a table is read
+SEX_CODES = ({"0": 0, "1": 1}, {"1": 1, "2": 0}, SEX_WORDS, {"f": 0, "h": 1})
+"""UK Biobank's, ISO 5218's, words, and femme and homme."""
 MISSING = {"", "9", "-9", "99", "999", "n/a", "na", "nan", "-", ".", "unknown"}
 
 
@@ -72,17 +71,24 @@ def cohort_name(folder: str | Path) -> tuple[str, bool]:
 
 
 def index_subjects(
-    table: Path, rows: pd.DataFrame, column: str, used: Sequence[str] | None = None
+    table: Path,
+    rows: pd.DataFrame,
+    column: str,
+    used: Sequence[str] | None = None,
+    session: str | None = None,
 ) -> pd.DataFrame:
-    """Index a table's rows by its column of IDs, without those of nobody.
+    """Index a table's rows of a session by its column of IDs; rows without an ID are left out.
 
     Of a person's rows that agree in the columns `used`, by default all, the first is kept. Raises
     ValueError if the column is missing, or an ID is no file name or has two rows.
     """
     column = find_column(table, rows, column)
-    rows = rows.dropna(subset=column).drop_duplicates([column, *used] if used else None)
-    # without what NDA's tables say below the header, of each column's meaning
-    rows = rows[~rows[column].str.contains(r"\S+\s+\S+\s+\S+\s+\S")]
+    rows = select_session(rows, session).dropna(subset=column)
+    rows = rows.drop_duplicates(column, keep=session) if session in SESSION_ENDS else rows
+    rows = rows.drop_duplicates([column, *used] if used else None)
+    # NDA's tables say below the header what each column means
+    meanings = rows.iloc[:1][rows[column].iloc[:1].str.contains(r"\S+\s+\S+\s+\S+\s+\S")]
+    rows = rows.drop(meanings.index)
     return rows.set_index(check_subject_ids(table, rows[column])).rename_axis("Subject")
 
 
@@ -92,48 +98,48 @@ def fill_missing_families(families: pd.Series) -> np.ndarray | None:
     return None if families.isna().all() else families.fillna(own_ids).to_numpy(str)
 
 
-def open_table(table: Path) -> tuple[io.StringIO, dict]:
-    """Return a table's text, and how pandas reads it; a repeated name gets " (2)" appended.
+def open_table(table: Path, size: int = -1) -> tuple[io.StringIO, dict]:
+    """Return a table's text, perhaps only its first bytes, and how pandas reads it.
 
-    The header is the first line with more than half as many cells as others have, below titles.
-    Comma, semicolon or tab separate cells, or else blanks. The encoding is UTF-8, UTF-16 or one of
-    Windows': an East Asian one where that finds a word for sex.
+    The header is the first line with more than half of the cells filled and as many cells as most
+    lines have, or one fewer. Comma, semicolon or tab separate cells. The encoding is UTF-8, UTF-16
+    or one of Windows': an East Asian one where that finds a word for sex. A repeated name gets
+    " (2)" appended.
     """
-    content = table.read_bytes()
+    with table.open("rb") as stream:
+        content = stream.read(size)
+    content = content[: content.rfind(b"\n") + 1] if len(content) == size else content
     try:
         marked = content[:2] in (b"\xff\xfe", b"\xfe\xff")
-        text = content.decode("utf-16" if marked else "utf-8-sig")
+        text = content.decode(*(("utf-16", "ignore") if marked else ("utf-8-sig",)))
     except UnicodeDecodeError:  # as Excel encodes text in East Asia, or in the West
-        for encoding in ("cp932", "gb18030", "cp949", "cp1252"):
-            text = content.decode(encoding, errors="replace")
-            if re.search("性[別别]|성별", text):
-                break
+        encodings = "cp932", "gb18030", "cp949", "cp1252"
+        texts = [content.decode(encoding, errors="replace") for encoding in encodings]
+        text = next((text for text in texts if re.search("性[別别]|성별", text)), texts[-1])
     file = io.StringIO(text, newline=None)
-    lines, starts = [*islice(file, MAX_TITLE_LINES)], []
+    lines, looks = [line[:MAX_LINE] for line in islice(file, MAX_TITLE_LINES)], []
     for separator in ",;\t":
-        rows = [*csv.reader(lines, delimiter=separator)]
-        filled = [sum(map(bool, row)) for row in rows]
+        rows = [*csv.reader(lines, delimiter=separator)] or [[]]
+        widths = [len(row) for row in rows if row] or [0]
+        width = max(set(widths), key=widths.count)
+        filled = [sum(map(bool, row)) * (len(row) >= width - 1) for row in rows]
         start = next((n for n, count in enumerate(filled) if 2 * count > max(filled)), 0)
-        widths = [len(row) for row in rows[start:] if row] or [0]
-        alike = widths.count(widths[0]) / len(widths)  # lines with as many cells as the header
-        starts.append((max(filled, default=0) < 2, -alike, start, separator))
-    single, _, start, separator = min(starts)
+        looks.append((width < 2, -widths.count(width), start, -width, separator, rows[start]))
+    *_, start, _, separator, header = min(looks)
     file.seek(0)
-    options = {"sep": r"\s+" if single else separator, "dtype": str, "skip_blank_lines": False}
-    header = io.StringIO("".join(lines[start : start + 1]))
-    names = pd.read_csv(header, header=None, keep_default_na=False, **options)
-    names = names.loc[0].str.strip()
+    names = pd.Series(header, dtype=str).str.strip()
     repeats = names.groupby(names).cumcount() + 1
     names = names.where(repeats == 1, names + " (" + repeats.astype(str) + ")")
+    options = {"sep": separator, "dtype": str, "skip_blank_lines": False}
     return file, options | {"header": start, "names": names}
 
 
-def read_text_table(table: str | Path, session: str | None = None) -> pd.DataFrame:
+def read_text_table(table: str | Path) -> pd.DataFrame:
     """Read a table's cells as text, NaN where blank, as `open_table` tells columns apart.
 
     Decimal commas become points. Of HCP's columns of the left cerebellum that stand twice, the
-    second is named as the right one's. A `session` keeps its rows, where a column has sessions.
-    Raises FileNotFoundError, or ValueError if the file is not text in columns.
+    second is named as the right one's. Raises FileNotFoundError, or ValueError if the file is not
+    text in columns.
     """
     table = Path(table)
     with storage.reading(table, "a CSV table", "export it again"), warnings.catch_warnings():
@@ -145,14 +151,14 @@ def read_text_table(table: str | Path, session: str | None = None) -> pd.DataFra
     names = rows.columns.str.replace(r"^FS_L_(Cerebellum\w*) \(2\)$", r"FS_R_\1", regex=True)
     if (renamed := (~names.isin(rows.columns)).sum()) and names.is_unique:
         mistake = f"{renamed} columns FS_L_Cerebellum… stand twice, by HCP's mistake"
-        _print_once(f"{table.name}: {mistake}: the second is taken for the right, FS_R_Cerebellum…")
+        print(f"{table.name}: {mistake}: the second is taken for the right, FS_R_Cerebellum…")
         rows.columns = names
-    return select_session(rows, session)
+    return rows
 
 
 def select_session(rows: pd.DataFrame, session: str | None) -> pd.DataFrame:
     """Keep a table's rows of a session, where one is named and a column has sessions."""
-    if session not in (None, *ENDS) and len(columns := match_columns(rows, "session")) == 1:
+    if session not in (None, *SESSION_ENDS) and len(columns := match_columns(rows, "session")) == 1:
         sessions = rows[columns[0]].str.strip().str.removeprefix("ses-")
         rows = rows[sessions == session.removeprefix("ses-")]
     return rows
@@ -209,12 +215,14 @@ def decode_sex(column: pd.Series, codebooks: Iterable[str] = ()) -> pd.Series:
         return cells.dropna().isin([*codes, *MISSING]).mean()
 
     stated = [codes for codes in stated if {0, 1} <= {*codes.values()}]
-    known = [codes for codes in stated if known_share(codes) >= 1 - MAX_OTHERS]
+    known = [codes for codes in stated if known_share(codes) >= 1 - MAX_UNKNOWN_SHARE]
     if not known and any(present & set(codes) for codes in own):
         problem = f"expected codes as in sex (1=f, 2=m), found {sorted(present)[:9]}"
         raise ValueError(f"column {column.name}: {problem}; rename it if it says no codes")
+    if any(known[0].get(cell) != codes.get(cell) for codes in known for cell in present):
+        raise ValueError(f"column {column.name}: codebooks say {known}; keep one")
     usual = max(SEX_CODES, key=known_share)
-    usual = usual if known_share(usual) >= 1 - MAX_OTHERS else {}
+    usual = usual if known_share(usual) >= 1 - MAX_UNKNOWN_SHARE else {}
     sexes = cells.map(SEX_WORDS | (known[0] if known else usual))
     sexes.attrs["stated"] = bool(known)
     return sexes

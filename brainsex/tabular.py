@@ -56,14 +56,13 @@ def load_table(
     Name and families are those of the folder `cohort`, by default the one that holds the table;
     families that are not known there may stand in the table itself.
     IDs, sex and `session` are read as by `participants.read_people`; a table without a column of
-    sex, as FreeSurfer writes them, takes it from the folder's people. Columns of text, or blank or
-    the same for everybody, and subjects without a sex or measure are dropped, which is printed.
+    sex, as FreeSurfer writes them, takes it from the folder's people. Columns with text, or blank
+    or the same for everybody, and subjects without a sex or measure are dropped, which is printed.
     Infinite values become blanks. Raises FileNotFoundError, or ValueError for a missing column,
-    unknown codes of sex, a repeated subject, text among a column's numbers, one sex only, or no
-    subject of `cohort`.
+    unknown codes of sex, a repeated subject, one sex only, or no subject of `cohort`.
     """
     csv, folder = Path(csv), cohort or Path(csv).parent
-    rows = tables.index_subjects(csv, tables.read_text_table(csv, session), subject)
+    rows = tables.index_subjects(csv, tables.read_text_table(csv), subject, session=session)
     has_sex = sex != "Gender" or bool(tables.match_columns(rows, sex))
     if cohort is not None or not has_sex:
         table = folder / "subjects.csv"  # who was converted
@@ -87,10 +86,7 @@ def load_table(
     about = [column for name in (subject, sex) for column in tables.match_columns(rows, name)]
     cells = rows.loc[:, ~(no_features | rows.columns.isin([*about, "Release"]))]
     values = cells.apply(pd.to_numeric, errors="coerce").astype(float)
-    text = cells.where(values.isna()).loc[:, values.notna().any()].stack().dropna()
-    if len(text):
-        name, column = text.index[0]
-        raise ValueError(f"{csv}: {column} of {name}: expected a number, found {text.iloc[0]!r}.")
+    values = values.loc[:, (values.isna() == cells.isna()).all()]  # a number in every cell
     values = values.replace([np.inf, -np.inf], np.nan)[labels.notna()]
     features = values.loc[:, values.nunique() > 1].dropna(how="all")
     labels = labels[features.index].astype(np.int64)

@@ -45,11 +45,28 @@ def test_codes_mean_what_the_codebook_says(tmp_path, capsys, files):
     assert "1 is F, 2 is M" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("line", ["sex,1 = left, 2 = right", "sexes,1 = f, 2 = m", "age,sex 3"])
-def test_what_says_nothing_of_the_codes_changes_nothing(tmp_path, capsys, line):
-    write(tmp_path, {"people.csv": NUMBERS, "dictionary.csv": f"name,codes,more\n{line}\n"})
+OTHERS = [  # what says nothing of the codes of sex, though it has the word
+    {"dictionary.csv": "name,codes,more\nsex,1 = left, 2 = right\n"},
+    {"dictionary.csv": "name,codes,more\nsexes,1 = f, 2 = m\nage,sex 3\n"},
+    {"parents.tsv": "id\tsex (1=f, 2=m)\n"},
+    {"redcap.csv": 'Variable,Label,Choices\nchild_sex,"Sex of the child","1, Female | 2, Male"\n'},
+    {"notes.txt": "Pairs\nsame-sex pairs: female = 1, male = 2\n"},
+    {"people.json": json.dumps({"sex": {}, "rater": {"Levels": {"1": "female", "2": "male"}}})},
+]
+
+
+@pytest.mark.parametrize("files", OTHERS)
+def test_what_says_nothing_of_the_codes_changes_nothing(tmp_path, capsys, files):
+    write(tmp_path, {"people.csv": NUMBERS} | files)
     assert read(tmp_path)["Gender"].tolist() == list("MFMF")
     assert "1 is M, 2 is F; WARNING: nothing here says so" in capsys.readouterr().out
+
+
+def test_codebooks_that_disagree_are_an_error(tmp_path):
+    lines = "name,codes\nsex,1=f 2=m\n", "name,codes\nsex,1=m 2=f\n"
+    write(tmp_path, {"people.csv": NUMBERS, "a.csv": lines[0], "b.csv": lines[1]})
+    with pytest.raises(ValueError, match=r"column sex: codebooks say .*; keep one"):
+        read(tmp_path)
 
 
 RELEASES = {
@@ -72,7 +89,6 @@ FOLDERS = [
     {"a/b/c/d/people.csv": DEEP, "other.csv": "id,sex\nP01,M\nX7,M\n"},  # deep, and known best
     {"export.csv": VISITS},  # sexes and scans in rows of different events
     {"images.csv": IMAGES},  # a row an image; those of a person agree
-    {"qdec/table.dat": "fsid age gender\nP01 9 Female\nP02 8 Male\nP03 7 Female\nP04 7 Male\n"},
     {"participants.tsv": "participant_id\nP01\n", "tabular/x.tsv": DEEP.replace(",", "\t")},
 ]
 
@@ -84,18 +100,6 @@ def test_the_table_of_people_is_the_one_that_knows_the_subjects(tmp_path, files)
     people.index = participants.spell_ids(people.index, ["P01", "P02", "P03", "P04"])
     sexes = people["Gender"].drop("P99", errors="ignore").to_dict()
     assert sexes == {"P01": "F", "P02": "M", "P03": "F", "P04": "M"}
-
-
-@pytest.mark.parametrize("id_name", ["Sujet", "Subject"])
-def test_numbers_that_are_a_sites_own_are_joined_with_the_site(tmp_path, id_name):
-    table = f"Centre;{id_name};Sexe;Age\nLyon;S01;F;30\nLyon;S02;H;\nBrest;S01;H;40\n"
-    write(tmp_path, {"base.csv": table})
-    known = layouts.split_paths(
-        f"{place}/dwi/fa.nii" for place in ("Lyon/S01", "Lyon/S02", "Brest/S01")
-    )
-    people = participants.read_people(tmp_path / "base.csv", known=known)
-    assert people["Gender"].to_dict() == {"Lyon_S01": "F", "Lyon_S02": "M", "Brest_S01": "M"}
-    assert people["age"].fillna("").tolist() == ["30", "", "40"]  # nobody fills another's blank
 
 
 @pytest.mark.parametrize(
@@ -119,11 +123,24 @@ def test_rows_of_a_person_that_differ_are_refused_unless_the_first_is_asked_for(
     assert read(tmp_path, session="first")["age"].to_dict()["P01"] == "30"
 
 
-def test_families_are_joined_by_another_id_of_the_same_people(tmp_path):
-    ids = "PSCID,CandID,sex\nP01,311,F\nP02,512,M\nP03,713,F\nP04,914,M\n"
-    write(tmp_path, {"people.csv": ids, "x/families.csv": "CandID,Sibship\n311,a\n914,a\n512,b\n"})
-    groups = read(tmp_path)["group"]
-    assert groups.fillna("").to_dict() == {"P01": "a", "P02": "b", "P03": "", "P04": "a"}
+def test_a_table_may_be_named_from_the_root_and_a_readme_is_none(tmp_path, monkeypatch, capsys):
+    write(
+        tmp_path, {"c/people.csv": NUMBERS, "c/README.txt": "Sex and age of all people\nline two\n"}
+    )
+    write(tmp_path, {"c/restricted.csv": "id,Family_ID\nP01,a\nP02,a\n"})
+    monkeypatch.chdir(tmp_path)
+    table = tmp_path / "c/people.csv"
+    assert participants.find_people(Path("c"), known=KNOWN) == [table]
+    people = participants.read_people(table, folder=Path("c"))
+    assert people["group"].tolist()[:2] == ["a", "a"]
+
+
+def test_visits_of_a_person_are_no_people(tmp_path):
+    table = "visit,id,sex,age\nV1,P01,F,9\nV2,P01,F,11\nV1,P02,M,9\n"
+    write(tmp_path, {"people.csv": table})
+    known = layouts.split_paths(["V1/P01/fa.nii", "V2/P01/fa.nii", "V1/P02/fa.nii"])
+    with pytest.raises(ValueError, match="'P01'; of several visits: --session"):
+        participants.read_people(tmp_path / "people.csv", known=known)
 
 
 def test_tables_of_subjects_own_folders_are_not_looked_at(tmp_path):
@@ -153,7 +170,7 @@ def test_a_folder_without_a_table_of_people_says_what_is_missing(tmp_path, capsy
 
 @pytest.mark.parametrize(
     ("cells", "sexes"),
-    [("H M H M", "MFMF"), ("F H F H", "FMFM"), ("niña varón niña varón", "FMFM")],
+    [("F H F H", "FMFM"), ("niña varón niña varón", "FMFM")],
 )
 def test_letters_and_words_of_other_languages_are_sexes(tmp_path, cells, sexes):
     rows = "".join(f"P0{n},{cell}\n" for n, cell in enumerate(cells.split(), 1))

@@ -244,7 +244,7 @@ def test_a_missing_code_makes_no_other_unreadable(tmp_path):
     assert participants.read_people(path)["Gender"].tolist() == ["M", "F", "9"]
 
 
-@pytest.mark.parametrize("cells", ["V M V M", "3 4 3 4", "x y x y", "1 1 1 1"])
+@pytest.mark.parametrize("cells", ["V M V M", "H M H M", "3 4 3 4", "x y x y", "1 1 1 1"])
 def test_codes_that_leave_one_sex_are_refused_with_those_that_are_known(tmp_path, cells):
     rows = "".join(f"{n},{cell}\n" for n, cell in enumerate(cells.split()))
     path = write(tmp_path, "Subject,sex\n" + rows, "people.csv")
@@ -271,10 +271,15 @@ def test_codes_that_a_column_states_in_other_words_are_refused(name):
 
 
 def test_missing_codes_are_no_family(tmp_path):
-    rows = "".join(f"{n},{code}\n" for n, code in enumerate(["-9", "0", ".", "unknown", "a", "a"]))
+    rows = "".join(
+        f"{n},{code}\n" for n, code in enumerate(["-9", "n/a", ".", "unknown", "a", "9"])
+    )
     write(tmp_path, "Subject,Family_ID\n" + rows, "families.csv")
     people = participants.join_beside(pd.DataFrame(index=list("012345")), tmp_path)
     assert people["group"].isna().tolist() == [True] * 4 + [False] * 2
+    write(tmp_path, "Subject,Family_ID\n" + "".join(f"{n},99\n" for n in range(20)), "families.csv")
+    people = participants.join_beside(pd.DataFrame(index=[str(n) for n in range(20)]), tmp_path)
+    assert people["group"].isna().all()  # a code for unknown, or another question's answers
 
 
 @pytest.mark.parametrize("name", ["Family_ID", "family", "FamilyID", "FAMNO", "fam_id"])

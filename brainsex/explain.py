@@ -164,9 +164,10 @@ def held_out_folds(networks_folder: str | Path, subjects: Sequence[str]) -> np.n
 
     Raises FileNotFoundError without a ``folds.csv``, ValueError for a subject it does not know.
     """
-    path = Path(networks_folder) / "folds.csv"  # of notebook 04_cnn_3d
-    folds = pd.read_csv(path, dtype={"Subject": str}).set_index("Subject")["fold"]
-    return folds[subjects].to_numpy()
+    path = Path(networks_folder) / "folds.csv"
+    with storage.reading(path, "a fold of every subject", "run notebook 04_cnn_3d again"):
+        folds = pd.read_csv(path, dtype={"Subject": str}).set_index("Subject")["fold"]
+        return folds[subjects].to_numpy()
 
 
 def fold_network(networks_folder: str | Path, fold: int, cohort: Cohort) -> nn.Module:

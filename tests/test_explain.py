@@ -209,3 +209,10 @@ def test_layers_are_randomised_from_the_last_to_the_first(study):
         assert torch.equal(network.state_dict()[name], before[name])
     assert not torch.equal(again["linear.weight"], reseeded["linear.weight"])
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_subjects_without_a_fold_are_named_as_the_folds_fault(tmp_path):
+    (tmp_path / "folds.csv").write_text("Subject,fold\n000001,0\n")
+    assert explain.held_out_folds(tmp_path, ["000001"]).tolist() == [0]
+    with pytest.raises(ValueError, match=r"folds\.csv: expected a fold of every subject.*000002"):
+        explain.held_out_folds(tmp_path, ["000001", "000002"])

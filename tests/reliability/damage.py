@@ -178,8 +178,6 @@ def weights(whole: bytes) -> Cases:
             yield f"content {number}, {'new' if new else 'old'} format", file
     with zipfile.ZipFile(io.BytesIO(whole)) as archive:
         files = {name: archive.read(name) for name in archive.namelist()}
-    zeros = {name: name.endswith("data/0") << 30 for name in files}
-    yield "inflating", lambda: zipped([(n, c + bytes(zeros[n])) for n, c in files.items()])
     for name in files:
         yield f"pickle as {name}", zipped((files | {name: PICKLE}).items(), STORED)
 

@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 
 import pandas as pd
@@ -17,7 +18,7 @@ NAMES = (  # of tables of people, the likeliest first
     r"(?i)participants\.tsv",
 )
 COLUMNS = {"Age": "age", "QC_Issue": "qc_issue"}  # of a table of people, and the names used here
-BESIDE = {  # columns that HCP ships in tables of their own, beside the table of people or in it
+COMPANIONS = {  # columns that HCP ships in tables of their own, beside the table of people or in it
     "Family_ID": "group",
     "Age_in_Yrs": "age",  # known in years, it replaces HCP's age bands
     "FS_InterCranial_Vol": "intracranial_volume_ml",  # in mm³ in the file
@@ -74,7 +75,7 @@ def read_people(
     known: tuple[set[str], set[str]] = (set(), set()),
     folder: Path | None = None,
 ) -> pd.DataFrame:
-    """Read a table of people, perhaps in parts, and the columns `BESIDE` of it and other tables.
+    """Read a table of people, perhaps in parts, and the columns `COMPANIONS` of it and of others.
 
     `subject` and `sex` name its columns where neither their names nor the `known` parts of paths
     tell, as by `find_id_column`; `session` chooses among rows; other tables lie in the cohort's
@@ -89,30 +90,31 @@ def read_people(
     table, folder = paths[0], folder or paths[0].parent
     if subject is None:
         subject, rows = find_id_column(table, rows, *known)
-    rows = _fill_blanks(rows, subject)
+    else:
+        rows = _fill_blanks(rows, tables.find_column(table, rows, subject))
     sex = tables.find_column(table, rows, sex or "Gender")
-    used = [sex, *(name for meaning in COLUMNS | BESIDE for name in match_columns(rows, meaning))]
+    used = [sex, *(name for key in COLUMNS | COMPANIONS for name in match_columns(rows, key))]
     rows = tables.index_subjects(table, rows, subject, used, session)
     codebooks = read_codebooks(table, folder, rows[sex])
     people = tables.read_sex(table, rows, sex, codebooks).to_frame("Gender")
-    _add_columns(people, table, rows, COLUMNS | BESIDE)
-    return join_beside(people, folder, paths, session)
+    _add_columns(people, table, rows, COLUMNS | COMPANIONS)
+    return join_companions(people, folder, paths, session)
 
 
-def join_beside(
+def join_companions(
     people: pd.DataFrame,
     folder: Path,
     own: Sequence[Path] = (),
     session: str | None = None,
 ) -> pd.DataFrame:
-    """Join the columns `BESIDE` of the tables in a folder, but their `own`, to people, by ID.
+    """Join the columns `COMPANIONS` of the tables in a folder, but their `own`, to people, by ID.
 
     A table that knows fewer than half of the people is named in a line. Raises ValueError if two
     tables have the same column.
     """
-    headers = _read_headers(folder) | (_read_headers(own[0].parent) if own else {})
+    headers = _read_headers(folder, *(path.parent for path in own))
     subjects = {compare_id(name): name for name in people.index}
-    for column, name in BESIDE.items():
+    for column, name in COMPANIONS.items():
         paths = [p for p, names in headers.items() if p not in own and match_columns(names, column)]
         if len(paths) > 1:
             names = [path.name for path in paths]
@@ -147,17 +149,17 @@ def _add_columns(people: pd.DataFrame, table: Path, rows: pd.DataFrame, columns:
             people[name] = values.combine_first(people.get(name, values))
 
 
-def _read_headers(folder: str | Path) -> dict[Path, pd.Series]:
-    """Return the columns of up to `MAX_TABLES` tables in a folder, those at its top first.
+def _read_headers(*places: str | Path) -> dict[Path, pd.Series]:
+    """Return the columns of up to `MAX_TABLES` tables in some folders, those at the top first.
 
     Of many folders beside each other, those with a number in the name are subjects': left out.
     """
     paths, headers = [], {}
-    for parent, folders, names in os.walk(os.path.abspath(folder)):
+    for parent, folders, names in chain(*map(os.walk, {*map(os.path.abspath, places)})):
         many = len(folders) > MAX_FOLDERS
         folders[:] = [f for f in folders if f[0] != "." and not (many and re.search(r"\d", f))]
         paths += [Path(parent, name) for name in names if re.search(TABLE_NAME, name)]
-    for path in sorted(paths, key=lambda path: (len(path.parts), path))[:MAX_TABLES]:
+    for path in sorted({*paths}, key=lambda path: (len(path.parts), path))[:MAX_TABLES]:
         with suppress(ValueError, OSError):
             headers[path] = tables.open_table(path, MAX_HEADER)[1]["names"]
     return headers
@@ -172,16 +174,16 @@ def read_codebooks(table: Path, folder: Path, cells: pd.Series) -> Iterator[str]
     name = rf"[\"\s]*{re.escape(cells.name)}[\"\s]*"
     if not cells.str.contains(r"\d").any() or not re.search(r"[^\W\d]", cells.name):
         return
-    book = table.with_suffix(".json")
-    if book.is_file():
-        entry = json.loads(book.read_text("utf-8")).get(cells.name, {})
+    table = Path(os.path.abspath(table))
+    with suppress(OSError, ValueError, AttributeError):  # no such file, or none as BIDS has it
+        entry = json.loads(table.with_suffix(".json").read_text("utf-8")).get(cells.name, {})
         levels = entry.get("Levels") or entry.get("Annotations", {}).get("Levels", {})
         yield re.sub(r"'TermURL': '[^']*',?|'(Label|Description)':|[{}]", " ", str(levels))
-    for path in _read_headers(folder):
+    for path in _read_headers(folder, table.parent):
         if path != table and path.stat().st_size < MAX_CODEBOOK:
             text = tables.open_table(path)[0].read()
-            told = re.findall(rf"(?im)(?<=\n)(?:.*[,;\t|])?{name}(?:[,;\t|:=(]|\s\s)(.+)", text)
-            yield from (*told, " | ".join(told))  # a line a code, perhaps
+            lines = re.findall(rf"(?im)(?<=\n)(?:.*[,;\t|])?{name}(?:[,;\t|:=(]|\s\s)(.+)", text)
+            yield from (*lines, " | ".join(lines))  # a line a code, perhaps
 
 
 def find_morphometry(cohort: str | Path, table: str | Path | None = None) -> Path | None:

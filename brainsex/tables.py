@@ -46,9 +46,7 @@ MISSING = {"", "9", "-9", "99", "999", "n/a", "na", "nan", "-", ".", "unknown"}
 
 def subject_id(text: object) -> str:
     """Return an ID as it is meant: of ``sub-01`` ``01``, of 900106.0 and 9.00106E+05 ``900106``."""
-    name = (
-        unicodedata.normalize("NFKC", str(text)).strip().rstrip("/")
-    )  # of full-width letters, too
+    name = unicodedata.normalize("NFKC", str(text)).strip().rstrip("/")  # full-width letters, too
     name = re.sub(r"(?i)^sub[-_](?=.)", "", name)
     name = name.replace("NDAR_INV", "NDARINV")  # ABCD's tables have the line, its files not
     number = re.fullmatch(r"\d+\.0*|\d(\.\d+)?[eE]\+\d\d?", name) and Decimal(name)
@@ -235,7 +233,7 @@ def _stated_codes(text: str) -> list[dict[str, int | None]]:
     forms += rf"{code}{quote}[,;\t]? *{quote}{word}", rf"{word} +{code}"
     # the code of each pair first: digits are sorted before letters
     pairs = ([sorted(pair) for pair in re.findall(form, text.lower())] for form in forms)
-    return [{c: SEX_WORDS.get(w.removesuffix("s")) for c, w in reversed(each)} for each in pairs]
+    return [{c: SEX_WORDS.get(w.removesuffix("s")) for c, w in reversed(form)} for form in pairs]
 
 
 def match_columns(columns: Iterable[str], name: str) -> list[str]:

@@ -99,7 +99,7 @@ def load_table(
     print(f"  columns of text, blank or the same for all: {len(dropped)}", *dropped[:3])
     print(f"  subjects without a sex or measure: {len(names)}", *names[:3])
     rows = rows.loc[features.index]
-    families = participants.join_beside(rows[[]], folder).get("group")
+    families = participants.join_companions(rows[[]], folder).get("group")
     if families is None and (own := tables.match_columns(rows, "Family_ID")):
         families = rows[own[0]]
     return Table(

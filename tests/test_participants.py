@@ -189,3 +189,10 @@ def test_the_folder_that_is_an_id_goes_before_names_that_have_it_within():
     paths += [Path(f"/d/{name}/{name}.nii.gz") for name in ("CON-1", "PAC-1", "PAC-2")]
     names = layouts.name_subjects(paths, known=["CON-1", "CON-2"])
     assert names == ["CON-1", "CON-1", "CON-2", "CON-2", "CON-1", "PAC-1", "PAC-2"]
+
+
+def test_a_column_named_wrongly_and_a_sidecar_of_another_form_end_in_words(tmp_path):
+    write(tmp_path, {"people.csv": NUMBERS, "people.json": '{"sex": "at birth"}'})
+    assert read(tmp_path)["Gender"].tolist() == list("MFMF")
+    with pytest.raises(ValueError, match="expected one column Nope, found id, age, sex; name it"):
+        read(tmp_path, subject="Nope")

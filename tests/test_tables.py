@@ -192,10 +192,10 @@ def test_a_subject_without_a_family_is_one_of_its_own():
 
 def test_families_are_joined_in_any_spelling_of_ids_or_missed_loudly(tmp_path, capsys):
     write(tmp_path, "Subject,Family_ID\n2.0,b\n1.0,a\n9.0,\n", "restricted.csv")
-    people = participants.join_beside(pd.DataFrame(index=["001", "002"]), tmp_path)
+    people = participants.join_companions(pd.DataFrame(index=["001", "002"]), tmp_path)
     assert people["group"].tolist() == ["a", "b"]
     assert "WARNING" not in capsys.readouterr().out
-    people = participants.join_beside(pd.DataFrame(index=["5", "6", "1"]), tmp_path)
+    people = participants.join_companions(pd.DataFrame(index=["5", "6", "1"]), tmp_path)
     assert people["group"].tolist()[2] == "a"
     assert people["group"].isna().tolist() == [True, True, False]
     message = "WARNING: restricted.csv has Family_ID of 1 of 3: compare IDs"
@@ -275,10 +275,10 @@ def test_missing_codes_are_no_family(tmp_path):
         f"{n},{code}\n" for n, code in enumerate(["-9", "n/a", ".", "unknown", "a", "9"])
     )
     write(tmp_path, "Subject,Family_ID\n" + rows, "families.csv")
-    people = participants.join_beside(pd.DataFrame(index=list("012345")), tmp_path)
+    people = participants.join_companions(pd.DataFrame(index=list("012345")), tmp_path)
     assert people["group"].isna().tolist() == [True] * 4 + [False] * 2
     write(tmp_path, "Subject,Family_ID\n" + "".join(f"{n},99\n" for n in range(20)), "families.csv")
-    people = participants.join_beside(pd.DataFrame(index=[str(n) for n in range(20)]), tmp_path)
+    people = participants.join_companions(pd.DataFrame(index=[str(n) for n in range(20)]), tmp_path)
     assert people["group"].isna().all()  # a code for unknown, or another question's answers
 
 

@@ -38,6 +38,8 @@ def _read_layout(
     people, columns = None, {name: names[name] for name in ("subject", "sex")}
     paths = layouts.find_files(cohort, *layouts.VOLUME_ENDINGS, ".zip")
     known = layouts.split_paths(path.relative_to(cohort).as_posix() for path in paths)
+    if table and not table.is_file() and (cohort / table).is_file():
+        table = cohort / table
     try:
         parts = [table] if table else participants.find_people(cohort, **columns, known=known)
         people = participants.read_people(parts, **names, known=known, folder=cohort)
@@ -165,9 +167,9 @@ OPTIONS = {  # the default of --effect is the function's own: 1 for synthesize, 
     "--overwrite": {"action": "store_true", "help": "start anew, also with other settings"},
     "--member": {"nargs": "+", "default": archives.FA_MEMBERS, "help": "patterns of names"},
     "--bmax": {"type": float, "default": 1500, "help": "largest shell, s/mm²"},
-    "--table": {"type": Path, "help": "of people; the one in COHORT by default"},
+    "--table": {"type": Path, "help": "of people, CSV or Excel; by default the one in COHORT"},
     "--subject": {"help": "column of IDs, where its name does not tell"},
-    "--sex": {"help": "column of sex, likewise"},
+    "--sex": {"help": "column of sex, likewise; with codes: 'Sex (0=male, 1=female)'"},
     "--id": {"metavar": "REGEX", "help": "that finds a subject's ID in a path"},
     "--kind": {"choices": tuple(layouts.NAMES), "help": "of volumes, where there are both"},
     "--session": {"help": "of volumes and rows, where subjects came twice; or first, last"},

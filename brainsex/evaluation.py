@@ -25,6 +25,8 @@ def folds(
     there are too few subjects of a sex, or families, for that.
     """
     sex = np.asarray(sex)
+    if groups is not None and (count := len(set(groups))) < folds:
+        raise ValueError(f"expected {folds} families or more, found {count}: see their column.")
     splitter = StratifiedKFold if groups is None else StratifiedGroupKFold
     splits = splitter(folds, shuffle=True, random_state=seed).split(sex, sex, groups)
     assignment = np.empty(len(sex), np.int64)

@@ -142,7 +142,7 @@ def score_dots(
 ) -> Figure:
     """Draw scores with intervals: a line of dots a row, a colour and mark a kind.
 
-    `table` has the columns `rows`, `hue`, accuracy (`label` on the axis), low, high and maybe n.
+    `table` has the columns `rows`, `hue`, accuracy (`label` on the axis), low, high and n.
     `folds`, one row a fold, and `published`, with sd too (NaN if unknown), have the first three.
     Raises ValueError for more kinds than colours.
     """
@@ -160,8 +160,7 @@ def score_dots(
         ax.hlines(heights(scores), scores["low"], scores["high"], color=colour, linewidth=1.6)
         look = {"transform": ax.get_yaxis_transform(), "va": "center"}
         for y, row in zip(heights(scores), scores.itertuples()):
-            n = f", n={row.n}" if "n" in scores else ""
-            ax.text(1.01, y, f"{row.accuracy:.2f}{n}", fontsize=8, **look)
+            ax.text(1.01, y, f"{row.accuracy:.2f}, n={row.n}", fontsize=8, **look)
         if folds is not None:
             dots = folds[folds[hue] == kind]
             ax.plot(dots["accuracy"], heights(dots) - 0.3 * step, ".", color=colour, alpha=0.4)

@@ -210,7 +210,9 @@ def _describe(path: str) -> tuple[str, str]:
         if re.search(f"(?i){ending}$", f"/{path}"):
             return kind, modality
     *folders, name = path.lower().split("/")
-    words = set(re.split(r"[\W_]+", name)) | ({"t1"} if name == "brain.mgz" else set())
+    words = set(re.split(r"[\W_]+", re.sub("space-[^_]+", "", name))) | (
+        {"t1"} if name == "brain.mgz" else set()
+    )
     if words & NO_MAP_WORDS or SPM_TISSUE.match(name) or "7t" in re.split("[/_]", path.lower()):
         return "", ""
     for modality, pattern in NAMES.items():

@@ -6,7 +6,6 @@ taken, ties are broken at random, the same way every time: zeros gain nothing fr
 """
 
 import numpy as np
-import pandas as pd
 import torch
 from sklearn.metrics import average_precision_score
 from torch import nn
@@ -17,17 +16,12 @@ FRACTIONS = (0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
 """Shares of the brain at which deletion and insertion are measured."""
 
 
-def localisation(maps: np.ndarray, truth: np.ndarray, brain: np.ndarray) -> pd.DataFrame:
-    """Measure how well maps (N, X, Y, Z) find what was planted, one row a map.
+def average_precision(maps: np.ndarray, truth: np.ndarray, brain: np.ndarray) -> np.ndarray:
+    """Return how well each of the maps (N, X, Y, Z) finds what was planted, (N,), in the brain.
 
-    Columns: average_precision over the brain's voxels, and base_rate, that of a map that knows
-    nothing. Raises ValueError if nothing planted lies in the brain, or a map is not finite.
+    A map that knows nothing has ``truth[brain].mean()``. Raises ValueError if one is not finite.
     """
-    inside = truth[brain]
-    if not inside.any():
-        raise ValueError("expected planted voxels in the brain, found none")
-    precision = [average_precision_score(inside, values) for values in maps[:, brain]]
-    return pd.DataFrame({"average_precision": precision, "base_rate": inside.mean()})
+    return np.array([average_precision_score(truth[brain], image[brain]) for image in maps])
 
 
 def top_voxels(values: np.ndarray, brain: np.ndarray, voxels: int) -> np.ndarray:

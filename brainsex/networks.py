@@ -131,11 +131,15 @@ def device() -> torch.device:
 
 
 def fast_precision(device: torch.device) -> torch.dtype:
-    """Return bfloat16 where the hardware multiplies it faster than float32, otherwise float32."""
+    """Return bfloat16 where the hardware multiplies it faster than float32, otherwise float32.
+
+    DNNL_MAX_CPU_ISA, oneDNN's own bound on the instructions it uses, is respected.
+    """
     if device.type == "cuda":
         faster = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         faster = torch.cpu._is_avx512_bf16_supported()
+        faster &= torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.bfloat16 if faster else torch.float32
 
 

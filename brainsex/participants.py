@@ -25,7 +25,7 @@ COMPANIONS = {  # columns that HCP ships in tables of their own, beside the tabl
     "FS_IntraCranial_Vol": "intracranial_volume_ml",
 }
 MORPHOMETRY_NAMES = ("unrestricted_hcp_freesurfer.csv", "morphometry.csv")
-TABLE_NAME = r"(?i)^(?!\.|(subjects|rejected)\.csv$).*\.(csv|tsv|txt)$"  # but what convert leaves
+TABLE_NAME = r"(?i)^(?!\.|(subjects|rejected)\.csv$).*\.(csv|tsv|txt|xlsx)$"  # none of convert's
 MAX_TABLES, MAX_FOLDERS, MAX_FAMILY = 1000, 20, 15  # the last: members
 MAX_HEADER, MAX_CODEBOOK = 1 << 16, 1 << 20  # bytes
 NO_FAMILY = [code for code in tables.MISSING if not code.isdecimal()]
@@ -45,7 +45,7 @@ def find_people(
     Raises FileNotFoundError if there is none, or if several are as likely.
     """
     parts, wanted, merits = {}, (subject or "Subject", sex or "Gender"), {}
-    for path, names in _read_headers(folder).items():
+    for path, names in (headers := _read_headers(folder)).items():
         if len(names) > 1 and match_columns(names, wanted[1]):
             rank = next((n for n, name in enumerate(NAMES) if re.fullmatch(name, path.name)), 9)
             parts.setdefault((rank, path.parent, *names), []).append(path)
@@ -59,7 +59,7 @@ def find_people(
         merits[key] = count, bool(match_columns(key[2:], wanted[0])), -len(key[1].parts)
     best = [key for key in merits if merits[key] == max(merits.values())]
     if len(best) != 1:
-        names = [path.name for key in best for path in parts[key]] or "none"
+        names = [path.name for key in best for path in parts[key]] or [*map(str, headers)][:9]
         problem = f"expected one table with columns {' and '.join(wanted)}, found {names}"
         remedy = "name a CSV by --table, columns by --subject and --sex; see DATA_ACCESS.md"
         raise FileNotFoundError(f"{folder}: {problem}; {remedy}")
@@ -92,11 +92,11 @@ def read_people(
         subject, rows = find_id_column(table, rows, *known)
     else:
         rows = _fill_blanks(rows, tables.find_column(table, rows, subject))
-    sex = tables.find_column(table, rows, sex or "Gender")
-    used = [sex, *(name for key in COLUMNS | COMPANIONS for name in match_columns(rows, key))]
+    column = tables.find_column(table, rows, sex or "Gender")
+    used = [column, *(name for key in COLUMNS | COMPANIONS for name in match_columns(rows, key))]
     rows = tables.index_subjects(table, rows, subject, used, session)
-    codebooks = read_codebooks(table, folder, rows[sex])
-    people = tables.read_sex(table, rows, sex, codebooks).to_frame("Gender")
+    codebooks = read_codebooks(table, folder, rows[column], sex)
+    people = tables.read_sex(table, rows, column, codebooks).to_frame("Gender")
     _add_columns(people, table, rows, COLUMNS | COMPANIONS)
     return join_companions(people, folder, paths, session)
 
@@ -165,14 +165,19 @@ def _read_headers(*places: str | Path) -> dict[Path, pd.Series]:
     return headers
 
 
-def read_codebooks(table: Path, folder: Path, cells: pd.Series) -> Iterator[str]:
+def read_codebooks(
+    table: Path, folder: Path, cells: pd.Series, option: str | None = None
+) -> Iterator[str]:
     """Yield what is written beside a table about a column that has numbers: texts for `read_sex`.
 
-    These are the levels in BIDS's JSON of the table, and lines of other short texts and tables of
-    the folder of which the column's name is a cell or the beginning, from there on.
+    An `option` with codes, as ``Sex (0=male, 1=female)``, is the only one. Else: levels in BIDS's
+    JSON, and what follows the column's name, a cell or the start of a line, in short texts.
     """
     name = rf"[\"\s]*{re.escape(cells.name)}[\"\s]*"
     if not cells.str.contains(r"\d").any() or not re.search(r"[^\W\d]", cells.name):
+        return
+    if option and option != cells.name and "=" in option:
+        yield option
         return
     table = Path(os.path.abspath(table))
     with suppress(OSError, ValueError, AttributeError):  # no such file, or none as BIDS has it
@@ -181,8 +186,11 @@ def read_codebooks(table: Path, folder: Path, cells: pd.Series) -> Iterator[str]
         yield re.sub(r"'TermURL': '[^']*',?|'(Label|Description)':|[{}]", " ", str(levels))
     for path in _read_headers(folder, table.parent):
         if path != table and path.stat().st_size < MAX_CODEBOOK:
-            text = tables.open_table(path)[0].read()
-            lines = re.findall(rf"(?im)(?<=\n)(?:.*[,;\t|])?{name}(?:[,;\t|:=(]|\s\s)(.+)", text)
+            text = tables.open_table(path)[0].getvalue()
+            text = re.sub('"[^"]{,1000}"', lambda cell: cell[0].replace("\n", "; "), text)
+            lines = re.findall(
+                rf"(?im)(?:\A|(?<=\n)(?:.*[,;\t|])?){name}(?:[,;\t|:=(]|\s\s)(.+)", text
+            )
             yield from (*lines, " | ".join(lines))  # a line a code, perhaps
 
 

@@ -1,7 +1,7 @@
 """How networks run fast: the same functions as the plain ones of `networks`, in another order."""
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import joblib
 import numpy as np
@@ -17,18 +17,19 @@ CPU_BATCH, GPU_BATCH = 2, 32
 """Volumes a pass: on a CPU one alone takes twice as long, more than a few leave the cache."""
 
 
-def training_forward(network: nn.Module, batch: Tensor) -> Tensor:
+def training_forward(network: nn.Module, batch: Tensor, moments: Tensor | None = None) -> Tensor:
     """Compute ``network(batch)``, for a `MriNet3d` in training faster than by its own forward.
 
     Pooling comes before the ReLU, with which a maximum commutes. The first batch norm is folded
     into its convolution: mean and variance of what that makes of one channel follow from the
-    channel's moments. So the largest tensors are never normalised, and on a CPU they are made and
-    pooled `CPU_BATCH` volumes at a time. Statistics and gradients are those of the whole batch.
+    channel's `moments`, those of `patch_moments`. So the largest tensors are never normalised, and
+    on a CPU they are made and pooled `CPU_BATCH` volumes at a time. Statistics and gradients are
+    those of the whole batch.
     """
     if type(network) is not networks.MriNet3d or not network.training:
         return network(batch)
     networks.check_input(batch, network.shape)
-    features = _first_layer(network.hidden1, batch)
+    features = _first_layer(network.hidden1, batch, moments)
     for convolution, norm, relu, _ in (network.hidden2, network.hidden3):
         features = relu(_MaxPool3d(2)(norm(convolution(features))))
     return network.linear(network.dropout(features.flatten(1)))
@@ -42,51 +43,53 @@ class _MaxPool3d(nn.MaxPool3d):
             return super().forward(features)
 
 
-def _first_layer(layer: nn.Sequential, volumes: Tensor) -> Tensor:
+def _first_layer(layer: nn.Sequential, volumes: Tensor, moments: Tensor | None = None) -> Tensor:
     """Compute ``layer(volumes)`` of volumes (N, 1, X, Y, Z) with the batch norm folded."""
     convolution, norm, relu, _ = layer
     # Batch norm removes any constant; without it bfloat16 gradients cancel less. Rounded to
     # bfloat16, the constant leaves a background of zeros exact.
     offset = volumes.detach().mean().bfloat16().float()
-    chunks = (volumes - offset).split(CPU_BATCH if volumes.device.type == "cpu" else len(volumes))
     with torch.autocast(volumes.device.type, enabled=False):
-        count, sums, products = _patch_moments(chunks)
+        total = (_patch_moments(volumes) if moments is None else moments).sum(0)
+        products, sums, count = total[:-1, :-1], total[:-1, -1], total[-1, -1]
         kernels = convolution.weight.double().flatten(1)
-        centre = kernels @ sums / count
-        variance = (kernels @ products * kernels).sum(1) / count - centre**2
-        mean = centre + convolution.bias
+        mean = kernels @ sums / count
+        variance = ((kernels @ products * kernels).sum(1) / count - mean**2).clamp(min=0)
         scale = norm.weight / (variance + norm.eps).sqrt()
-        bias = norm.bias + scale * (convolution.bias - mean)  # its gradient is 0, and not None
+        centre = mean - offset * kernels.sum(1) + 0 * convolution.bias  # a gradient of 0, not None
+        bias = norm.bias - scale * centre
         weight = scale.to(norm.weight.dtype).view(-1, 1, 1, 1, 1) * convolution.weight
         with torch.no_grad():
             norm.num_batches_tracked += 1
-            mean, variance = mean + offset * kernels.sum(1), variance * count / (count - 1)
+            mean, variance = mean + convolution.bias, variance * count / (count - 1)
             norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
             norm.running_var.lerp_(variance.to(norm.running_var.dtype), norm.momentum)
+    chunks = (volumes - offset).split(CPU_BATCH if volumes.device.type == "cpu" else len(volumes))
     pooled = [_MaxPool3d(2)(nn.functional.conv3d(chunk, weight)) for chunk in chunks]
     return relu(torch.cat(pooled) + bias.to(weight.dtype).view(-1, 1, 1, 1))
 
 
-def _patch_moments(chunks: Sequence[Tensor]) -> tuple[int, Tensor, Tensor]:
-    """Count, sum (27,) and sum of products (27, 27), float64, of all 3×3×3 patches of chunks.
+def patch_moments(network: nn.Module, volumes: np.ndarray, device: torch.device) -> Tensor:
+    """Compute the moments that `training_forward` needs of volumes (N, X, Y, Z), once for all.
 
-    A product of planes across X serves all pairs of a kernel's taps that are equally far apart.
+    They are (N, 28, 28), float64: of each volume, the sum over its 3×3×3 patches of the products
+    of the 27 voxels and a 1 with each other. Other networks than `MriNet3d` need none: (N, 0).
     """
-    x, y, z = (size - 2 for size in chunks[0].shape[2:])
-    sums = torch.zeros(3, 9, dtype=torch.float64, device=chunks[0].device)
-    products = sums.new_zeros(3, 9, 3, 9)
-    for chunk in chunks:
-        slices = chunk[:, 0].transpose(0, 1)
-        taps = [slices[..., b : b + y, c : c + z] for b in range(3) for c in range(3)]
-        planes = torch.stack(taps, 2).flatten(3)  # (X, n, 9, Y Z)
-        plane_sums = planes.sum(3).sum(1, dtype=torch.float64)
-        pairs = [(planes[: x + 2 - step] @ planes[step:].mT).sum(1) for step in range(3)]
-        for a in range(3):
-            sums[a] += plane_sums[a : a + x].sum(0)
-            for b in range(a, 3):
-                products[a, :, b] += pairs[b - a][a : a + x].sum(0, dtype=torch.float64)
-    upper = products.view(27, 27)
-    return sum(map(len, chunks)) * x * y * z, sums.flatten(), upper.triu() + upper.triu(1).T
+    if type(network) is not networks.MriNet3d:
+        return torch.empty(len(volumes), 0)
+
+    def work(rows: np.ndarray) -> Tensor:
+        return _patch_moments(read_batch(volumes, rows, device))
+
+    return torch.cat(list(map_batches(work, len(volumes), device)))
+
+
+def _patch_moments(volumes: Tensor) -> Tensor:
+    """Moments (n, 28, 28) of volumes (n, 1, X, Y, Z)."""
+    x, y, z = (size - 2 for size in volumes.shape[2:])
+    taps = [volumes[:, 0, a : a + x, b : b + y, c : c + z] for a, b, c in np.ndindex(3, 3, 3)]
+    patches = torch.stack([*taps, torch.ones_like(taps[0])], 1).flatten(2)  # (n, 28, voxels)
+    return (patches @ patches.mT).double()
 
 
 def inference_copy(network: nn.Module, device: torch.device, fuse: bool = True) -> nn.Module:

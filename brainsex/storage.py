@@ -1,14 +1,12 @@
 """What is written stays whole: atomic files, one record a run, one border for unreadable files."""
 
 import errno
-import glob
 import gzip
 import json
 import math
 import os
 import platform
 import secrets
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
@@ -23,7 +21,6 @@ from isal import igzip
 from nibabel.arrayproxy import ArrayProxy
 
 RUN_RECORD = "run.json"
-MAX_PARTIAL_SECONDS = 24 * 3600  # after which nobody is at work on a temporary file any more
 RECORDED_PACKAGES = "brainsex numpy pandas scipy torch nibabel scikit-learn dipy".split()
 MAX_EXTRA_BYTES = 1 << 20  # read after the voxels
 POINTERS = {  # how files begin that stand for content elsewhere
@@ -38,15 +35,10 @@ MAX_VOXELS = 1 << 25  # of the largest NIfTI grid read; a head at 0.7 mm has two
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path, which replaces `path` if the block succeeds: so `path` is whole.
 
-    Several processes may write the same file at the same time: the last one wins. Temporary files
-    that killed runs left for it a day ago or before are deleted.
+    Of several processes that write the same file at the same time, the last one wins.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for stale in path.parent.glob(f".{glob.escape(path.name)}.????????.partial"):
-        with suppress(OSError):
-            if stale.stat().st_mtime < time.time() - MAX_PARTIAL_SECONDS:
-                stale.unlink()
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         yield partial

@@ -6,6 +6,7 @@ import os
 import re
 import unicodedata
 import warnings
+import zipfile
 from collections.abc import Iterable, Sequence
 from decimal import Decimal
 from itertools import islice
@@ -18,6 +19,7 @@ from brainsex import storage
 
 MAX_TITLE_LINES, MAX_LINE, MAX_UNKNOWN_SHARE = 30, 1 << 16, 0.1
 """Lines among which a header is looked for, their characters, people of neither sex's code."""
+MAX_WORKBOOK, UTF_16_MARKS = 1 << 28, (b"\xff\xfe", b"\xfe\xff")  # bytes, inflated
 INVALID_ID_CHARACTERS, MAX_ID_LENGTH = r"[/\\\x00-\x1f\x7f]", 200  # IDs become file names
 SESSION_ENDS = "first", "last"  # sessions: those of each person
 SYNONYMS = {  # of HCP's columns, in any case, as BIDS, UK Biobank, OASIS, REDCap … name them
@@ -100,27 +102,35 @@ def open_table(table: Path, size: int = -1) -> tuple[io.StringIO, dict]:
     """Return a table's text, perhaps only its first bytes, and how pandas reads it.
 
     The header is the first line with more than half of the cells filled and as many cells as most
-    lines have, or one fewer. Comma, semicolon or tab separate cells. The encoding is UTF-8, UTF-16
-    or one of Windows': an East Asian one where that finds a word for sex. A repeated name gets
-    " (2)" appended.
+    lines have, or one fewer, but no ``##`` before. Comma, semicolon or tab separate cells. The
+    encoding is UTF-8, UTF-16 or Windows-1252. Of an Excel workbook the first sheet is read. A
+    repeated name gets " (2)" appended.
     """
     with table.open("rb") as stream:
         content = stream.read(size)
+    if content.startswith(b"PK"):
+        with zipfile.ZipFile(table) as archive:
+            if sum(member.file_size for member in archive.infolist()) > MAX_WORKBOOK:
+                raise ValueError(f"a workbook of more than {MAX_WORKBOOK >> 20} MB")
+        lines = MAX_TITLE_LINES if size > 0 else None
+        sheet = pd.read_excel(table, header=None, dtype=str, nrows=lines, engine="openpyxl")
+        content = sheet.to_csv(index=False, header=False).encode()
+    elif b"\0" in content and content[:2] not in UTF_16_MARKS:
+        raise ValueError("binary")
     content = content[: content.rfind(b"\n") + 1] if len(content) == size else content
     try:
-        marked = content[:2] in (b"\xff\xfe", b"\xfe\xff")
+        marked = content[:2] in UTF_16_MARKS
         text = content.decode(*(("utf-16", "ignore") if marked else ("utf-8-sig",)))
-    except UnicodeDecodeError:  # as Excel encodes text in East Asia, or in the West
-        encodings = "cp932", "gb18030", "cp949", "cp1252"
-        texts = [content.decode(encoding, errors="replace") for encoding in encodings]
-        text = next((text for text in texts if re.search("性[別别]|성별", text)), texts[-1])
+    except UnicodeDecodeError:  # as Excel encodes text in the West
+        text = content.decode("cp1252", errors="replace")
     file = io.StringIO(text, newline=None)
     lines, looks = [line[:MAX_LINE] for line in islice(file, MAX_TITLE_LINES)], []
     for separator in ",;\t":
         rows = [*csv.reader(lines, delimiter=separator)] or [[]]
         widths = [len(row) for row in rows if row] or [0]
         width = max(set(widths), key=widths.count)
-        filled = [sum(map(bool, row)) * (len(row) >= width - 1) for row in rows]
+        headers = [len(row) >= width - 1 and row[:1] != ["##"] for row in rows]
+        filled = [sum(map(bool, row)) * possible for row, possible in zip(rows, headers)]
         start = next((n for n, count in enumerate(filled) if 2 * count > max(filled)), 0)
         looks.append((width < 2, -widths.count(width), start, -width, separator, rows[start]))
     *_, start, _, separator, header = min(looks)
@@ -155,10 +165,11 @@ def read_text_table(table: str | Path) -> pd.DataFrame:
 
 
 def select_session(rows: pd.DataFrame, session: str | None) -> pd.DataFrame:
-    """Keep a table's rows of a session, where one is named and a column has sessions."""
+    """Keep a table's rows of a session, where one is named and some row has it."""
     if session not in (None, *SESSION_ENDS) and len(columns := match_columns(rows, "session")) == 1:
         sessions = rows[columns[0]].str.strip().str.removeprefix("ses-")
-        rows = rows[sessions == session.removeprefix("ses-")]
+        chosen = sessions == session.removeprefix("ses-")
+        rows = rows[chosen] if chosen.any() else rows
     return rows
 
 
@@ -191,9 +202,10 @@ def read_sex(
     if letters.nunique() < 2 and (unknown or coding[:1].isdigit()):
         problem = f"expected M and F, words, 0 and 1 (men), or 1 (men) and 2, found {unknown[:9]}"
         raise ValueError(f"{table}: column {cells.name}: {problem} ({coding or 'none known'})")
-    unsure = coding[:1].isdigit() and not sexes.attrs["stated"]
-    warning = "; WARNING: nothing here says so, it is only usual" * unsure
-    print(f"{table.name}: sex, by column {cells.name}: {coding}{warning}")
+    print(f"{table.name}: sex, by column {cells.name}: {coding}")
+    if coding[:1].isdigit() and not sexes.attrs["stated"]:
+        swapped = coding.replace(" is F", "=male").replace(" is M", "=female")
+        print(f'WARNING: no codebook says so; if it is reversed: --sex "{cells.name} ({swapped})"')
     return letters.fillna(cells)
 
 
@@ -240,6 +252,7 @@ def match_columns(columns: Iterable[str], name: str) -> list[str]:
     """Return the columns of that name, in any case, or its `SYNONYMS`; of sex, with the word in."""
     names = pd.Series([*columns], dtype=str)
     plain = names.str.replace(r" \(\d+\)$", "", regex=True)  # of repeated columns
+    name = name if (plain == name).any() else re.sub(r" *\([^(]*=.*\)$", "", name)  # codes
     exact, alike = plain == name, plain.str.lower() == name.lower()
     other = plain.str.fullmatch(SYNONYMS.get(name, re.escape(name)), case=False)
     worded = plain.str.contains(SEX_WORD_IN_NAME if name == "Gender" else "(?!)", case=False)

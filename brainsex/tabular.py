@@ -66,9 +66,8 @@ def load_table(
     has_sex = sex != "Gender" or bool(tables.match_columns(rows, sex))
     if cohort is not None or not has_sex:
         table = folder / "subjects.csv"  # who was converted
-        people = participants.read_people(
-            table if table.is_file() else participants.find_people(folder)
-        )
+        table = table if table.is_file() else participants.find_people(folder)
+        people = participants.read_people(table)
         rows.index = participants.spell_ids(rows.index, people.index)
         if not people.index.isin(rows.index).any():
             problem = f"expected subjects of {folder}, found none among {len(rows)}"
@@ -76,9 +75,8 @@ def load_table(
         letters = people["Gender"].reindex(rows.index)
     if has_sex:
         name = tables.find_column(csv, rows, sex)
-        letters = tables.read_sex(
-            csv, rows, name, participants.read_codebooks(csv, folder, rows[name])
-        )
+        codebooks = participants.read_codebooks(csv, folder, rows[name], sex)
+        letters = tables.read_sex(csv, rows, name, codebooks)
     labels = letters.map(LABELS)
     named = rows.columns.str.replace(r" \(\d+\)$", "", regex=True)  # of repeated columns
     no_features = named.str.fullmatch("|".join(tables.SYNONYMS.values()), case=False)
@@ -125,15 +123,10 @@ def make_classifiers(
     nearest = KNeighborsClassifier(neighbours)
     logistic, svm = LogisticRegression(max_iter=1000), SVC()
     if nested:
-        options = {
-            "scoring": "accuracy",
-            "max_iter": 1000,
-            "use_legacy_attributes": False,
-            "cv": INNER,
-        }
-        nearest = GridSearchCV(
-            nearest, {"n_neighbors": [k for k in NEIGHBOURS if k <= largest]}, cv=INNER
-        )
+        options = {"scoring": "accuracy", "max_iter": 1000, "use_legacy_attributes": False}
+        counts = [k for k in NEIGHBOURS if k <= largest]
+        nearest = GridSearchCV(nearest, {"n_neighbors": counts}, cv=INNER)
+        options["cv"] = INNER
         logistic = LogisticRegressionCV(Cs=np.logspace(-4, 0, 5), l1_ratios=(0,), **options)
         svm = GridSearchCV(svm, {"C": (0.1, 1.0, 10.0)}, cv=INNER)
     return {

@@ -55,7 +55,7 @@ def fit(
     batch_size : subjects at most; the batches of an epoch are equal in size, give or take one.
     lr, milestones : Adam's rate (FloatingPointError if the loss diverges), a tenth after each.
     weight_decay : of Adam, decoupled (Loshchilov and Hutter 2019, arXiv 1711.05101).
-    neutral : learn the linear layer of a `MriNet3d` anew at the end, by `learn_neutral_layer`.
+    neutral : learn the linear layer of a `MriNet3d` anew at the end: `learn_neutral_layer`.
     precision : torch.bfloat16 or float32; by default the machine's faster one.
 
     Returns a row an epoch: epoch, train_loss, train_accuracy, validation_loss and -_accuracy.
@@ -68,6 +68,7 @@ def fit(
     dtype = precision or networks.fast_precision(device)
     labels = torch.as_tensor(np.array(sex), dtype=torch.long, device=device)
     networks.to_device(network, device)
+    moments = speed.patch_moments(network, volumes, device)
     optimiser = torch.optim.AdamW(network.parameters(), lr, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimiser, list(milestones))
     bar = tqdm(range(epochs), "fit", disable=not progress)
@@ -80,7 +81,7 @@ def fit(
             for rows in torch.randperm(len(sex)).tensor_split(-(-len(sex) // batch_size)):
                 batch = speed.read_batch(volumes, rows.numpy(), device)
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    logits = speed.training_forward(network, batch).float()
+                    logits = speed.training_forward(network, batch, moments[rows]).float()
                 loss, correct = _score_logits(logits, labels[rows])
                 optimiser.zero_grad()
                 loss.backward()
@@ -209,9 +210,7 @@ def cross_validate(
     with tempfile.TemporaryDirectory() as temporary:
         out = Path(out or temporary)
         storage.start_run(out, "train", settings | facts, **stale)
-        path, text = out / "folds.csv", table[["Subject", "fold"]].to_csv(index=False)
-        if not path.is_file() or path.read_text("utf-8", "replace") != text:
-            storage.write_text(path, text)
+        storage.write_text(out / "folds.csv", table[["Subject", "fold"]].to_csv(index=False))
         run = out, cohort, assignment, make_network, confounds, settings, threads
         calls = (joblib.delayed(_fit_fold)(fold, *run) for fold in only)
         results = joblib.Parallel(jobs, return_as="generator")(calls)

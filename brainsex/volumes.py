@@ -22,6 +22,7 @@ from brainsex import BRAIN_THRESHOLD, LABELS, SHAPE, layouts, participants, regi
 from brainsex.storage import load_volume, read_grid
 
 NO_VOLUME = "a row, but no volume"
+NO_ROW = "a volume, but no row in the table; --id, --subject or --session take others"
 MAX_OUT_OF_RANGE = 0.25  # share of the brain beyond [0, 1], as by ringing, that an FA map may have
 MAX_BRAIN_ML = 2500  # a T1-weighted volume with more of it is a head with its skull
 MEASURES = ["brain_volume_ml", "non_finite", "negative", "above_one"]
@@ -139,9 +140,8 @@ def prepare_like(
     native = grid.get("native")
     if native and not registration.same_grid(volume.shape, affine, native):
         if not (grid.get("regrid") or pose):
-            grids = (volume.shape, affine), (tuple(native[0]), native[1])
-            own, wanted = (f"{shape} {np.round(to_mm, 3).tolist()}" for shape, to_mm in grids)
-            raise ValueError(f"its grid is {own}, not the cohort's {wanted}; --regrid")
+            own = f"{volume.shape} {affine.round(3).tolist()}"
+            raise ValueError(f"its grid is {own}, not the cohort's {native}; --regrid")
         volume, affine = registration.regrid(volume, affine, native), np.array(native[1])
     volume, affine = resample(volume, affine, tuple(grid["shape"]))
     small = volume.shape, affine if grid.get("affine") is None else grid["affine"]
@@ -181,9 +181,8 @@ def convert(
     """
     out_dir = Path(out_dir)
     if not isinstance(table, pd.DataFrame):
-        table = participants.read_people(
-            participants.find_people(table) if Path(table).is_dir() else table
-        )
+        table = participants.find_people(table) if Path(table).is_dir() else table
+        table = participants.read_people(table)
     if not isinstance(source, pd.DataFrame):
         source = layouts.choose_volumes(layouts.find_volumes(source), match="*")
     files = source.groupby("Subject")["path"].agg(list).to_dict()
@@ -226,9 +225,7 @@ def _match_subjects(
         if subject not in files:
             rejected[subject] = NO_VOLUME
         elif subject not in people.index:
-            rejected[subject] = (
-                "a volume, but no row in the table; --id, --subject or --session take others"
-            )
+            rejected[subject] = NO_ROW
         elif len(paths := files[subject]) > 1:
             names = ", ".join("/".join(path.parts[-3:]) for path in paths)
             rejected[subject] = f"{len(paths)} volumes: {names}: keep one (--session, --match)"

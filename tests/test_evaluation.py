@@ -56,8 +56,9 @@ def test_families_stay_together_and_sexes_balanced():
         ([0, 0, 0, 1, 1], None, 3, "of 3 does not hold both sexes"),
         ([0, 0, 0, 1, 1], None, 1, "n_splits=2 or more"),
         ([0, 0, 0, 0], None, 2, "both sexes"),
-        ([0, 1, 0, 1, 0, 1], list("aaabbb"), 3, "number of groups: 2"),
+        ([0, 1, 0, 1, 0, 1], list("aaabbb"), 3, "3 families or more, found 2"),
         ([0] * 97 + [1] * 3, np.arange(100), 5, "both sexes"),
+        ([0, 1] * 8, ["a"] * 15 + ["b"], 4, "families or more, found 2"),
         ([0, 1] * 6 + [1] * 4, ["a", "a"] * 4 + ["b", "b"] * 2 + list("cdef"), 5, "both sexes"),
     ],
 )

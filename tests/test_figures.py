@@ -141,12 +141,12 @@ def test_training_curves_draw_folds_and_their_mean():
 
 SCORES = pd.DataFrame(
     [
-        ("SVM", "10-fold", 0.91, 0.88, 0.96),
-        ("KNN", "10-fold", 0.82, 0.78, 0.9),
-        ("SVM", "leave-one-out", 0.93, 0.9, 0.95),
-        ("KNN", "leave-one-out", 0.74, 0.7, 0.79),
+        ("SVM", "10-fold", 0.91, 0.88, 0.96, 100),
+        ("KNN", "10-fold", 0.82, 0.78, 0.9, 100),
+        ("SVM", "leave-one-out", 0.93, 0.9, 0.95, 100),
+        ("KNN", "leave-one-out", 0.74, 0.7, 0.79, 100),
     ],
-    columns=["classifier", "protocol", "accuracy", "low", "high"],
+    columns=["classifier", "protocol", "accuracy", "low", "high", "n"],
 )
 
 
@@ -178,7 +178,7 @@ def test_dots_draw_scores_intervals_and_numbers_in_their_row_and_kind():
         segments = np.array(bars.get_segments())
         np.testing.assert_allclose(segments[:, :, 0], rows[["low", "high"]], err_msg=kind)
         np.testing.assert_allclose(segments[:, :, 1], line.get_ydata()[:, None] * [[1, 1]])
-        assert [written[f"{x:.2f}"] for x in line.get_xdata()] == line.get_ydata().tolist()
+        assert [written[f"{x:.2f}, n=100"] for x in line.get_xdata()] == line.get_ydata().tolist()
     with pytest.raises(ValueError, match="shorter"):  # there are eight colours
         dots(pd.concat([SCORES[:1].assign(protocol=kind) for kind in "abcdefghi"]))
     assert dots(label="AUC").get_xlabel() == "AUC"

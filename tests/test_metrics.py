@@ -47,26 +47,17 @@ def make_cohort(volumes: np.ndarray, sex: np.ndarray) -> Cohort:
     return Cohort("toy", True, volumes, sex, subjects, None, np.eye(4), table)
 
 
-def test_localisation_by_hand():
+def test_average_precision_by_hand():
     """Five voxels, two planted; ranked first and third: AP = (1/1 + 2/3) / 2 = 5/6."""
     brain, truth = line(1, 1, 1, 1, 1) > 0, line(1, 0, 0, 1, 0) > 0
     truth[2, 3, 4] = True  # outside the brain: does not count
     maps = np.stack([line(5, 4, 1, 3), line(1, 3, 0, 2), line(0, 0), line(7, 2, 2, 7, -5)])
     maps[:, 2, 3, 4] = 9
-    scores = metrics.localisation(maps, truth, brain)
-    assert scores["base_rate"].tolist() == [0.4] * 4
     # ranks of the planted: 1 and 3; 3 and 2; all tied; first and first
     expected = [(1 + 2 / 3) / 2, (1 / 2 + 2 / 3) / 2, 0.4, 1]
-    assert scores["average_precision"].tolist() == pytest.approx(expected)
-
-
-def test_localisation_bad_input():
-    for value, truth, message in (
-        (0, line(), "in the brain, found none"),
-        (np.nan, line(1), "NaN"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            metrics.localisation(np.full((1, *SHAPE), value), truth > 0, line(1, 1) > 0)
+    assert metrics.average_precision(maps, truth, brain).tolist() == pytest.approx(expected)
+    with pytest.raises(ValueError, match="NaN"):
+        metrics.average_precision(np.full((1, *SHAPE), np.nan), truth, brain)
 
 
 def test_top_voxels_are_of_the_brain_and_ties_know_no_order():

@@ -33,6 +33,8 @@ CODEBOOKS = [  # what lies beside a table whose women are 1 and men 2, against I
     {"dictionary.csv": 'Variable,Choices\nage,\nsex,"1, Female | 2, Male | 3, Other"\n'},
     {"docs/dictionary.csv": 'Question,Name,Values\nSex of participant,sex,"1=Female, 2=Male"\n'},
     {"NOTES.txt": "Age\tyears\nSex\tFemales = 1, Males = 2\n"},
+    {"codes.txt": "Sex: Females = 1, Males = 2"},
+    {"lines.csv": 'Name,Labels\nsex,"1=Female\n2=Male"\n'},
     {"labels.tsv": "name\tcodes\nsex\tfemale 1 male 2\n"},
     {"codes.csv": "name,code,label\nsex,1,Female\nsex,2,Male\n"},  # a line a code
 ]
@@ -59,7 +61,10 @@ OTHERS = [  # what says nothing of the codes of sex, though it has the word
 def test_what_says_nothing_of_the_codes_changes_nothing(tmp_path, capsys, files):
     write(tmp_path, {"people.csv": NUMBERS} | files)
     assert read(tmp_path)["Gender"].tolist() == list("MFMF")
-    assert "1 is M, 2 is F; WARNING: nothing here says so" in capsys.readouterr().out
+    assert (
+        '2 is F\nWARNING: no codebook says so; if it is reversed: --sex "sex (1=female, 2=male)"'
+        in (capsys.readouterr().out)
+    )
 
 
 def test_codebooks_that_disagree_are_an_error(tmp_path):
@@ -102,18 +107,33 @@ def test_the_table_of_people_is_the_one_that_knows_the_subjects(tmp_path, files)
     assert sexes == {"P01": "F", "P02": "M", "P03": "F", "P04": "M"}
 
 
-@pytest.mark.parametrize(
-    ("encoding", "sexes"), [("cp932", "女男"), ("gb18030", "女男"), ("cp949", "여남")]
-)
-def test_tables_of_east_asia_are_read(tmp_path, encoding, sexes):
-    name = "성별" if encoding == "cp949" else "性別"
-    text = f"id,{name},家系番号\n\uff30\uff10\uff11,{sexes[0]},K1\nP02,{sexes[1]},K1\n"
-    (tmp_path / "table.csv").write_bytes(
-        text.replace("家系番号", "fam" * (encoding == "cp949") or "家系番号").encode(encoding)
-    )
-    people = participants.read_people(tmp_path / "table.csv")
-    assert people["Gender"].to_dict() == {"P01": "F", "P02": "M"}
-    assert people["group"].tolist() == ["K1", "K1"]
+def test_a_workbook_is_read_and_its_dictionary_too(tmp_path):
+    rows = [["Liste, 12.3.2021", None], [None, None], ["被験者ID", "性別"], ["Ｐ01", 0], ["P02", 1]]
+    pd.DataFrame(rows).to_excel(tmp_path / "people.xlsx", header=False, index=False)
+    lines = [["Variable Name", "Value Labels"], ["性別", "0=Male\n1=Female"]]
+    pd.DataFrame(lines).to_excel(tmp_path / "dictionary.xlsx", header=False, index=False)
+    people = participants.read_people(tmp_path / "people.xlsx", subject="被験者ID")
+    assert people["Gender"].to_dict() == {"P01": "M", "P02": "F"}
+
+
+def test_lines_of_comments_are_no_header(tmp_path):
+    text = "# Table: pht1\n\n##\tphv1\tphv2\nrow\tSUBJECT_ID\tSex\n7\tP01\tF\n8\tP02\tM\n"
+    write(tmp_path, {"t.txt": text})
+    assert read(tmp_path)["Gender"].to_dict() == {"P01": "F", "P02": "M"}
+
+
+def test_codes_may_be_named_by_the_option_which_goes_before_codebooks(tmp_path, capsys):
+    write(tmp_path, {"t.csv": NUMBERS, "d.csv": "name,codes\nsex,1=male 2=female\n"})
+    assert read(tmp_path)["Gender"].tolist() == list("MFMF")
+    reversed_sexes = read(tmp_path, sex="sex (1=female, 2=male)")["Gender"]
+    assert reversed_sexes.tolist() == list("FMFM")
+    assert "1 is F, 2 is M" in capsys.readouterr().out
+
+
+def test_a_session_that_no_row_has_is_of_volumes_alone(tmp_path):
+    write(tmp_path, {"t.csv": "id,visit,sex\nP01,SC,f\nP02,SC,m\nP03,BL,m\n"})
+    assert read(tmp_path, session="V04").index.tolist() == ["P01", "P02", "P03"]
+    assert read(tmp_path, session="BL").index.tolist() == ["P03"]
 
 
 def test_rows_of_a_person_that_differ_are_refused_unless_the_first_is_asked_for(tmp_path):

@@ -51,6 +51,22 @@ def test_training_forward_is_the_networks_own(shape: tuple, count: int) -> None:
     assert plain["batch"].abs().max() > 1e-3
 
 
+def test_moments_known_beforehand_are_sums_over_patches_and_change_nothing() -> None:
+    network, volumes = make_3d(), make_volumes(3, SHAPE)
+    moments = speed.patch_moments(network, volumes, CPU)
+    windows = np.lib.stride_tricks.sliding_window_view(volumes.astype(float), (3, 3, 3), (1, 2, 3))
+    patches = windows.reshape(3, -1, 27)
+    np.testing.assert_allclose(moments[:, 27, :27], patches.sum(1), rtol=1e-5)
+    products = np.einsum("npi,npj->nij", patches, patches)
+    np.testing.assert_allclose(moments[:, :27, :27], products, rtol=1e-5)
+    assert moments[:, 27, 27].tolist() == [patches.shape[1]] * 3
+    rows, batch = [2, 0], torch.from_numpy(volumes[[2, 0]])[:, None]
+    network.train().dropout.p = 0.0
+    known = speed.training_forward(network, batch, moments[rows])
+    torch.testing.assert_close(known, network(batch), rtol=1e-4, atol=1e-4)
+    assert speed.patch_moments(MriNet2d(channels=2, shape=SHAPE), volumes, CPU).shape == (3, 0)
+
+
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
 def test_the_first_layer_in_other_precisions(dtype: torch.dtype, limit: float) -> None:
     """Against float64; in bfloat16 it is also closer to that than the plain layer is."""

@@ -112,7 +112,7 @@ def test_what_is_no_id_is_refused(tmp_path, names, message):
 
 
 def test_the_table_of_people_has_the_project_s_or_hcp_s_or_bids_s_name(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"found none.*DATA_ACCESS\.md"):
+    with pytest.raises(FileNotFoundError, match=r"found \[\].*DATA_ACCESS\.md"):
         participants.find_people(tmp_path)
     (tmp_path / "unrestricted_hcp_freesurfer.csv").write_text("Subject")
     (tmp_path / "participants.tsv").write_text("Subject,Gender")

@@ -96,7 +96,7 @@ def test_a_plain_table_has_neither_families_nor_releases(tmp_path):
 @pytest.mark.parametrize(
     ("content", "options", "message"),
     [
-        ("Subject,A\n1,2\n", {}, "expected one table with columns Subject and Gender, found none"),
+        ("Subject,A\n1,2\n", {}, "expected one table with columns Subject and Gender, found"),
         ("Subject,sex,A\n1,F,2\n", {"sex": "Geschlecht"}, "Geschlecht, found Subject, sex"),
         (HEAD + "1,0,1\n2,1,2\n3,2,3\n", {}, "column Gender: expected M and F.*'2'.*none known"),
         (HEAD + "1,F,1\n2,F,2\n", {}, "expected both sexes in Gender .*, found {0}"),

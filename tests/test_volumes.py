@@ -329,7 +329,7 @@ def test_convert_leaves_out_every_bad_subject_and_does_the_rest(tmp_path, capsys
     reasons = rejected(folder)
     for subject, reason in {
         "000000": "expected an affine",
-        "000001": "not the cohort's (23, 28, 25)",
+        "000001": "not the cohort's [[23, 28, 25]",
         "000012": "CRC",
         "000014": "Gender is 'U', expected M or F",
         "000017": "its grid is (23, 28, 26)",

@@ -38,8 +38,6 @@ def _read_layout(
     people, columns = None, {name: names[name] for name in ("subject", "sex")}
     paths = layouts.find_files(cohort, *layouts.VOLUME_ENDINGS, ".zip")
     known = layouts.split_paths(path.relative_to(cohort).as_posix() for path in paths)
-    if table and not table.is_file() and (cohort / table).is_file():
-        table = cohort / table
     try:
         parts = [table] if table else participants.find_people(cohort, **columns, known=known)
         people = participants.read_people(parts, **names, known=known, folder=cohort)

@@ -92,15 +92,10 @@ def brain_panels(
         look["display_mode"] = "ortho" if panel["planes"] == "xyz" else panel["planes"][0]
         display = plotting.plot_stat_map(axes=ax, **PANELS | look)
         for sex, regions in (outlines or {}).items():
-            image = to_image(regions, panel["stat_map_img"].affine)
+            image = Nifti1Image(np.float32(regions), panel["stat_map_img"].affine)
             display.add_contours(image, levels=[0.5], colors=OUTLINES[sex], linewidths=1.2)
         display.annotate(size=8)
     return figure
-
-
-def to_image(volume: np.ndarray, affine: np.ndarray) -> Nifti1Image:
-    """Wrap an array (X, Y, Z) and its affine (4, 4) for nilearn."""
-    return Nifti1Image(np.asarray(volume, np.float32), affine)
 
 
 @plt.rc_context(STYLE)

@@ -38,9 +38,10 @@ NEXT = (  # what is run on a folder of volumes
 )
 COSTS = {"fa": (90, 4), "extract": (2, 4), "convert": (0.3, 1), "train": (60, 1), "masks": (13, 1)}
 """Rough seconds of a core and MB on disk a subject; of 10 folds and 32 channels (`make bench`)."""
+STRIPPED = r"(?i).*(skull_?strip|_brain(?!mask)|_bet)[^/]*"
 PREFERRED = {  # how the paths of volumes look that are taken where there are others of a modality
     "fa": (r"fa/[^/]+", r"(.*/)?origdata/[^/]+", r"(.*/)?FA/\*_FA\..*", r".*/dMRI/dMRI/dti_FA\..*"),
-    "t1": (r"t1/[^/]+", r"(.*/)?T1w/T1w_acpc_dc_restore_brain\..*", r"(.*/)?mri/brain\.mgz"),
+    "t1": (r"t1/[^/]+", r"(.*/)?T1w/T1w_acpc_dc_restore_brain\..*", r".*mri/brain\.mgz", STRIPPED),
 }
 FOLDERS = {"fa": "fa", "origdata": "fa", "t1": "t1"}  # whose volumes are of what modality
 NAMES = {
@@ -225,13 +226,11 @@ def summarise_layout(files: pd.DataFrame, people: pd.DataFrame | None) -> pd.Dat
     """Count the subjects of each kind in `find_volumes`, and what is missing, of `people`.
 
     Each kind is a row: modality; subjects; of these ``several`` (volumes, as of two sessions),
-    ``absent`` (a broken link, as of content that DataLad has not fetched), ``no row`` (in the table
-    of people); ``rows without`` (people who have none).
+    ``no row`` (in the table of people); ``rows without`` (people who have none).
     """
     kinds = files[files["modality"] != ""].groupby("kind", sort=False)
     summary = kinds.agg(modality=("modality", "first"), subjects=("Subject", "nunique"))
     summary["several"] = kinds["Subject"].agg(lambda ids: ids[ids.duplicated()].nunique())
-    summary["absent"] = kinds["path"].agg(lambda paths: sum(not p.is_file() for p in paths))
     if people is not None:
         known = set(map(tables.compare_id, people.index))
         subjects = kinds["Subject"].agg(lambda ids: set(map(tables.compare_id, ids)))

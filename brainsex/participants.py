@@ -59,7 +59,7 @@ def find_people(
         merits[key] = count, bool(match_columns(key[2:], wanted[0])), -len(key[1].parts)
     best = [key for key in merits if merits[key] == max(merits.values())]
     if len(best) != 1:
-        names = [path.name for key in best for path in parts[key]] or [*map(str, headers)][:9]
+        names = [str(path) for key in best for path in parts[key]] or [*map(str, headers)][:9]
         problem = f"expected one table with columns {' and '.join(wanted)}, found {names}"
         remedy = "name a CSV by --table, columns by --subject and --sex; see DATA_ACCESS.md"
         raise FileNotFoundError(f"{folder}: {problem}; {remedy}")

@@ -104,7 +104,7 @@ def open_table(table: Path, size: int = -1) -> tuple[io.StringIO, dict]:
     The header is the first line with more than half of the cells filled and as many cells as most
     lines have, or one fewer, but no ``##`` before. Comma, semicolon or tab separate cells. The
     encoding is UTF-8, UTF-16 or Windows-1252. Of an Excel workbook the first sheet is read. A
-    repeated name gets " (2)" appended.
+    repeated name gets " (2)" appended. Without a header, a column of F and M is named sex.
     """
     with table.open("rb") as stream:
         content = stream.read(size)
@@ -136,10 +136,12 @@ def open_table(table: Path, size: int = -1) -> tuple[io.StringIO, dict]:
     *_, start, _, separator, header = min(looks)
     file.seek(0)
     names = pd.Series(header, dtype=str).str.strip()
+    letters = names.str.fullmatch("[FMfm]") & bool(re.search(r"\d", "".join(header[:1])))
+    names = names.mask(letters, "sex")  # the first line is a person, there is no header
     repeats = names.groupby(names).cumcount() + 1
     names = names.where(repeats == 1, names + " (" + repeats.astype(str) + ")")
     options = {"sep": separator, "dtype": str, "skip_blank_lines": False}
-    return file, options | {"header": start, "names": names}
+    return file, options | {"header": None, "skiprows": start + (not letters.any()), "names": names}
 
 
 def read_text_table(table: str | Path) -> pd.DataFrame:

@@ -118,7 +118,7 @@ def prepare(
     volume, counts = clean(volume, modality)
     size = round(brain_volume(volume, affine), 3)
     if not size or (modality == "t1" and size > MAX_BRAIN_ML):
-        raise ValueError(f"expected a brain, without its skull, found {size:.0f} ml of it")
+        raise ValueError(f"expected a brain without its skull (or --mask), found {size:.0f} ml")
     return volume, affine, {"brain_volume_ml": size, **counts}
 
 
@@ -191,15 +191,16 @@ def convert(
     grid = {"shape": list(map(int, shape)), "modality": str(source["modality"].iloc[0])}
     asked = {"mask": mask, "align": align, "regrid": regrid}
     grid |= {name: value for name, value in asked.items() if value}
-    storage.start_run(out_dir, "convert", grid, overwrite=overwrite, results=[*RESULTS, ".parts/*"])
+    whole = all((out_dir / name).is_file() for name in RESULTS)
+    stale = {"overwrite": overwrite or not whole, "results": [*RESULTS, ".parts/*"] * overwrite}
+    storage.start_run(out_dir, "convert", grid, **stale)  # what a failed run left is no hindrance
     masks = source.set_index("Subject").get("mask", {})
     jobs = {subject: (path, masks.get(subject)) for subject, path in accepted.items()}
     stats = [(p, p.stat()) for path, own in jobs.values() for p in (path, *(own or ()))]
     stamps = [(*path.parts[-2:], stat.st_size, stat.st_mtime_ns) for path, stat in stats]
     rows = table.loc[list(accepted)].to_json()
     inputs = joblib.hash(json.dumps([stamps, rejected, rows, grid]))
-    whole = all((out_dir / name).is_file() for name in RESULTS)
-    if not whole or storage.read_json(out_dir / "grid.json").get("inputs") != inputs:
+    if overwrite or not whole or storage.read_json(out_dir / "grid.json").get("inputs") != inputs:
         grid["native"] = registration.MNI_GRID if align else _commonest_grid(accepted.values())
         settings, work = grid | {"inputs": inputs}, joblib.delayed(_convert_subject)
         calls = (work(out_dir / f".parts/{s}.npz", *job, settings) for s, job in jobs.items())
@@ -232,7 +233,7 @@ def _match_subjects(
         elif not paths[0].is_file():
             rejected[subject] = "no file behind its name: a folder, or a broken link (datalad get)"
         elif (gender := people.at[subject, "Gender"]) not in LABELS:
-            rejected[subject] = f"Gender is {gender!r}, expected M or F"
+            rejected[subject] = f"sex is {gender!r}, expected M or F"
         else:
             accepted[subject] = paths[0]
     return accepted, rejected
@@ -297,4 +298,4 @@ def _write_cohort(
 def _count_reasons(reasons: Iterable[str]) -> pd.Series:
     """Count the reasons of who is left out that begin alike, the commonest first, by an example."""
     plain = pd.Series(list(reasons), dtype=str).str.replace(r"^\S*[/\\]\S*: ", "", regex=True)
-    return plain.groupby(plain.str.slice(0, 30)).transform("first").value_counts()
+    return plain.groupby(plain.str.slice(0, 12)).transform("first").value_counts()

@@ -92,7 +92,7 @@ def test_a_row_of_panels_shows_each_image_in_the_plane_asked_for(volume):
     mask[BLOB] = 1
     images, look = {"brain": volume, "mask": mask}, {"planes": "z", "cut_coords": [-6], "vmax": 1}
     row = [
-        look | {"label": label, "cmap": "gray", "stat_map_img": figures.to_image(image, AFFINE)}
+        look | {"label": label, "cmap": "gray", "stat_map_img": Nifti1Image(image, AFFINE)}
         for label, image in images.items()
     ]
     figure = figures.brain_panels([row], bar=("gray", 1, "FA of a test"), **HEAD)
@@ -109,7 +109,7 @@ def test_planted_regions_are_outlined_where_they_lie(volume):
     region = np.zeros(SHAPE, bool)
     region[2:5, 3:5, 7:10] = True
     panel = {"label": "", "planes": "z", "cut_coords": [14], "vmax": 1, "cmap": "gray"}
-    panel["stat_map_img"] = figures.to_image(volume, AFFINE)
+    panel["stat_map_img"] = Nifti1Image(volume, AFFINE)
     figure = figures.brain_panels([[panel]], outlines={"men": region}, **HEAD)
     ax = planes(figure, "z")[14]  # through the outlined region: voxel 8, −18 + 8 · 4 mm
     corners = np.concatenate([path.vertices for c in ax.collections for path in c.get_paths()])

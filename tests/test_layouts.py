@@ -130,9 +130,11 @@ def test_brains_of_freesurfer_and_spm_are_told_from_what_lies_beside(tmp_path):
     write(tmp_path / "spm", dict.fromkeys(names, ""))
     names = [f"CAT12/mri/{name}KU0{n}_T1.nii" for n in (1, 2) for name in ("wm", "mwp1", "p0")]
     write(tmp_path / "cat", dict.fromkeys(names, ""))
+    names = [f"s0{n}/T1{end}.nii" for n in (1, 2) for end in ("", "_brain", "_brain_mask")]
+    write(tmp_path / "bet", dict.fromkeys(names, ""))
     assert layouts.find_volumes(tmp_path / "cat", known=["KU01", "KU02"])["Subject"].nunique() == 2
     wanted = {"fs": "P0{}/mri/brain.mgz", "spm": "mri/wmsub-0{}_T1w.nii"}
-    wanted["cat"] = "CAT12/mri/wmKU0{}_T1.nii"
+    wanted["cat"], wanted["bet"] = "CAT12/mri/wmKU0{}_T1.nii", "s0{}/T1_brain.nii"
     for folder, name in wanted.items():
         chosen = layouts.choose_volumes(layouts.find_volumes(tmp_path / folder))
         expected = [tmp_path / folder / name.format(n) for n in (1, 2)]
@@ -192,8 +194,8 @@ def test_the_summary_says_what_is_missing_before_a_volume_is_read(tmp_path):
     (tmp_path / "sub-09/dwi/sub-09_FA.nii.gz").symlink_to("not-fetched")
     people = pd.DataFrame({"Gender": list("FMF")}, ["01", "02", "03"])
     summary = layouts.summarise_layout(layouts.find_volumes(tmp_path), people)
-    assert summary.loc["sub-*/ses-*/dwi/sub-*_ses-*_FA.nii.gz"].tolist() == ["fa", 1, 1, 0, 0, 2]
-    assert summary.loc["sub-*/dwi/sub-*_FA.nii.gz"].tolist() == ["fa", 1, 0, 1, 1, 3]
+    assert summary.loc["sub-*/ses-*/dwi/sub-*_ses-*_FA.nii.gz"].tolist() == ["fa", 1, 1, 0, 2]
+    assert summary.loc["sub-*/dwi/sub-*_FA.nii.gz"].tolist() == ["fa", 1, 0, 1, 3]
 
 
 def test_of_several_sessions_or_spaces_one_is_chosen(tmp_path):

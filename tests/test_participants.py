@@ -94,6 +94,7 @@ FOLDERS = [
     {"a/b/c/d/people.csv": DEEP, "other.csv": "id,sex\nP01,M\nX7,M\n"},  # deep, and known best
     {"export.csv": VISITS},  # sexes and scans in rows of different events
     {"images.csv": IMAGES},  # a row an image; those of a person agree
+    {"t.txt": "P01\t1\t24\tf\nP02\t1\t20\tm\nP03\t0\t33\tf\nP04\t1\t22\tm\n"},  # no header
     {"participants.tsv": "participant_id\nP01\n", "tabular/x.tsv": DEEP.replace(",", "\t")},
 ]
 

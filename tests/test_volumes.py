@@ -242,7 +242,7 @@ def test_clean_scales_t1_by_the_brain_s_median(scale):
 
 def test_prepare_refuses_t1_with_its_skull_and_what_has_no_brain(tmp_path):
     path = save(tmp_path / "v.nii", fa(), np.diag([8.0, 8, 8, 1]))
-    with pytest.raises(ValueError, match="without its skull, found 2863 ml"):
+    with pytest.raises(ValueError, match="without its skull .or --mask., found 2863 ml"):
         prepare(path, "t1")
     volume, _, record = volumes.prepare_like(path, {"shape": SHAPE, "modality": "fa"})
     np.testing.assert_array_equal(volume, fa())
@@ -331,7 +331,7 @@ def test_convert_leaves_out_every_bad_subject_and_does_the_rest(tmp_path, capsys
         "000000": "expected an affine",
         "000001": "not the cohort's [[23, 28, 25]",
         "000012": "CRC",
-        "000014": "Gender is 'U', expected M or F",
+        "000014": "sex is 'U', expected M or F",
         "000017": "its grid is (23, 28, 26)",
         "000018": "2 volumes: c/fa/000018.nii.gz, c/fa/000018_FA.nii: keep one",
         "000023": "--regrid",
@@ -430,6 +430,8 @@ def test_losing_most_of_a_cohort_is_an_error_with_the_commonest_reason(tmp_path,
         run(folder)
     assert not (folder / "tensors.npy").exists()
     assert sorted(rejected(folder)) == [f"00000{n}" for n in range(1, 1 + lost)]
+    with pytest.raises(ValueError, match=message):  # and is no hindrance to other options
+        run(folder, regrid=True)
 
 
 def test_convert_without_a_table_or_volumes(tmp_path):

@@ -276,7 +276,7 @@ def choose_volumes(
         chosen = chosen[[fnmatchcase(f"/{p.as_posix()}", f"*/{match}") for p in chosen["path"]]]
     if session not in (None, *SESSION_ENDS):  # a part of paths, or else of the table's rows
         below = [path.relative_to(files.attrs["folder"]) for path in chosen["path"]]
-        parts = [{*path.parts[:-1], *path.name.split("_")[:-1]} for path in below]
+        parts = [{*path.parts[:-1], *re.split("[/_]", path.as_posix())[:-1]} for path in below]
         in_session = np.array([bool({session, f"ses-{session}"} & names) for names in parts], bool)
         chosen = chosen[in_session] if in_session.any() or any(files["session"]) else chosen
     kind = kind or next((name for name in NAMES if name in set(chosen["modality"])), "fa")

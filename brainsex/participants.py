@@ -51,7 +51,7 @@ def find_people(
             parts.setdefault((rank, path.parent, *names), []).append(path)
     likeliest = [key for key in parts if key[0] == min(key[0] for key in parts)]
     for key in likeliest:
-        count = (0, 0, 0)
+        count = (0, 0, 0, 0)
         for path in parts[key] if any(known) and len(likeliest) > 1 else ():
             with suppress(ValueError):
                 rows = tables.read_text_table(path)
@@ -95,7 +95,7 @@ def read_people(
     column = tables.find_column(table, rows, sex or "Gender")
     used = [column, *(name for key in COLUMNS | COMPANIONS for name in match_columns(rows, key))]
     rows = tables.index_subjects(table, rows, subject, used, session)
-    codebooks = read_codebooks(table, folder, rows[column], sex)
+    codebooks = read_codebooks(table, folder, rows[column], sex or "")
     people = tables.read_sex(table, rows, column, codebooks).to_frame("Gender")
     _add_columns(people, table, rows, COLUMNS | COMPANIONS)
     return join_companions(people, folder, paths, session)
@@ -165,9 +165,7 @@ def _read_headers(*places: str | Path) -> dict[Path, pd.Series]:
     return headers
 
 
-def read_codebooks(
-    table: Path, folder: Path, cells: pd.Series, option: str | None = None
-) -> Iterator[str]:
+def read_codebooks(table: Path, folder: Path, cells: pd.Series, option: str) -> Iterator[str]:
     """Yield what is written beside a table about a column that has numbers: texts for `read_sex`.
 
     An `option` with codes, as ``Sex (0=male, 1=female)``, is the only one. Else: levels in BIDS's
@@ -176,7 +174,7 @@ def read_codebooks(
     name = rf"[\"\s]*{re.escape(cells.name)}[\"\s]*"
     if not cells.str.contains(r"\d").any() or not re.search(r"[^\W\d]", cells.name):
         return
-    if option and option != cells.name and "=" in option:
+    if option != cells.name and "=" in option:
         yield option
         return
     table = Path(os.path.abspath(table))
@@ -239,13 +237,13 @@ def _fill_blanks(rows: pd.DataFrame, person: str) -> pd.DataFrame:
 
 def _count_known(
     rows: pd.DataFrame, parts: set[str], spans: set[str]
-) -> dict[str, tuple[int, int, int]]:
-    """Count the values of each column in `spans`, those in `parts`, and all characters of them."""
+) -> dict[str, tuple[int, ...]]:
+    """Count each column's values in `spans`, those in `parts`, and their characters; less rows."""
     named, counts = match_columns(rows, "Subject"), {}
     counters = [[str(n + start) for n in range(len(rows))] for start in (0, 1)]
     for column in dict.fromkeys([*named, *rows.columns[:200]]):  # IDs stand among the first
         ids = {compare_id(value) for value in rows[column].dropna().unique()}
         known = {key for key in ids & spans if len(key) > 2 or key in parts}
         known = known if column in named or rows[column].tolist() not in counters else set()
-        counts[column] = len(known), len(known & parts), sum(map(len, known))
+        counts[column] = len(known), len(known & parts), sum(map(len, known)), -len(rows)
     return counts

@@ -15,6 +15,7 @@ from brainsex import networks
 
 CPU_BATCH, GPU_BATCH = 2, 32
 """Volumes a pass: on a CPU one alone takes twice as long, more than a few leave the cache."""
+PLANES = 8  # of float32, whose products with a kernel's 27 taps stay in a CPU's cache
 
 
 def training_forward(network: nn.Module, batch: Tensor, moments: Tensor | None = None) -> Tensor:
@@ -118,7 +119,7 @@ class _FirstConv3d(nn.Conv3d):
 class _InputGradient(torch.autograd.Function):
     """Convolution of one channel whose input's gradient is one matrix product and a sum over taps.
 
-    PyTorch's takes a third of a mask's time at 32 channels, most of it at 8 (tests/benchmarks).
+    PyTorch's takes most of a mask's time (tests/benchmarks), but on processors with AMX.
     """
 
     @staticmethod
@@ -131,14 +132,17 @@ class _InputGradient(torch.autograd.Function):
     def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None, None]:
         (weight,) = ctx.saved_tensors
         taps, (count, _, *sizes) = weight.shape[2:], gradient.shape
-        products = weight.flatten(1).T @ gradient.movedim(1, -1).flatten(0, -2).T
-        products = products.view(*taps, count, *sizes)
         shape = count, *(size + tap - 1 for size, tap in zip(sizes, taps))
         dtype = torch.promote_types(gradient.dtype, torch.float32)
         input_gradient = torch.zeros(shape, dtype=dtype, device=gradient.device)
-        for tap in np.ndindex(*taps):
-            x, y, z = (slice(start, start + size) for start, size in zip(tap, sizes))
-            input_gradient[:, x, y, z] += products[tap]
+        planes = PLANES if weight.dtype == torch.float32 else sizes[0]
+        for first in range(0, sizes[0], planes):
+            slab = gradient[:, :, first : first + planes].movedim(1, -1)
+            products = (weight.flatten(1).T @ slab.flatten(0, -2).T).view(*taps, *slab.shape[:-1])
+            touched = input_gradient[:, first:]
+            for tap in np.ndindex(*taps):
+                x, y, z = (slice(start, start + size) for start, size in zip(tap, slab.shape[1:]))
+                touched[:, x, y, z] += products[tap]
         return input_gradient[:, None], None, None
 
 

@@ -30,7 +30,7 @@ SYNONYMS = {  # of HCP's columns, in any case, as BIDS, UK Biobank, OASIS, REDCa
     "Age": r"(f\.|p)?21003.*|(age|alter)([ _.]?(at|in)?[ _.]?(scan|years|yrs|y))?( ?\(.*\))?",
     "session": r"(redcap_)?(ses|session|visit|event|timepoint|wave)([ _.]?(id|name|label))?",
     "Family_ID": r"(rel_)?(fam(ily|ilie|ille)?|sib(ling|ship)?|søsken|pedigree|mother|家系)"
-    r"[ _.]?(id|no|nr|number|code|group|gruppe|pair|番号)?",
+    r"[ _.]?(user_def_)?(id|no|nr|number|code|group|gruppe|pair|番号)?",
 }
 SEX_WORD_IN_NAME = (
     r"(?<![^\W\d_])(?<!same_)(?:sexe?|sexo|(?:pt)?gender|g[eé]nero|geschl|geschlecht|kj[oø]nn|k[öo]n"
@@ -47,9 +47,9 @@ MISSING = {"", "9", "-9", "99", "999", "n/a", "na", "nan", "-", ".", "unknown"}
 
 
 def subject_id(text: object) -> str:
-    """Return an ID as it is meant: of ``sub-01`` ``01``, of 900106.0 and 9.00106E+05 ``900106``."""
+    """Return an ID as it is meant: of ``sub-01_ses-2`` ``01``, of 9.00106E+05 ``900106``."""
     name = unicodedata.normalize("NFKC", str(text)).strip().rstrip("/")  # full-width letters, too
-    name = re.sub(r"(?i)^sub[-_](?=.)", "", name)
+    name = re.sub(r"(?i)^sub[-_](?=.)|(?<=.)[_-]ses(sion)?-?\d+$", "", name)
     name = name.replace("NDAR_INV", "NDARINV")  # ABCD's tables have the line, its files not
     number = re.fullmatch(r"\d+\.0*|\d(\.\d+)?[eE]\+\d\d?", name) and Decimal(name)
     return str(int(number)) if number and number == int(number) else name
@@ -84,6 +84,7 @@ def index_subjects(
     """
     column = find_column(table, rows, column)
     rows = select_session(rows, session).dropna(subset=column)
+    rows = rows.assign(**{column: rows[column].map(subject_id)})
     rows = rows.drop_duplicates(column, keep=session) if session in SESSION_ENDS else rows
     rows = rows.drop_duplicates([column, *used] if used else None)
     # NDA's tables say below the header what each column means
@@ -109,9 +110,8 @@ def open_table(table: Path, size: int = -1) -> tuple[io.StringIO, dict]:
     with table.open("rb") as stream:
         content = stream.read(size)
     if content.startswith(b"PK"):
-        with zipfile.ZipFile(table) as archive:
-            if sum(member.file_size for member in archive.infolist()) > MAX_WORKBOOK:
-                raise ValueError(f"a workbook of more than {MAX_WORKBOOK >> 20} MB")
+        if sum(info.file_size for info in zipfile.ZipFile(table).infolist()) > MAX_WORKBOOK:
+            raise ValueError(f"a workbook of more than {MAX_WORKBOOK >> 20} MB")
         lines = MAX_TITLE_LINES if size > 0 else None
         sheet = pd.read_excel(table, header=None, dtype=str, nrows=lines, engine="openpyxl")
         content = sheet.to_csv(index=False, header=False).encode()
@@ -129,8 +129,7 @@ def open_table(table: Path, size: int = -1) -> tuple[io.StringIO, dict]:
         rows = [*csv.reader(lines, delimiter=separator)] or [[]]
         widths = [len(row) for row in rows if row] or [0]
         width = max(set(widths), key=widths.count)
-        headers = [len(row) >= width - 1 and row[:1] != ["##"] for row in rows]
-        filled = [sum(map(bool, row)) * possible for row, possible in zip(rows, headers)]
+        filled = [sum(map(bool, r)) * (len(r) >= width - 1 and r[:1] != ["##"]) for r in rows]
         start = next((n for n, count in enumerate(filled) if 2 * count > max(filled)), 0)
         looks.append((width < 2, -widths.count(width), start, -width, separator, rows[start]))
     *_, start, _, separator, header = min(looks)
@@ -169,8 +168,8 @@ def read_text_table(table: str | Path) -> pd.DataFrame:
 def select_session(rows: pd.DataFrame, session: str | None) -> pd.DataFrame:
     """Keep a table's rows of a session, where one is named and some row has it."""
     if session not in (None, *SESSION_ENDS) and len(columns := match_columns(rows, "session")) == 1:
-        sessions = rows[columns[0]].str.strip().str.removeprefix("ses-")
-        chosen = sessions == session.removeprefix("ses-")
+        visits = rows[columns[0]].str.strip().str.removeprefix("ses-")
+        chosen = visits == session.removeprefix("ses-")
         rows = rows[chosen] if chosen.any() else rows
     return rows
 
@@ -183,8 +182,8 @@ def check_subject_ids(path: str | Path, column: pd.Series) -> np.ndarray:
     if invalid.any():
         line = names.index[invalid][0]
         expected = f"{column.name} of 1 to {MAX_ID_LENGTH} characters without / and \\"
-        problem = f"expected {expected}, in no more than one row, found {names[line]!r:.100}"
-        raise ValueError(f"{path}: line {line + 2}: {problem}; of several visits: --session")
+        problem = f"expected {expected}, in one row, found {names[line]!r:.100}"
+        raise ValueError(f"{path}: line {line + 2}: {problem}; of visits: --session, or first")
     return names.to_numpy(str)
 
 

@@ -95,6 +95,7 @@ FOLDERS = [
     {"export.csv": VISITS},  # sexes and scans in rows of different events
     {"images.csv": IMAGES},  # a row an image; those of a person agree
     {"t.txt": "P01\t1\t24\tf\nP02\t1\t20\tm\nP03\t0\t33\tf\nP04\t1\t22\tm\n"},  # no header
+    {"t.txt": "# pht1\n\n##\tphv1\tphv2\n" + DEEP.replace(",", "\t")},  # as dbGaP's
     {"participants.tsv": "participant_id\nP01\n", "tabular/x.tsv": DEEP.replace(",", "\t")},
 ]
 
@@ -117,12 +118,6 @@ def test_a_workbook_is_read_and_its_dictionary_too(tmp_path):
     assert people["Gender"].to_dict() == {"P01": "M", "P02": "F"}
 
 
-def test_lines_of_comments_are_no_header(tmp_path):
-    text = "# Table: pht1\n\n##\tphv1\tphv2\nrow\tSUBJECT_ID\tSex\n7\tP01\tF\n8\tP02\tM\n"
-    write(tmp_path, {"t.txt": text})
-    assert read(tmp_path)["Gender"].to_dict() == {"P01": "F", "P02": "M"}
-
-
 def test_codes_may_be_named_by_the_option_which_goes_before_codebooks(tmp_path, capsys):
     write(tmp_path, {"t.csv": NUMBERS, "d.csv": "name,codes\nsex,1=male 2=female\n"})
     assert read(tmp_path)["Gender"].tolist() == list("MFMF")
@@ -131,15 +126,20 @@ def test_codes_may_be_named_by_the_option_which_goes_before_codebooks(tmp_path, 
     assert "1 is F, 2 is M" in capsys.readouterr().out
 
 
-def test_a_session_that_no_row_has_is_of_volumes_alone(tmp_path):
+def test_sessions_in_ids_and_in_columns_and_that_no_row_has(tmp_path):
+    write(tmp_path, {"a.csv": "id,n,sex\nP01_Ses1,1,M\nP01_Ses2,2,M\n", "b.csv": "id,sex\nP01,F\n"})
+    assert read(tmp_path)["Gender"].to_dict() == {"P01": "F"}  # a row a person
+    assert participants.read_people(tmp_path / "a.csv", session="first").index.tolist() == ["P01"]
     write(tmp_path, {"t.csv": "id,visit,sex\nP01,SC,f\nP02,SC,m\nP03,BL,m\n"})
-    assert read(tmp_path, session="V04").index.tolist() == ["P01", "P02", "P03"]
-    assert read(tmp_path, session="BL").index.tolist() == ["P03"]
+    for session, people in {"V04": ["P01", "P02", "P03"], "BL": ["P03"]}.items():
+        assert (
+            participants.read_people(tmp_path / "t.csv", session=session).index.tolist() == people
+        )
 
 
 def test_rows_of_a_person_that_differ_are_refused_unless_the_first_is_asked_for(tmp_path):
     write(tmp_path, {"t.csv": NUMBERS + "P01,35,1\n"})
-    with pytest.raises(ValueError, match="'P01'; of several visits: --session"):
+    with pytest.raises(ValueError, match="'P01'; of visits: --session, or first"):
         read(tmp_path)
     assert read(tmp_path, session="first")["age"].to_dict()["P01"] == "30"
 
@@ -160,7 +160,7 @@ def test_visits_of_a_person_are_no_people(tmp_path):
     table = "visit,id,sex,age\nV1,P01,F,9\nV2,P01,F,11\nV1,P02,M,9\n"
     write(tmp_path, {"people.csv": table})
     known = layouts.split_paths(["V1/P01/fa.nii", "V2/P01/fa.nii", "V1/P02/fa.nii"])
-    with pytest.raises(ValueError, match="'P01'; of several visits: --session"):
+    with pytest.raises(ValueError, match="'P01'; of visits: --session, or first"):
         participants.read_people(tmp_path / "people.csv", known=known)
 
 

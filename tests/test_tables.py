@@ -99,7 +99,7 @@ def test_a_table_that_is_absent_is_named(tmp_path):
     ("names", "message"),
     [
         (["1", None, "3"], r"t\.csv: line 3: expected Subject of 1 to 200 .*found '';"),
-        (["1", "2", "01 "], "line 4: .*no more than one row, found '01'; .*--session"),
+        (["1", "2", "01 "], "line 4: .*in one row, found '01'; .*--session"),
         (["1", "../../x"], r"line 3: .*found '\.\./\.\./x'"),
         (["..\\x", "2"], "line 2: expected"),
         (["1", "x" * 201], "line 3: expected"),
@@ -358,7 +358,7 @@ def test_images_of_a_person_are_no_people(tmp_path, folder):
     people = participants.read_people(write(tmp_path, IMAGES), known=known)
     assert people["Gender"].to_dict() == {"S1": "M", "S2": "F"}
     differing = write(tmp_path, IMAGES.replace("I119,S1,M", "I119,S1,F"))
-    with pytest.raises(ValueError, match="'S1'; of several visits: --session"):
+    with pytest.raises(ValueError, match="'S1'; of visits: --session, or first"):
         participants.read_people(differing, known=known)
 
 

@@ -100,7 +100,7 @@ def test_a_plain_table_has_neither_families_nor_releases(tmp_path):
         ("Subject,sex,A\n1,F,2\n", {"sex": "Geschlecht"}, "Geschlecht, found Subject, sex"),
         (HEAD + "1,0,1\n2,1,2\n3,2,3\n", {}, "column Gender: expected M and F.*'2'.*none known"),
         (HEAD + "1,F,1\n2,F,2\n", {}, "expected both sexes in Gender .*, found {0}"),
-        (HEAD + "1,F,1\n2,M,2\n 1,F,3\n", {}, "no more than one row, found '1'"),
+        (HEAD + "1,F,1\n2,M,2\n 1,F,3\n", {}, "in one row, found '1'"),
         ("Subject,Gender,note\n1,F,a\n2,M,b\n", {}, "a column of numbers beside it and"),
         (b"", {}, "expected a CSV table"),
     ],

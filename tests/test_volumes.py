@@ -242,7 +242,7 @@ def test_clean_scales_t1_by_the_brain_s_median(scale):
 
 def test_prepare_refuses_t1_with_its_skull_and_what_has_no_brain(tmp_path):
     path = save(tmp_path / "v.nii", fa(), np.diag([8.0, 8, 8, 1]))
-    with pytest.raises(ValueError, match="without its skull .or --mask., found 2863 ml"):
+    with pytest.raises(ValueError, match=r"without its skull .or --mask., found 2863 ml"):
         prepare(path, "t1")
     volume, _, record = volumes.prepare_like(path, {"shape": SHAPE, "modality": "fa"})
     np.testing.assert_array_equal(volume, fa())

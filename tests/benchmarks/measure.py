@@ -1,5 +1,6 @@
 """What every section of the benchmark needs: a clock, a table, and what the machine can do."""
 
+import os
 import platform
 import time
 from collections.abc import Callable
@@ -11,6 +12,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from brainsex import networks
+
+FLAGS = "avx2 avx512f avx512_bf16 amx_bf16".split()  # of /proc/cpuinfo, and what is faster by them
 
 
 class Table:
@@ -29,7 +32,7 @@ class Table:
     @staticmethod
     def heading(text: str) -> None:
         print(f"\n{text}\n\n| what | unit | ours | baseline | baseline / ours | of peak |")
-        print("| --- | --- | ---: | ---: | ---: | ---: |")
+        print("| --- | --- | ---: | ---: | ---: | ---: |", flush=True)
 
 
 def _figure(value: float | None) -> str:
@@ -57,15 +60,14 @@ def operations(function: Callable) -> int:
 
 def peaks(device: torch.device, table: Table) -> dict[torch.dtype, float]:
     """Operations a second of a large matrix product: what the machine can do."""
-    size, taken = (8192 if device.type == "cuda" else 2048), {}
-    for dtype in (torch.float32, torch.bfloat16):
+    size, rates = (8192 if device.type == "cuda" else 2048), {}
+    table.heading("Machine: a large matrix product in the precision that is used, against float32")
+    for dtype in dict.fromkeys((torch.float32, networks.fast_precision(device))):
         matrix = torch.randn(size, size, device=device).to(dtype)
-        taken[dtype] = seconds(lambda matrix=matrix: matrix @ matrix, 5)
-    rates = {dtype: 2 * size**3 / took for dtype, took in taken.items()}
-    plain, fast = (f"{rate / 1e9:.0f} GFLOP/s in {str(dtype)[6:]}" for dtype, rate in rates.items())
-    table.heading("Machine: a large matrix product, bfloat16 against float32")
-    what = f"{size} x {size}: {fast}, {plain}"
-    table.add("machine", what, "s", taken[torch.bfloat16], taken[torch.float32])
+        taken = seconds(lambda matrix=matrix: matrix @ matrix, 5)
+        rates[dtype] = 2 * size**3 / taken
+        what = f"{size} x {size}, {str(dtype)[6:]}: {rates[dtype] / 1e9:.0f} GFLOP/s"
+        table.add("machine", what, "s", taken, 2 * size**3 / rates[torch.float32])
     return rates
 
 
@@ -73,11 +75,13 @@ def machine() -> dict:
     """What the figures depend on; no name of a machine."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
+    flags = next((line.split() for line in lines if line.startswith("flags")), ())
     model = next((line.split(":")[1].strip() for line in lines if "model name" in line), "")
     return {
         "date": date.today().isoformat(),
         "cpu": model or platform.machine(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "instructions": " ".join(flag for flag in FLAGS if flag in flags) or "unknown",
+        "used": os.environ.get("DNNL_MAX_CPU_ISA", torch.backends.cpu.get_cpu_capability()),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "precision": str(networks.fast_precision(networks.device())),

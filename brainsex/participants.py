@@ -160,7 +160,7 @@ def _read_headers(*places: str | Path) -> dict[Path, pd.Series]:
         folders[:] = [f for f in folders if f[0] != "." and not (many and re.search(r"\d", f))]
         paths += [Path(parent, name) for name in names if re.search(TABLE_NAME, name)]
     for path in sorted({*paths}, key=lambda path: (len(path.parts), path))[:MAX_TABLES]:
-        with suppress(ValueError, OSError):
+        with suppress(Exception):  # of whatever is no table
             headers[path] = tables.open_table(path, MAX_HEADER)[1]["names"]
     return headers
 

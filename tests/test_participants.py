@@ -91,7 +91,11 @@ IMAGES = "Image,Subject,Sex,Description\n" + "".join(
 FOLDERS = [
     RELEASES,  # one table in parts, a person in two of them
     {"list.csv": EXCEL},  # titles above the header, decimal commas, IDs in another spelling
-    {"a/b/c/d/people.csv": DEEP, "other.csv": "id,sex\nP01,M\nX7,M\n"},  # deep, and known best
+    {
+        "a/b/c/d/people.csv": DEEP,
+        "o.csv": "id,sex\nP01,M\nX7,M\n",
+        "x.xlsx": "PK\3\4",
+    },  # known best
     {"export.csv": VISITS},  # sexes and scans in rows of different events
     {"images.csv": IMAGES},  # a row an image; those of a person agree
     {"t.txt": "P01\t1\t24\tf\nP02\t1\t20\tm\nP03\t0\t33\tf\nP04\t1\t22\tm\n"},  # no header

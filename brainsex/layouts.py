@@ -38,7 +38,7 @@ NEXT = (  # what is run on a folder of volumes
 )
 COSTS = {"fa": (90, 4), "extract": (2, 4), "convert": (0.3, 1), "train": (60, 1), "masks": (13, 1)}
 """Rough seconds of a core and MB on disk a subject; of 10 folds and 32 channels (`make bench`)."""
-STRIPPED = r"(?i).*(skull_?strip|_brain(?!mask)|_bet)[^/]*"
+STRIPPED = r"(?i).*(skull_?strip|(_brain|_bet)(?![A-Za-z]))[^/]*"
 PREFERRED = {  # how the paths of volumes look that are taken where there are others of a modality
     "fa": (r"fa/[^/]+", r"(.*/)?origdata/[^/]+", r"(.*/)?FA/\*_FA\..*", r".*/dMRI/dMRI/dti_FA\..*"),
     "t1": (r"t1/[^/]+", r"(.*/)?T1w/T1w_acpc_dc_restore_brain\..*", r".*mri/brain\.mgz", STRIPPED),
@@ -276,7 +276,8 @@ def choose_volumes(
         chosen = chosen[[fnmatchcase(f"/{p.as_posix()}", f"*/{match}") for p in chosen["path"]]]
     if session not in (None, *SESSION_ENDS):  # a part of paths, or else of the table's rows
         below = [path.relative_to(files.attrs["folder"]) for path in chosen["path"]]
-        parts = [{*path.parts[:-1], *re.split("[/_]", path.as_posix())[:-1]} for path in below]
+        suffixes = [re.findall("(?i)_(ses[0-9]+)(?=[_/])", path.as_posix()) for path in below]
+        parts = [{*p.parts[:-1], *p.name.split("_")[:-1], *s} for p, s in zip(below, suffixes)]
         in_session = np.array([bool({session, f"ses-{session}"} & names) for names in parts], bool)
         chosen = chosen[in_session] if in_session.any() or any(files["session"]) else chosen
     kind = kind or next((name for name in NAMES if name in set(chosen["modality"])), "fa")

@@ -95,8 +95,8 @@ def read_people(
     column = tables.find_column(table, rows, sex or "Gender")
     used = [column, *(name for key in COLUMNS | COMPANIONS for name in match_columns(rows, key))]
     rows = tables.index_subjects(table, rows, subject, used, session)
-    codebooks = read_codebooks(table, folder, rows[column], sex or "")
-    people = tables.read_sex(table, rows, column, codebooks).to_frame("Gender")
+    codebooks = read_codebooks(table, folder, rows[column])
+    people = tables.read_sex(table, rows, sex or column, codebooks).to_frame("Gender")
     _add_columns(people, table, rows, COLUMNS | COMPANIONS)
     return join_companions(people, folder, paths, session)
 
@@ -159,37 +159,35 @@ def _read_headers(*places: str | Path) -> dict[Path, pd.Series]:
         many = len(folders) > MAX_FOLDERS
         folders[:] = [f for f in folders if f[0] != "." and not (many and re.search(r"\d", f))]
         paths += [Path(parent, name) for name in names if re.search(TABLE_NAME, name)]
-    for path in sorted({*paths}, key=lambda path: (len(path.parts), path))[:MAX_TABLES]:
+    paths = {p for p in paths if p.suffix != ".xlsx" or p.with_suffix(".csv") not in paths}
+    for path in sorted(paths, key=lambda path: (len(path.parts), path))[:MAX_TABLES]:
         with suppress(Exception):  # of whatever is no table
             headers[path] = tables.open_table(path, MAX_HEADER)[1]["names"]
     return headers
 
 
-def read_codebooks(table: Path, folder: Path, cells: pd.Series, option: str) -> Iterator[str]:
+def read_codebooks(table: Path, folder: Path, cells: pd.Series) -> Iterator[str]:
     """Yield what is written beside a table about a column that has numbers: texts for `read_sex`.
 
-    An `option` with codes, as ``Sex (0=male, 1=female)``, is the only one. Else: levels in BIDS's
-    JSON, and what follows the column's name, a cell or the start of a line, in short texts.
+    They are levels in BIDS's JSON, and what follows the column's name, where that is a cell or
+    starts a line, in short texts and tables of the folder.
     """
     name = rf"[\"\s]*{re.escape(cells.name)}[\"\s]*"
     if not cells.str.contains(r"\d").any() or not re.search(r"[^\W\d]", cells.name):
-        return
-    if option != cells.name and "=" in option:
-        yield option
         return
     table = Path(os.path.abspath(table))
     with suppress(OSError, ValueError, AttributeError):  # no such file, or none as BIDS has it
         entry = json.loads(table.with_suffix(".json").read_text("utf-8")).get(cells.name, {})
         levels = entry.get("Levels") or entry.get("Annotations", {}).get("Levels", {})
         yield re.sub(r"'TermURL': '[^']*',?|'(Label|Description)':|[{}]", " ", str(levels))
+    pattern = rf"(?im)(?:\A|(?<=\n)(?:.*[,;\t|])?){name}(?:[,;\t|:=(]|\s\s)(.+)"
     for path in _read_headers(folder, table.parent):
-        if path != table and path.stat().st_size < MAX_CODEBOOK:
-            text = tables.open_table(path)[0].getvalue()
-            text = re.sub('"[^"]{,1000}"', lambda cell: cell[0].replace("\n", "; "), text)
-            lines = re.findall(
-                rf"(?im)(?:\A|(?<=\n)(?:.*[,;\t|])?){name}(?:[,;\t|:=(]|\s\s)(.+)", text
-            )
-            yield from (*lines, " | ".join(lines))  # a line a code, perhaps
+        with suppress(Exception):  # of what is no text beyond its first lines
+            if path != table and path.stat().st_size < MAX_CODEBOOK:
+                text = tables.open_table(path)[0].getvalue()
+                text = re.sub('"[^"]{,1000}"', lambda cell: cell[0].replace("\n", "; "), text)
+                lines = re.findall(pattern, text)
+                yield from (*lines, " | ".join(lines))  # a line a code, perhaps
 
 
 def find_morphometry(cohort: str | Path, table: str | Path | None = None) -> Path | None:

@@ -1,4 +1,4 @@
-"""Tables of people and measures, of any encoding and naming, and IDs in one form everywhere."""
+"""Tables of people and measures, whatever their naming, and IDs in one form everywhere."""
 
 import csv
 import io
@@ -9,7 +9,7 @@ import warnings
 import zipfile
 from collections.abc import Iterable, Sequence
 from decimal import Decimal
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -109,7 +109,7 @@ def open_table(table: Path, size: int = -1) -> tuple[io.StringIO, dict]:
     """
     with table.open("rb") as stream:
         content = stream.read(size)
-    if content.startswith(b"PK"):
+    if content.startswith(b"PK\3\4"):
         if sum(info.file_size for info in zipfile.ZipFile(table).infolist()) > MAX_WORKBOOK:
             raise ValueError(f"a workbook of more than {MAX_WORKBOOK >> 20} MB")
         lines = MAX_TITLE_LINES if size > 0 else None
@@ -131,16 +131,16 @@ def open_table(table: Path, size: int = -1) -> tuple[io.StringIO, dict]:
         width = max(set(widths), key=widths.count)
         filled = [sum(map(bool, r)) * (len(r) >= width - 1 and r[:1] != ["##"]) for r in rows]
         start = next((n for n, count in enumerate(filled) if 2 * count > max(filled)), 0)
-        looks.append((width < 2, -widths.count(width), start, -width, separator, rows[start]))
-    *_, start, _, separator, header = min(looks)
+        looks.append((width < 2, -widths.count(width), start, -width, separator, rows[start:][:4]))
+    *_, start, _, separator, (header, *people) = min(looks)
     file.seek(0)
     names = pd.Series(header, dtype=str).str.strip()
-    letters = names.str.fullmatch("[FMfm]") & bool(re.search(r"\d", "".join(header[:1])))
-    names = names.mask(letters, "sex")  # the first line is a person, there is no header
+    letters = [bool(people) and {*cells} <= {*"FMfm"} for cells in zip_longest(header, *people)]
+    names = names.mask(np.array(letters[: len(names)], bool), "sex")  # there is no header
     repeats = names.groupby(names).cumcount() + 1
     names = names.where(repeats == 1, names + " (" + repeats.astype(str) + ")")
     options = {"sep": separator, "dtype": str, "skip_blank_lines": False}
-    return file, options | {"header": None, "skiprows": start + (not letters.any()), "names": names}
+    return file, options | {"header": None, "skiprows": start + (not any(letters)), "names": names}
 
 
 def read_text_table(table: str | Path) -> pd.DataFrame:
@@ -196,6 +196,7 @@ def read_sex(
     there is no such column, or if its codes do not tell the sexes apart.
     """
     cells = rows[find_column(table, rows, name)].str.strip()
+    cells, codebooks = (cells.rename(name), ()) if "=" in name else (cells, codebooks)
     sexes = decode_sex(cells, codebooks)
     letters = sexes.map({0: "F", 1: "M"})
     coding = ", ".join((cells + " is " + letters).dropna().unique())
@@ -241,7 +242,7 @@ def decode_sex(column: pd.Series, codebooks: Iterable[str] = ()) -> pd.Series:
 
 def _stated_codes(text: str) -> list[dict[str, int | None]]:
     """Return what codes may mean by a text: ``1=f``, ``f=1``, ``1 f`` or ``f 1``; None: no sex."""
-    word, code, quote = r"([^\W\d_]+)", r"(\d+)", r"[\"']?"
+    word, code, quote = r"([^\W\d_]+)", r"(?<![\d.])(\d+)(?:\.0+)?", r"[\"']?"
     forms = rf"{code}{quote} *[=:-] *{quote}{word}", rf"{word}{quote} *[=:] *{code}"
     forms += rf"{code}{quote}[,;\t]? *{quote}{word}", rf"{word} +{code}"
     # the code of each pair first: digits are sorted before letters

@@ -75,8 +75,8 @@ def load_table(
         letters = people["Gender"].reindex(rows.index)
     if has_sex:
         name = tables.find_column(csv, rows, sex)
-        codebooks = participants.read_codebooks(csv, folder, rows[name], sex)
-        letters = tables.read_sex(csv, rows, name, codebooks)
+        codebooks = participants.read_codebooks(csv, folder, rows[name])
+        letters = tables.read_sex(csv, rows, sex, codebooks)
     labels = letters.map(LABELS)
     named = rows.columns.str.replace(r" \(\d+\)$", "", regex=True)  # of repeated columns
     no_features = named.str.fullmatch("|".join(tables.SYNONYMS.values()), case=False)

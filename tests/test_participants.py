@@ -122,12 +122,21 @@ def test_a_workbook_is_read_and_its_dictionary_too(tmp_path):
     assert people["Gender"].to_dict() == {"P01": "M", "P02": "F"}
 
 
-def test_codes_may_be_named_by_the_option_which_goes_before_codebooks(tmp_path, capsys):
-    write(tmp_path, {"t.csv": NUMBERS, "d.csv": "name,codes\nsex,1=male 2=female\n"})
+@pytest.mark.parametrize("end", ["", ".0"])
+def test_codes_may_be_named_by_the_option_which_goes_before_codebooks(tmp_path, end):
+    rows = NUMBERS.replace(",1\n", f",1{end}\n").replace(",2\n", f",2{end}\n")
+    write(tmp_path, {"t.csv": rows, "d.csv": "name,codes\nsex,1=male 2=female\n"})
     assert read(tmp_path)["Gender"].tolist() == list("MFMF")
-    reversed_sexes = read(tmp_path, sex="sex (1=female, 2=male)")["Gender"]
+    reversed_sexes = read(tmp_path, sex=f"sex (1{end}=female, 2{end}=male)")["Gender"]
     assert reversed_sexes.tolist() == list("FMFM")
-    assert "1 is F, 2 is M" in capsys.readouterr().out
+    for unknown in ("sex (1=female)", "sex (1=hombre, 2=kobieta)", "sex (0=male, 1=female)"):
+        with pytest.raises(ValueError, match="rename it if it says no codes"):
+            read(tmp_path, sex=unknown)
+
+
+def test_a_column_named_f_is_no_person_and_a_workbook_is_not_read_beside_its_export(tmp_path):
+    write(tmp_path, {"t.csv": "PK_1,F,sex\nP01,1,w\nP02,0,m\n", "t.xlsx": "PK\3\4"})
+    assert read(tmp_path)["Gender"].to_dict() == {"P01": "F", "P02": "M"}
 
 
 def test_sessions_in_ids_and_in_columns_and_that_no_row_has(tmp_path):

@@ -42,7 +42,7 @@ def _read_layout(
         parts = [table] if table else participants.find_people(cohort, **columns, known=known)
         people = participants.read_people(parts, **names, known=known, folder=cohort)
         families = people["group"].notna().sum() if "group" in people else 0
-        print(*parts, f"{len(people)} people, {families} of a known family", sep=", ")
+        print(*parts, f"{len(people)} people, {families} with a known family", sep=", ")
     except FileNotFoundError as error:
         if table is not None or not optional:
             raise

@@ -26,7 +26,7 @@ def folds(
     """
     sex = np.asarray(sex)
     if groups is not None and (count := len(set(groups))) < folds:
-        raise ValueError(f"expected {folds} families or more, found {count}: see their column.")
+        raise ValueError(f"expected {folds} families or more, found {count}: check Family_ID.")
     splitter = StratifiedKFold if groups is None else StratifiedGroupKFold
     splits = splitter(folds, shuffle=True, random_state=seed).split(sex, sex, groups)
     assignment = np.empty(len(sex), np.int64)

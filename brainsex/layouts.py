@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from brainsex import tables
-from brainsex.tables import SESSION_ENDS
+from brainsex.tables import SESSION_ENDS, SESSION_SUFFIX
 
 LABEL = "[0-9A-Za-z+]+"
 VOLUME_ENDINGS = (".nii", ".nii.gz", ".mgz")
@@ -211,9 +211,8 @@ def _describe(path: str) -> tuple[str, str]:
         if re.search(f"(?i){ending}$", f"/{path}"):
             return kind, modality
     *folders, name = path.lower().split("/")
-    words = set(re.split(r"[\W_]+", re.sub("space-[^_]+", "", name))) | (
-        {"t1"} if name == "brain.mgz" else set()
-    )
+    words = set(re.split(r"[\W_]+", re.sub("space-[^_]+", "", name)))  # a space is no modality
+    words |= {"t1"} if name == "brain.mgz" else set()
     if words & NO_MAP_WORDS or SPM_TISSUE.match(name) or "7t" in re.split("[/_]", path.lower()):
         return "", ""
     for modality, pattern in NAMES.items():
@@ -276,7 +275,7 @@ def choose_volumes(
         chosen = chosen[[fnmatchcase(f"/{p.as_posix()}", f"*/{match}") for p in chosen["path"]]]
     if session not in (None, *SESSION_ENDS):  # a part of paths, or else of the table's rows
         below = [path.relative_to(files.attrs["folder"]) for path in chosen["path"]]
-        suffixes = [re.findall("(?i)_(ses[0-9]+)(?=[_/])", path.as_posix()) for path in below]
+        suffixes = [re.findall(f"(?i){SESSION_SUFFIX}(?=[_/])", p.as_posix()) for p in below]
         parts = [{*p.parts[:-1], *p.name.split("_")[:-1], *s} for p, s in zip(below, suffixes)]
         in_session = np.array([bool({session, f"ses-{session}"} & names) for names in parts], bool)
         chosen = chosen[in_session] if in_session.any() or any(files["session"]) else chosen

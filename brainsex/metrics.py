@@ -19,7 +19,7 @@ FRACTIONS = (0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
 def average_precision(maps: np.ndarray, truth: np.ndarray, brain: np.ndarray) -> np.ndarray:
     """Return how well each of the maps (N, X, Y, Z) finds what was planted, (N,), in the brain.
 
-    A map that knows nothing has ``truth[brain].mean()``. Raises ValueError if one is not finite.
+    A random map scores about ``truth[brain].mean()``. Raises ValueError if a map is not finite.
     """
     return np.array([average_precision_score(truth[brain], image[brain]) for image in maps])
 

@@ -161,7 +161,7 @@ def _read_headers(*places: str | Path) -> dict[Path, pd.Series]:
         paths += [Path(parent, name) for name in names if re.search(TABLE_NAME, name)]
     paths = {p for p in paths if p.suffix != ".xlsx" or p.with_suffix(".csv") not in paths}
     for path in sorted(paths, key=lambda path: (len(path.parts), path))[:MAX_TABLES]:
-        with suppress(Exception):  # of whatever is no table
+        with suppress(Exception):  # a file that cannot be read as a table is left out
             headers[path] = tables.open_table(path, MAX_HEADER)[1]["names"]
     return headers
 
@@ -182,7 +182,7 @@ def read_codebooks(table: Path, folder: Path, cells: pd.Series) -> Iterator[str]
         yield re.sub(r"'TermURL': '[^']*',?|'(Label|Description)':|[{}]", " ", str(levels))
     pattern = rf"(?im)(?:\A|(?<=\n)(?:.*[,;\t|])?){name}(?:[,;\t|:=(]|\s\s)(.+)"
     for path in _read_headers(folder, table.parent):
-        with suppress(Exception):  # of what is no text beyond its first lines
+        with suppress(Exception):  # a file whose later lines cannot be read is left out
             if path != table and path.stat().st_size < MAX_CODEBOOK:
                 text = tables.open_table(path)[0].getvalue()
                 text = re.sub('"[^"]{,1000}"', lambda cell: cell[0].replace("\n", "; "), text)

@@ -119,7 +119,7 @@ class _FirstConv3d(nn.Conv3d):
 class _InputGradient(torch.autograd.Function):
     """Convolution of one channel whose input's gradient is one matrix product and a sum over taps.
 
-    PyTorch's takes most of a mask's time (tests/benchmarks), but on processors with AMX.
+    PyTorch's own gradient is slower, except on processors with AMX (tests/benchmarks).
     """
 
     @staticmethod

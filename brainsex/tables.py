@@ -22,6 +22,7 @@ MAX_TITLE_LINES, MAX_LINE, MAX_UNKNOWN_SHARE = 30, 1 << 16, 0.1
 MAX_WORKBOOK, UTF_16_MARKS = 1 << 28, (b"\xff\xfe", b"\xfe\xff")  # bytes, inflated
 INVALID_ID_CHARACTERS, MAX_ID_LENGTH = r"[/\\\x00-\x1f\x7f]", 200  # IDs become file names
 SESSION_ENDS = "first", "last"  # sessions: those of each person
+SESSION_SUFFIX = r"[_-](ses(?:sion)?-?\d+)"  # of an ID or of a folder that is called by one
 SYNONYMS = {  # of HCP's columns, in any case, as BIDS, UK Biobank, OASIS, REDCap … name them
     "Subject": r"(sub|subj|subject|sujet|participant|patient|proband|pbn|case|record|src_subject)"
     r"([ _.-]?(id|key|code|name|label|number|no|nr))?|twin[ _.-]?(id|code|no|nr)|eid|id|iid|mrn"
@@ -49,7 +50,7 @@ MISSING = {"", "9", "-9", "99", "999", "n/a", "na", "nan", "-", ".", "unknown"}
 def subject_id(text: object) -> str:
     """Return an ID as it is meant: of ``sub-01_ses-2`` ``01``, of 9.00106E+05 ``900106``."""
     name = unicodedata.normalize("NFKC", str(text)).strip().rstrip("/")  # full-width letters, too
-    name = re.sub(r"(?i)^sub[-_](?=.)|(?<=.)[_-]ses(sion)?-?\d+$", "", name)
+    name = re.sub(rf"(?i)^sub[-_](?=.)|(?<=.){SESSION_SUFFIX}$", "", name)
     name = name.replace("NDAR_INV", "NDARINV")  # ABCD's tables have the line, its files not
     number = re.fullmatch(r"\d+\.0*|\d(\.\d+)?[eE]\+\d\d?", name) and Decimal(name)
     return str(int(number)) if number and number == int(number) else name
@@ -136,7 +137,7 @@ def open_table(table: Path, size: int = -1) -> tuple[io.StringIO, dict]:
     file.seek(0)
     names = pd.Series(header, dtype=str).str.strip()
     letters = [bool(people) and {*cells} <= {*"FMfm"} for cells in zip_longest(header, *people)]
-    names = names.mask(np.array(letters[: len(names)], bool), "sex")  # there is no header
+    names = names.mask(np.array(letters[: len(names)], bool), "sex")  # a table without a header
     repeats = names.groupby(names).cumcount() + 1
     names = names.where(repeats == 1, names + " (" + repeats.astype(str) + ")")
     options = {"sep": separator, "dtype": str, "skip_blank_lines": False}
@@ -183,7 +184,7 @@ def check_subject_ids(path: str | Path, column: pd.Series) -> np.ndarray:
         line = names.index[invalid][0]
         expected = f"{column.name} of 1 to {MAX_ID_LENGTH} characters without / and \\"
         problem = f"expected {expected}, in one row, found {names[line]!r:.100}"
-        raise ValueError(f"{path}: line {line + 2}: {problem}; of visits: --session, or first")
+        raise ValueError(f"{path}: line {line + 2}: {problem}; choose a visit by --session")
     return names.to_numpy(str)
 
 

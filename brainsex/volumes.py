@@ -192,8 +192,8 @@ def convert(
     asked = {"mask": mask, "align": align, "regrid": regrid}
     grid |= {name: value for name, value in asked.items() if value}
     whole = all((out_dir / name).is_file() for name in RESULTS)
-    stale = {"overwrite": overwrite or not whole, "results": [*RESULTS, ".parts/*"] * overwrite}
-    storage.start_run(out_dir, "convert", grid, **stale)  # what a failed run left is no hindrance
+    stale = [*RESULTS, ".parts/*"] if overwrite else ()  # an unfinished run may change its settings
+    storage.start_run(out_dir, "convert", grid, overwrite=overwrite or not whole, results=stale)
     masks = source.set_index("Subject").get("mask", {})
     jobs = {subject: (path, masks.get(subject)) for subject, path in accepted.items()}
     stats = [(p, p.stat()) for path, own in jobs.values() for p in (path, *(own or ()))]

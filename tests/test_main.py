@@ -53,7 +53,7 @@ def test_a_synthetic_cohort_converted_elsewhere_stays_one(folder, tmp_path, caps
 def test_survey_says_what_is_there_and_what_to_run_next(folder, capsys):
     main(["survey", str(folder)])
     said = capsys.readouterr().out
-    people = f"{folder / 'unrestricted_behavioral.csv'}, 1113 people, 1113 of a known family"
+    people = f"{folder / 'unrestricted_behavioral.csv'}, 1113 people, 1113 with a known family"
     assert people in said
     assert f"morphometry: {folder / 'unrestricted_hcp_freesurfer.csv'}" in said
     assert f"python -m brainsex convert {folder.as_posix()}  # 0.00 hours, 0.0 GB" in said

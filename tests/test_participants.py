@@ -152,7 +152,7 @@ def test_sessions_in_ids_and_in_columns_and_that_no_row_has(tmp_path):
 
 def test_rows_of_a_person_that_differ_are_refused_unless_the_first_is_asked_for(tmp_path):
     write(tmp_path, {"t.csv": NUMBERS + "P01,35,1\n"})
-    with pytest.raises(ValueError, match="'P01'; of visits: --session, or first"):
+    with pytest.raises(ValueError, match="'P01'; choose a visit by --session"):
         read(tmp_path)
     assert read(tmp_path, session="first")["age"].to_dict()["P01"] == "30"
 
@@ -173,7 +173,7 @@ def test_visits_of_a_person_are_no_people(tmp_path):
     table = "visit,id,sex,age\nV1,P01,F,9\nV2,P01,F,11\nV1,P02,M,9\n"
     write(tmp_path, {"people.csv": table})
     known = layouts.split_paths(["V1/P01/fa.nii", "V2/P01/fa.nii", "V1/P02/fa.nii"])
-    with pytest.raises(ValueError, match="'P01'; of visits: --session, or first"):
+    with pytest.raises(ValueError, match="'P01'; choose a visit by --session"):
         participants.read_people(tmp_path / "people.csv", known=known)
 
 

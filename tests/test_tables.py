@@ -358,7 +358,7 @@ def test_images_of_a_person_are_no_people(tmp_path, folder):
     people = participants.read_people(write(tmp_path, IMAGES), known=known)
     assert people["Gender"].to_dict() == {"S1": "M", "S2": "F"}
     differing = write(tmp_path, IMAGES.replace("I119,S1,M", "I119,S1,F"))
-    with pytest.raises(ValueError, match="'S1'; of visits: --session, or first"):
+    with pytest.raises(ValueError, match="'S1'; choose a visit by --session"):
         participants.read_people(differing, known=known)
 
 

@@ -1,7 +1,6 @@
 """The commands for what runs for hours: ``python -m brainsex COMMAND -h``."""
 
 import argparse
-import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -224,7 +223,6 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; whatever stops it ends with one line and an exit code other than 0."""
     options = vars(build_parser().parse_args(arguments))
-    os.environ.update(training.MALLOC_ENVIRONMENT | os.environ)
     command = options.pop("command")
     folders = (options.get(name) for name in ("target", "out", "folder"))
     folder = next(filter(None, folders), options["cohort"] if command == "convert" else None)

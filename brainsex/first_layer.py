@@ -8,7 +8,6 @@ bin b, of 256 equal bins from the lowest to the highest value that the map takes
 All voxels count, as in the study: both numbers know head size.
 """
 
-import copy
 from collections.abc import Callable
 
 import numpy as np
@@ -52,7 +51,7 @@ def summarise(network: networks.MriNet3d, volumes: np.ndarray) -> tuple[np.ndarr
 def _measure_maps(network: networks.MriNet3d, volumes: np.ndarray, measure: Callable) -> np.ndarray:
     """Return `measure` (N, …) of all volumes' maps, which it takes in batches (n, C, voxels)."""
     device = networks.device()
-    layer = speed.inference_copy(copy.deepcopy(network).double(), device).hidden1
+    layer = speed.inference_copy(network, device, fuse=False).double().hidden1
 
     def work(rows: np.ndarray) -> list:
         batch = speed.read_batch(volumes, rows, device).double()

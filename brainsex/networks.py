@@ -104,9 +104,7 @@ class _Residual2d(nn.Sequential):
 
 def _count_pooled(*sizes: int) -> int:
     """Count the voxels that three hidden layers leave of an input, or raise ValueError if none."""
-    pooled = sizes
-    for _ in range(3):
-        pooled = [(size - 2) // 2 for size in pooled]
+    pooled = [(size - 14) // 8 for size in sizes]  # each layer takes two off, and halves the rest
     if min(pooled) < 1:
         raise ValueError(f"expected at least 22 voxels along each axis, found {sizes}.")
     return math.prod(pooled)
@@ -135,11 +133,9 @@ def fast_precision(device: torch.device) -> torch.dtype:
 
     DNNL_MAX_CPU_ISA, oneDNN's own bound on the instructions it uses, is respected.
     """
+    faster = torch.cpu._is_avx512_bf16_supported() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if device.type == "cuda":
         faster = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        faster = torch.cpu._is_avx512_bf16_supported()
-        faster &= torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.bfloat16 if faster else torch.float32
 
 

@@ -102,10 +102,7 @@ def read_people(
 
 
 def join_companions(
-    people: pd.DataFrame,
-    folder: Path,
-    own: Sequence[Path] = (),
-    session: str | None = None,
+    people: pd.DataFrame, folder: Path, own: Sequence[Path] = (), session: str | None = None
 ) -> pd.DataFrame:
     """Join the columns `COMPANIONS` of the tables in a folder, but their `own`, to people, by ID.
 

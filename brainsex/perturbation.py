@@ -247,6 +247,5 @@ def broadcast_inputs(
 
 def predicted_classes(network: nn.Module, volumes: np.ndarray) -> np.ndarray:
     """Return the class (N,) that a network predicts for volumes (N, X, Y, Z), in float32."""
-    plain = speed.inference_copy(network, networks.device())
-    logits = speed.predict_logits(plain, volumes, torch.float32)
+    logits = speed.predict_logits(network, volumes)
     return networks.average_slab_logits(logits).argmax(1).numpy()

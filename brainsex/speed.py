@@ -1,6 +1,8 @@
 """How networks run fast: the same functions as the plain ones of `networks`, in another order."""
 
+import contextlib
 import copy
+import ctypes
 from collections.abc import Callable, Iterator
 
 import joblib
@@ -15,7 +17,6 @@ from brainsex import networks
 
 CPU_BATCH, GPU_BATCH = 2, 32
 """Volumes a pass: on a CPU one alone takes twice as long, more than a few leave the cache."""
-PLANES = 8  # of float32, whose products with a kernel's 27 taps stay in a CPU's cache
 
 
 def training_forward(network: nn.Module, batch: Tensor, moments: Tensor | None = None) -> Tensor:
@@ -24,7 +25,7 @@ def training_forward(network: nn.Module, batch: Tensor, moments: Tensor | None =
     Pooling comes before the ReLU, with which a maximum commutes. The first batch norm is folded
     into its convolution: mean and variance of what that makes of one channel follow from the
     channel's `moments`, those of `patch_moments`. So the largest tensors are never normalised, and
-    on a CPU they are made and pooled `CPU_BATCH` volumes at a time. Statistics and gradients are
+    on a CPU they are made and pooled two or three volumes at a time. Statistics and gradients are
     those of the whole batch.
     """
     if type(network) is not networks.MriNet3d or not network.training:
@@ -32,16 +33,25 @@ def training_forward(network: nn.Module, batch: Tensor, moments: Tensor | None =
     networks.check_input(batch, network.shape)
     features = _first_layer(network.hidden1, batch, moments)
     for convolution, norm, relu, _ in (network.hidden2, network.hidden3):
-        features = relu(_MaxPool3d(2)(norm(convolution(features))))
+        features = relu(_Pooling.apply(norm(convolution(features))))
     return network.linear(network.dropout(features.flatten(1)))
 
 
-class _MaxPool3d(nn.MaxPool3d):
-    """Max pooling that keeps the input's dtype; CPU autocast would upcast to float32."""
+class _Pooling(torch.autograd.Function):
+    """Max pooling by 2 that keeps its input's precision under autocast, but not its input."""
 
-    def forward(self, features: Tensor) -> Tensor:
-        with torch.autocast(features.device.type, enabled=False):
-            return super().forward(features)
+    @staticmethod
+    def forward(ctx: FunctionCtx, features: Tensor) -> Tensor:
+        pooled, places = torch.ops.aten.max_pool3d_with_indices(features, 2)
+        ctx.save_for_backward(places)
+        ctx.layout = features.shape, features.stride()
+        return pooled
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> Tensor:
+        shaped = gradient.new_empty_strided(*ctx.layout)
+        pool = torch.ops.aten.max_pool3d_with_indices_backward
+        return pool(gradient, shaped, 2, 2, 0, 1, False, *ctx.saved_tensors)
 
 
 def _first_layer(layer: nn.Sequential, volumes: Tensor, moments: Tensor | None = None) -> Tensor:
@@ -65,8 +75,10 @@ def _first_layer(layer: nn.Sequential, volumes: Tensor, moments: Tensor | None =
             mean, variance = mean + convolution.bias, variance * count / (count - 1)
             norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
             norm.running_var.lerp_(variance.to(norm.running_var.dtype), norm.momentum)
-    chunks = (volumes - offset).split(CPU_BATCH if volumes.device.type == "cpu" else len(volumes))
-    pooled = [_MaxPool3d(2)(nn.functional.conv3d(chunk, weight)) for chunk in chunks]
+    # none of one volume, which PyTorch convolves by slower code into another memory format
+    count = max(len(volumes) // CPU_BATCH, 1) if volumes.device.type == "cpu" else 1
+    chunks = (volumes - offset).tensor_split(count)
+    pooled = [_Pooling.apply(nn.functional.conv3d(chunk, weight)) for chunk in chunks]
     return relu(torch.cat(pooled) + bias.to(weight.dtype).view(-1, 1, 1, 1))
 
 
@@ -102,9 +114,9 @@ def inference_copy(network: nn.Module, device: torch.device, fuse: bool = True) 
     network = copy.deepcopy(network).eval().requires_grad_(False)
     if fuse and isinstance(network, networks.MriNet3d) and len(network.hidden1) == 4:
         for name in ("hidden1", "hidden2", "hidden3"):
-            convolution, norm, relu, _ = getattr(network, name)
+            convolution, norm, relu, pooling = getattr(network, name)
             fused = fuse_conv_bn_eval(convolution, norm)
-            setattr(network, name, nn.Sequential(fused, _MaxPool3d(2), relu))
+            setattr(network, name, nn.Sequential(fused, pooling, relu))
         network.hidden1[0].__class__ = _FirstConv3d  # the same weights, a faster gradient
     return networks.to_device(network, device)
 
@@ -133,17 +145,13 @@ class _InputGradient(torch.autograd.Function):
         (weight,) = ctx.saved_tensors
         taps, (count, _, *sizes) = weight.shape[2:], gradient.shape
         shape = count, *(size + tap - 1 for size, tap in zip(sizes, taps))
-        dtype = torch.promote_types(gradient.dtype, torch.float32)
-        input_gradient = torch.zeros(shape, dtype=dtype, device=gradient.device)
-        planes = PLANES if weight.dtype == torch.float32 else sizes[0]
-        for first in range(0, sizes[0], planes):
-            slab = gradient[:, :, first : first + planes].movedim(1, -1)
-            products = (weight.flatten(1).T @ slab.flatten(0, -2).T).view(*taps, *slab.shape[:-1])
-            touched = input_gradient[:, first:]
-            for tap in np.ndindex(*taps):
-                x, y, z = (slice(start, start + size) for start, size in zip(tap, slab.shape[1:]))
-                touched[:, x, y, z] += products[tap]
-        return input_gradient[:, None], None, None
+        slopes = gradient.new_zeros(shape, dtype=torch.promote_types(gradient.dtype, torch.float32))
+        rows = gradient.movedim(1, -1).flatten(0, -2)
+        products = (weight.flatten(1).T @ rows.T).view(*taps, count, *sizes)
+        for tap in np.ndindex(*taps):
+            x, y, z = (slice(start, start + size) for start, size in zip(tap, sizes))
+            slopes[:, x, y, z] += products[tap]
+        return slopes[:, None], None, None
 
 
 def forward_in_chunks(network: nn.Module, volumes: Tensor) -> Tensor:
@@ -155,14 +163,13 @@ def forward_in_chunks(network: nn.Module, volumes: Tensor) -> Tensor:
     return torch.cat([network(chunk) for chunk in padded.split(CPU_BATCH)])[: len(volumes)]
 
 
-def predict_logits(network: nn.Module, volumes: np.ndarray, dtype: torch.dtype) -> Tensor:
-    """Compute logits (N, 2), or (N, S, 2) of slabs, float32, of volumes (N, X, Y, Z) in `dtype`."""
-    device = next(network.parameters()).device
+def predict_logits(network: nn.Module, volumes: np.ndarray) -> Tensor:
+    """Compute logits (N, 2), or (N, S, 2) of slabs, in float32, of volumes (N, X, Y, Z)."""
+    device = networks.device()
     fast = inference_copy(network, device)
 
     def logits(rows: np.ndarray) -> Tensor:
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            return forward_in_chunks(fast, read_batch(volumes, rows, device)).float().cpu()
+        return forward_in_chunks(fast, read_batch(volumes, rows, device)).cpu()
 
     size = CPU_BATCH if device.type == "cpu" else GPU_BATCH
     return torch.cat(list(map_batches(logits, len(volumes), device, size=size)))
@@ -177,6 +184,7 @@ def map_batches(
     each CPU core at once, on one thread: faster than one on all, and results do not depend on the
     number of cores. `name` labels a progress bar, if there is to be one.
     """
+    _keep_memory()
     on_cpu, threads = device.type == "cpu", torch.get_num_threads()
     size = size or (1 if on_cpu else GPU_BATCH)
     batches = [np.arange(start, min(start + size, count)) for start in range(0, count, size)]
@@ -189,6 +197,17 @@ def map_batches(
             yield from tqdm(results, name, total=len(batches), unit="batch", disable=not name)
     finally:
         torch.set_num_threads(threads)
+
+
+def _keep_memory() -> None:
+    """Let glibc keep for this process what it frees, which the kernel would have to clear again."""
+    with contextlib.suppress(AttributeError, TypeError):  # another C library, or Windows
+        for option, value in (
+            (-4, 0),
+            (-1, -1),
+            (-8, 1),
+        ):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX
+            ctypes.CDLL(None).mallopt(option, value)
 
 
 def read_batch(volumes: np.ndarray, rows: np.ndarray, device: torch.device) -> Tensor:

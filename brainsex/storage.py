@@ -210,4 +210,4 @@ def load_volume(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
         voxels = np.asarray(voxels).astype(np.float32, copy=False)
         file.read(MAX_EXTRA_BYTES)  # to its end, where gzip compares the checksum
         image = nib.as_closest_canonical(nib.Nifti1Image(voxels, affine))
-    return np.ascontiguousarray(image.dataobj), image.affine
+    return np.array(image.dataobj, order="K"), image.affine

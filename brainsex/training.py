@@ -23,11 +23,6 @@ PATCHED = 2  # copies of each training volume, blurred in random regions, for th
 INVERSE_PENALTY = 0.01  # C of its logistic regression
 MIN_FEATURE_SD = 1e-3  # a feature that hardly varies is not blown up
 
-MALLOC_ENVIRONMENT = {
-    "GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=8000000000"
-}
-"""For child processes: glibc keeps a training step's memory, which the kernel need not clear."""
-
 
 def fit(
     network: nn.Module,
@@ -93,7 +88,7 @@ def fit(
                 raise FloatingPointError(f"epoch {epoch + 1}: the loss is not finite. Lower lr.")
             schedule.step()
             if validation is not None:
-                logits = speed.predict_logits(network, validation[0], dtype)
+                logits = speed.predict_logits(network, validation[0])
                 loss, correct = _score_logits(logits, torch.as_tensor(np.array(validation[1])))
                 row["validation_loss"] = loss.item()
                 row["validation_accuracy"] = correct / len(logits)
@@ -119,7 +114,7 @@ def learn_neutral_layer(
     body.linear = nn.Identity()
     blurred = [perturbation.BlurredVolumes(volumes)]
     blurred += [perturbation.BlurredVolumes(volumes, seed=seed + n) for n in range(PATCHED)]
-    samples = (speed.predict_logits(body, part, torch.float32) for part in (volumes, *blurred))
+    samples = (speed.predict_logits(body, part) for part in (volumes, *blurred))
     features = [part.numpy() for part in samples]
     mean, spread = features[0].mean(0), features[0].std(0).clip(MIN_FEATURE_SD)
     women, men = (features[0][sex == label].mean(0) for label in (0, 1))
@@ -152,7 +147,7 @@ def predict(network: nn.Module, volumes: np.ndarray) -> np.ndarray:
     A network of slabs gives those of its slabs' mean log-odds. All is computed in float32; no
     volume's depend on the others, on a CPU to the bit. Raises ValueError where one is not finite.
     """
-    logits = speed.predict_logits(network, volumes, torch.float32)
+    logits = speed.predict_logits(network, volumes)
     probabilities = networks.average_slab_logits(logits).softmax(1).numpy()
     if bad := np.flatnonzero(~np.isfinite(probabilities).all(1)).tolist():
         raise ValueError(f"volumes {bad[:10]}: no finite probability. Clean the volumes first.")

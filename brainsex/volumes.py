@@ -54,8 +54,8 @@ def resample(
     if volume.ndim != 3 or len(shape) != 3 or min(shape) < 1 or not np.isfinite([low, high]).all():
         raise ValueError(f"expected finite 3D, found {volume.shape}, {low} to {high}, and {shape}")
     x, y, z = (_axis_operator(old, new) for old, new in zip(volume.shape, shape))
-    slices = y @ (volume.astype(np.float32, copy=False) @ z.T)  # (X, y, z)
-    reduced = np.tensordot(x, slices, 1).clip(np.float32(low), np.float32(high))
+    slices = y @ (volume.T.astype(np.float32, copy=False) @ x.T)  # (Z, y, x): a file's own order
+    reduced = np.tensordot(z, slices, 1).T.clip(np.float32(low), np.float32(high))
     factors = np.divide(volume.shape, shape)
     to_old = nib.affines.from_matvec(np.diag(factors), (factors - 1) / 2)
     return reduced, affine @ to_old

@@ -21,7 +21,7 @@ import papermill
 import yaml
 from nbclient.exceptions import DeadKernelError
 
-from brainsex import storage, training
+from brainsex import storage
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -161,7 +161,7 @@ def main() -> None:
 
     for name in OF_THE_USER:
         os.environ.pop(name, None)
-    os.environ.update(training.MALLOC_ENVIRONMENT | os.environ | {"JUPYTER_PREFER_ENV_PATH": "1"})
+    os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
     record = {"profile": arguments.profile, "settings": settings, **folders}
     try:
         with storage.folder_lock(out):

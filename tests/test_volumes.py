@@ -66,7 +66,6 @@ def test_load_finds_a_point_at_its_millimetres_in_any_orientation(tmp_path, code
     points = {0.8: affine @ (1, 4, 2, 1), 0.3: affine @ (3, 1, 6, 1)}
     volume, to_mm = load(save(tmp_path / "v.nii.gz", data, affine))
     assert volume.dtype == np.float32
-    assert volume.flags.c_contiguous
     assert "".join(nib.aff2axcodes(to_mm)) == "RAS"
     assert np.count_nonzero(volume) == 2
     for value, point in points.items():
@@ -172,7 +171,6 @@ def test_resample_is_the_study_s_resize(old, new):
         turned = np.array(volume[::turn, ::turn, ::turn], order=order)[::turn, ::turn, ::turn]
         again, _ = resample(turned, np.eye(4), new)
         np.testing.assert_allclose(again, small, atol=1e-6)
-        assert again.flags.c_contiguous
     np.testing.assert_allclose(small, resize(volume, new), atol=1e-6)
     ones, _ = resample(np.ones(old, np.float32), np.eye(4), new)
     assert ones.max() == 1  # rounding does not lift FA above what there was

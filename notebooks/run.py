@@ -1,4 +1,4 @@
-"""Run the notebooks in order, with papermill: what `make figures` and `make notebooks` call.
+"""Run the notebooks, two at once, with papermill: what `make figures` and `make notebooks` call.
 
 Only the default profile on data/synthetic writes image/ (and keeps the rest in build/), and is
 compared with the tables in notebooks/tables; every other run writes results/<cohort>-<profile>/. A
@@ -7,17 +7,20 @@ left out and why. The exit code is 1 if one failed.
 """
 
 import argparse
+import contextlib
 import os
 import re
 import shutil
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import nbformat
 import numpy as np
 import pandas as pd
 import papermill
+import psutil
 import yaml
 from nbclient.exceptions import DeadKernelError
 
@@ -33,11 +36,15 @@ TABLES = (
 INTERVALS = {"accuracy": ("low", "high"), "value": ("low", "high"), "auc": ("auc_low", "auc_high")}
 ESTIMATE = re.compile(r"(-?\d[\d.e-]*)(?: \[(-?[\d.]+), (-?[\d.]+)\])?")  # and its interval
 MOVED = 0.005  # differences below are not worth a word
+READS = {  # notebook: those whose results it reads; the longest way to the end goes first
+    **{"02": "", "00": "", "04": "02", "01": "", "03": "02", "06": "04", "05": "04", "07": "06"},
+    **{"08": "04", "09": "05 07"},
+}
 LEFT_OUT = "left out: "  # how a line of output begins that says what a notebook skips, and why
 
 
 def execute(source: Path, target: Path, parameters: dict) -> None:
-    """Run one notebook as if in its own folder; the copy at `target` holds its outputs.
+    """Run one notebook in the current folder, its own; the copy at `target` holds its outputs.
 
     Its kernel is killed at the end: asked to finish first, it keeps Ctrl-C waiting for seconds.
     """
@@ -45,7 +52,6 @@ def execute(source: Path, target: Path, parameters: dict) -> None:
         source,
         target,
         parameters,
-        cwd=HERE,
         kernel_name="python3",
         log_output=False,
         shutdown_kernel="immediate",
@@ -150,7 +156,7 @@ def main() -> None:
         parser.error(f"{arguments.table}: no such table")
     is_default = cohort == ROOT / "data" / "synthetic" and arguments.profile == "default"
     results = ROOT / "results" / f"{cohort.name}-{arguments.profile}"
-    out = arguments.out or (ROOT / "build" if is_default else results)
+    out = Path(os.path.abspath(arguments.out or (ROOT / "build" if is_default else results)))
     image = ROOT / "image" if is_default and not arguments.out else out / "image"
     if arguments.overwrite and (out / storage.RUN_RECORD).is_file():
         shutil.rmtree(out)
@@ -158,16 +164,17 @@ def main() -> None:
     folders = {name: relative_to_notebooks(path) for name, path in folders.items()}
     table = {"TABLE": relative_to_notebooks(arguments.table)} if arguments.table else {}
     settings |= {name: settings.get(name, {}) | table for name in TABLE_NOTEBOOKS}
+    at_once = settings.pop("AT_ONCE", 2)
 
     for name in OF_THE_USER:
         os.environ.pop(name, None)
-    os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
+    os.environ |= {"JUPYTER_PREFER_ENV_PATH": "1", "OMP_WAIT_POLICY": "passive"}
     record = {"profile": arguments.profile, "settings": settings, **folders}
     try:
         with storage.folder_lock(out):
             storage.start_run(out, "notebooks", record, overwrite=True)
-            failures = run(out, folders, settings, arguments.in_place)
-            if arguments.in_place:
+            failures = run(out, folders, settings, arguments.in_place, at_once)
+            if arguments.in_place and not failures:
                 for name in TABLES:
                     shutil.copy(out / f"{name}.csv", HERE / "tables")
             elif is_default and not failures:
@@ -181,11 +188,14 @@ def main() -> None:
     sys.exit(int(failures > 0))
 
 
-def run(out: Path, folders: dict, settings: dict, in_place: bool) -> int:
-    """Run all notebooks in order, list what was done and what was not; return how many failed."""
-    start, report, failures = time.monotonic(), [], 0
-    for source in sorted(HERE.glob("[0-9][0-9]_*.ipynb")):
-        print(f"\n{source.name}", flush=True)
+def run(out: Path, folders: dict, settings: dict, in_place: bool, at_once: int = 2) -> int:
+    """Run all notebooks, list what was done and what was not; return how many failed."""
+    start, futures = time.monotonic(), {}
+
+    def attempt(source: Path) -> tuple[str, list[str]]:
+        for name in READS.get(source.name[:2], " ".join(READS)).split():
+            wait([future for other, future in futures.items() if other.name[:2] == name])
+        print(f"{source.name}: begun", flush=True)
         begin, target, problems = time.monotonic(), source if in_place else out / source.name, []
         try:
             if in_place:  # with its own parameters, which are the default profile
@@ -195,16 +205,30 @@ def run(out: Path, folders: dict, settings: dict, in_place: bool) -> int:
             else:
                 execute(source, target, folders | settings.get(source.stem, {}))
         except (papermill.PapermillExecutionError, DeadKernelError) as error:
-            if in_place:
-                raise
             print(error, file=sys.stderr, flush=True)
-            problems, failures = [str(error).strip().splitlines()[-1]], failures + 1
+            problems = [str(error).strip().splitlines()[-1]]
         outcome = f"{'failed' if problems else 'done'} in {time.monotonic() - begin:.0f} s"
         print(f"{source.name}: {outcome}", flush=True)
-        report.append(f"{source.stem}: {outcome}")
-        report += [f"  {line}" for line in problems + left_out(target)]
-    print(f"\nall notebooks: {time.monotonic() - start:.0f} s", *report, sep="\n", flush=True)
-    return failures
+        return f"{source.stem}: {outcome}", problems, left_out(target)
+
+    ranks = {name: rank for rank, name in enumerate(READS)}
+    sources = sorted(HERE.glob("[0-9][0-9]_*.ipynb"), key=lambda path: ranks.get(path.name[:2], 99))
+    with contextlib.chdir(HERE), ThreadPoolExecutor(at_once) as pool:
+        try:
+            for source in sources:
+                futures[source] = pool.submit(attempt, source)
+            results = [futures[source].result() for source in sorted(sources)]
+        finally:  # what Ctrl-C leaves, with the workers of its kernels
+            pool.shutdown(wait=False, cancel_futures=True)
+            while any(future.running() for future in futures.values()):
+                for child in psutil.Process().children(recursive=True):
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        child.kill()
+                time.sleep(0.05)
+    print(f"\nall notebooks: {time.monotonic() - start:.0f} s", flush=True)
+    for outcome, problems, lines in results:
+        print(outcome, *(f"  {line}" for line in problems + lines), sep="\n", flush=True)
+    return sum(bool(problems) for _, problems, _ in results)
 
 
 if __name__ == "__main__":

@@ -165,6 +165,8 @@ def main() -> None:
     table = {"TABLE": relative_to_notebooks(arguments.table)} if arguments.table else {}
     settings |= {name: settings.get(name, {}) | table for name in TABLE_NOTEBOOKS}
     at_once = settings.pop("AT_ONCE", 2)
+    if workers := settings.pop("WORKERS", None):
+        os.environ["LOKY_MAX_CPU_COUNT"] = str(workers)
 
     for name in OF_THE_USER:
         os.environ.pop(name, None)

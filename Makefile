@@ -1,5 +1,5 @@
-COHORT ?= data/synthetic
 PROFILE ?= default
+COHORT ?= data/synthetic$(if $(filter smoke,$(PROFILE)),-small)
 PYTHON ?= python3
 BIN := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 
@@ -23,8 +23,11 @@ export PYTHONNOUSERSITE := 1
 data/synthetic/unrestricted_behavioral.csv: | .venv/.installed
 	$(BIN)/python -m brainsex synthesize data/synthetic
 
-# A cohort of one's own must exist; only the default one is written when absent.
-NEEDS := $(if $(filter data/synthetic,$(COHORT)),data/synthetic/unrestricted_behavioral.csv)
+data/synthetic-small/unrestricted_behavioral.csv: | .venv/.installed
+	$(BIN)/python -m brainsex synthesize data/synthetic-small --subjects 16 --spacing 5
+
+# A cohort of one's own must exist; only these two are written when absent.
+NEEDS := $(if $(filter data/synthetic data/synthetic-small,$(COHORT)),$(COHORT)/unrestricted_behavioral.csv)
 
 figures: .venv/.installed $(NEEDS)
 	$(BIN)/python notebooks/run.py --cohort $(COHORT) --profile $(PROFILE) $(if $(TABLE),--table $(TABLE))

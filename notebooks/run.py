@@ -36,10 +36,9 @@ TABLES = (
 INTERVALS = {"accuracy": ("low", "high"), "value": ("low", "high"), "auc": ("auc_low", "auc_high")}
 ESTIMATE = re.compile(r"(-?\d[\d.e-]*)(?: \[(-?[\d.]+), (-?[\d.]+)\])?")  # and its interval
 MOVED = 0.005  # differences below are not worth a word
-READS = {  # notebook: those whose results it reads; the longest way to the end goes first
-    **{"02": "", "00": "", "04": "02", "01": "", "03": "02", "06": "04", "05": "04", "07": "06"},
-    **{"08": "04", "09": "05 07"},
-}
+READS = {"02": "", "00": "", "01": "", "04": "02", "03": "02", "06": "04", "05": "04", "07": "06"}
+READS |= {"08": "04", "09": "05 07"}
+"""Notebook: those whose results it reads. In the order in which they begin."""
 LEFT_OUT = "left out: "  # how a line of output begins that says what a notebook skips, and why
 
 

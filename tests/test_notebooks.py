@@ -58,16 +58,19 @@ def test_smoke_profile_runs_every_notebook_and_writes_every_figure(tmp_path):
     assert images == {path: path.stat().st_mtime_ns for path in (ROOT / "image").glob("*")}
 
 
-def test_a_failed_notebook_stops_no_other_and_the_end_lists_all(tmp_path, monkeypatch, capsys):
+def test_each_waits_for_what_it_reads_a_failed_one_stops_none_and_the_end_lists_all(
+    tmp_path, monkeypatch, capsys
+):
     run = runpy.run_path(str(ROOT / "notebooks" / "run.py"))["run"]
     monkeypatch.setitem(run.__globals__, "HERE", tmp_path)
     early = "import sys; print('left out: all: no table'); sys.exit(0)"
-    for name, source in {"01_a": early, "02_b": "1 / 0", "03_c": "1"}.items():
+    late = "import time; time.sleep(2); open('result', 'w').close(); 1 / 0"
+    for name, source in {"01_a": early, "04_b": late, "05_c": "open('result')"}.items():
         cells = [nbformat.v4.new_code_cell(code) for code in (source, "print('left out: b')")]
         nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / f"{name}.ipynb")
     assert run(tmp_path, {}, {}, False) == 1
-    first = r"01_a: done in \d+ s\n  left out: all: no table\n02_b: failed in \d+ s\n"
-    rest = r"  ZeroDivisionError: division by zero\n03_c: done in \d+ s\n  left out: b\n$"
+    first = r"01_a: done in \d+ s\n  left out: all: no table\n04_b: failed in \d+ s\n"
+    rest = r"  ZeroDivisionError: division by zero\n05_c: done in \d+ s\n  left out: b\n$"
     assert re.search(first + rest, capsys.readouterr().out)
 
 

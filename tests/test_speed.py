@@ -1,6 +1,8 @@
 """Each fast piece equals its plain form: outputs, gradients and running statistics."""
 
 import copy
+import ctypes
+import platform
 
 import numpy as np
 import pytest
@@ -86,6 +88,7 @@ def test_the_first_layer_in_other_precisions(dtype: torch.dtype, limit: float) -
         )
         assert error < limit, name
         assert dtype == torch.float32 or name == "0.weight" or error < usual_error, name
+    assert fast["logits"].is_contiguous(memory_format=torch.channels_last_3d)  # of 5, an odd number
     assert fast["0.bias"].abs().max() < 1e-3 * fast["1.bias"].abs().max()  # zero, but for rounding
 
 
@@ -177,6 +180,19 @@ def test_predicted_logits_are_those_of_evaluation(training: bool) -> None:
     assert not logits.requires_grad
     expected = [logits_by_hand(network, volume[None]) for volume in volumes]
     np.testing.assert_allclose(logits, expected, atol=1e-5)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc alone")
+def test_large_tensors_come_from_memory_that_is_kept() -> None:
+    class Counts(ctypes.Structure):
+        _fields_ = [(f"count{n}", ctypes.c_size_t) for n in range(10)]  # 4: bytes mapped anew
+
+    count = ctypes.CDLL(None).mallinfo2
+    count.restype = Counts
+    list(speed.map_batches(lambda rows: rows, 1, CPU))
+    before = count().count4
+    tensor = torch.ones(25_000_000)
+    assert count().count4 - before < tensor.nbytes
 
 
 def test_map_batches_runs_one_thread_a_batch_and_restores_all(monkeypatch) -> None:

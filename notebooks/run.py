@@ -1,26 +1,23 @@
-"""Run the notebooks, two at once, with papermill: what `make figures` and `make notebooks` call.
+"""Run the notebooks in order, with papermill: what `make figures` and `make notebooks` call.
 
 Only the default profile on data/synthetic writes image/ (and keeps the rest in build/), and is
 compared with the tables in notebooks/tables; every other run writes results/<cohort>-<profile>/. A
 notebook that fails does not stop the others; at the end stands a list of what was done, what was
-left out and why. The exit code is 1 if one failed.
+left out and why. The exit code is 1 if one failed. A profile may bound what joblib starts (WORKERS).
 """
 
 import argparse
-import contextlib
 import os
 import re
 import shutil
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import nbformat
 import numpy as np
 import pandas as pd
 import papermill
-import psutil
 import yaml
 from nbclient.exceptions import DeadKernelError
 
@@ -36,14 +33,11 @@ TABLES = (
 INTERVALS = {"accuracy": ("low", "high"), "value": ("low", "high"), "auc": ("auc_low", "auc_high")}
 ESTIMATE = re.compile(r"(-?\d[\d.e-]*)(?: \[(-?[\d.]+), (-?[\d.]+)\])?")  # and its interval
 MOVED = 0.005  # differences below are not worth a word
-READS = {"02": "", "00": "", "01": "", "04": "02", "03": "02", "06": "04", "05": "04", "07": "06"}
-READS |= {"08": "04", "09": "05 07"}
-"""Notebook: those whose results it reads. In the order in which they begin."""
 LEFT_OUT = "left out: "  # how a line of output begins that says what a notebook skips, and why
 
 
 def execute(source: Path, target: Path, parameters: dict) -> None:
-    """Run one notebook in the current folder, its own; the copy at `target` holds its outputs.
+    """Run one notebook as if in its own folder; the copy at `target` holds its outputs.
 
     Its kernel is killed at the end: asked to finish first, it keeps Ctrl-C waiting for seconds.
     """
@@ -51,6 +45,7 @@ def execute(source: Path, target: Path, parameters: dict) -> None:
         source,
         target,
         parameters,
+        cwd=HERE,
         kernel_name="python3",
         log_output=False,
         shutdown_kernel="immediate",
@@ -155,7 +150,7 @@ def main() -> None:
         parser.error(f"{arguments.table}: no such table")
     is_default = cohort == ROOT / "data" / "synthetic" and arguments.profile == "default"
     results = ROOT / "results" / f"{cohort.name}-{arguments.profile}"
-    out = Path(os.path.abspath(arguments.out or (ROOT / "build" if is_default else results)))
+    out = arguments.out or (ROOT / "build" if is_default else results)
     image = ROOT / "image" if is_default and not arguments.out else out / "image"
     if arguments.overwrite and (out / storage.RUN_RECORD).is_file():
         shutil.rmtree(out)
@@ -163,19 +158,18 @@ def main() -> None:
     folders = {name: relative_to_notebooks(path) for name, path in folders.items()}
     table = {"TABLE": relative_to_notebooks(arguments.table)} if arguments.table else {}
     settings |= {name: settings.get(name, {}) | table for name in TABLE_NOTEBOOKS}
-    at_once = settings.pop("AT_ONCE", 2)
-    if workers := settings.pop("WORKERS", None):
-        os.environ["LOKY_MAX_CPU_COUNT"] = str(workers)
 
     for name in OF_THE_USER:
         os.environ.pop(name, None)
-    os.environ |= {"JUPYTER_PREFER_ENV_PATH": "1", "OMP_WAIT_POLICY": "passive"}
+    os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
+    if workers := settings.pop("WORKERS", None):
+        os.environ["LOKY_MAX_CPU_COUNT"] = str(workers)
     record = {"profile": arguments.profile, "settings": settings, **folders}
     try:
         with storage.folder_lock(out):
             storage.start_run(out, "notebooks", record, overwrite=True)
-            failures = run(out, folders, settings, arguments.in_place, at_once)
-            if arguments.in_place and not failures:
+            failures = run(out, folders, settings, arguments.in_place)
+            if arguments.in_place:
                 for name in TABLES:
                     shutil.copy(out / f"{name}.csv", HERE / "tables")
             elif is_default and not failures:
@@ -189,14 +183,11 @@ def main() -> None:
     sys.exit(int(failures > 0))
 
 
-def run(out: Path, folders: dict, settings: dict, in_place: bool, at_once: int = 2) -> int:
-    """Run all notebooks, list what was done and what was not; return how many failed."""
-    start, futures = time.monotonic(), {}
-
-    def attempt(source: Path) -> tuple[str, list[str]]:
-        for name in READS.get(source.name[:2], " ".join(READS)).split():
-            wait([future for other, future in futures.items() if other.name[:2] == name])
-        print(f"{source.name}: begun", flush=True)
+def run(out: Path, folders: dict, settings: dict, in_place: bool) -> int:
+    """Run all notebooks in order, list what was done and what was not; return how many failed."""
+    start, report, failures = time.monotonic(), [], 0
+    for source in sorted(HERE.glob("[0-9][0-9]_*.ipynb")):
+        print(f"\n{source.name}", flush=True)
         begin, target, problems = time.monotonic(), source if in_place else out / source.name, []
         try:
             if in_place:  # with its own parameters, which are the default profile
@@ -206,30 +197,16 @@ def run(out: Path, folders: dict, settings: dict, in_place: bool, at_once: int =
             else:
                 execute(source, target, folders | settings.get(source.stem, {}))
         except (papermill.PapermillExecutionError, DeadKernelError) as error:
+            if in_place:
+                raise
             print(error, file=sys.stderr, flush=True)
-            problems = [str(error).strip().splitlines()[-1]]
+            problems, failures = [str(error).strip().splitlines()[-1]], failures + 1
         outcome = f"{'failed' if problems else 'done'} in {time.monotonic() - begin:.0f} s"
         print(f"{source.name}: {outcome}", flush=True)
-        return f"{source.stem}: {outcome}", problems, left_out(target)
-
-    ranks = {name: rank for rank, name in enumerate(READS)}
-    sources = sorted(HERE.glob("[0-9][0-9]_*.ipynb"), key=lambda path: ranks.get(path.name[:2], 99))
-    with contextlib.chdir(HERE), ThreadPoolExecutor(at_once) as pool:
-        try:
-            for source in sources:
-                futures[source] = pool.submit(attempt, source)
-            results = [futures[source].result() for source in sorted(sources)]
-        finally:  # what Ctrl-C leaves, with the workers of its kernels
-            pool.shutdown(wait=False, cancel_futures=True)
-            while any(future.running() for future in futures.values()):
-                for child in psutil.Process().children(recursive=True):
-                    with contextlib.suppress(psutil.NoSuchProcess):
-                        child.kill()
-                time.sleep(0.05)
-    print(f"\nall notebooks: {time.monotonic() - start:.0f} s", flush=True)
-    for outcome, problems, lines in results:
-        print(outcome, *(f"  {line}" for line in problems + lines), sep="\n", flush=True)
-    return sum(bool(problems) for _, problems, _ in results)
+        report.append(f"{source.stem}: {outcome}")
+        report += [f"  {line}" for line in problems + left_out(target)]
+    print(f"\nall notebooks: {time.monotonic() - start:.0f} s", *report, sep="\n", flush=True)
+    return failures
 
 
 if __name__ == "__main__":

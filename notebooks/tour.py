@@ -3,7 +3,6 @@
 Two women and two men of the synthetic cohort, held out when the network of fold 0 was trained.
 """
 
-import os
 import shutil
 from pathlib import Path
 
@@ -35,7 +34,6 @@ def write_tour(cohort_folder: Path, networks: Path, folder: Path, people: int = 
 
 if __name__ == "__main__":
     write_tour(COHORT, NETWORKS, TOUR)
-    os.chdir(HERE)
     notebook = HERE / "00_tour.ipynb"
     with storage.atomic_path(notebook) as partial:
         execute(notebook, partial, {})

@@ -6,12 +6,12 @@ Memory and allocator are a process's: so each way has its own, and prints second
 import json
 import resource
 import sys
-import time
 
 import numpy as np
 import torch
 
 from brainsex import cohort, networks, training
+from tests.benchmarks.measure import seconds
 from tests.benchmarks.published import published_epoch
 
 TRAINED, VALIDATED, BATCH = 90, 10, 45
@@ -35,13 +35,9 @@ def main(way: str, folder: str) -> None:
         def epoch():
             published_epoch(network, optimiser, train, validation, BATCH)
 
-    seconds = []
-    for _ in range(3):  # the first one fills memory
-        start = time.perf_counter()
-        epoch()
-        seconds.append(time.perf_counter() - start)
+    took = seconds(epoch)  # the shortest of three, of which the first fills memory
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # kB on Linux
-    print(json.dumps({"seconds": min(seconds) / TRAINED, "gb": peak}))
+    print(json.dumps({"seconds": took / TRAINED, "gb": peak}))
 
 
 if __name__ == "__main__":

@@ -38,20 +38,20 @@ def training_forward(network: nn.Module, batch: Tensor, moments: Tensor | None =
 
 
 class _Pooling(torch.autograd.Function):
-    """Max pooling by 2 that keeps its input's precision under autocast, but not its input."""
+    """Max pooling by 2, in its input's precision, that saves no input for the gradient."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, features: Tensor) -> Tensor:
-        pooled, places = torch.ops.aten.max_pool3d_with_indices(features, 2)
-        ctx.save_for_backward(places)
+        pooled, indices = torch.ops.aten.max_pool3d_with_indices(features, 2)
+        ctx.save_for_backward(indices)
         ctx.layout = features.shape, features.stride()
         return pooled
 
     @staticmethod
     def backward(ctx: FunctionCtx, gradient: Tensor) -> Tensor:
-        shaped = gradient.new_empty_strided(*ctx.layout)
+        input_like = gradient.new_empty_strided(*ctx.layout)
         pool = torch.ops.aten.max_pool3d_with_indices_backward
-        return pool(gradient, shaped, 2, 2, 0, 1, False, *ctx.saved_tensors)
+        return pool(gradient, input_like, 2, 2, 0, 1, False, *ctx.saved_tensors)
 
 
 def _first_layer(layer: nn.Sequential, volumes: Tensor, moments: Tensor | None = None) -> Tensor:
@@ -76,8 +76,8 @@ def _first_layer(layer: nn.Sequential, volumes: Tensor, moments: Tensor | None =
             norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
             norm.running_var.lerp_(variance.to(norm.running_var.dtype), norm.momentum)
     # none of one volume, which PyTorch convolves by slower code into another memory format
-    count = max(len(volumes) // CPU_BATCH, 1) if volumes.device.type == "cpu" else 1
-    chunks = (volumes - offset).tensor_split(count)
+    parts = max(len(volumes) // CPU_BATCH, 1) if volumes.device.type == "cpu" else 1
+    chunks = (volumes - offset).tensor_split(parts)
     pooled = [_Pooling.apply(nn.functional.conv3d(chunk, weight)) for chunk in chunks]
     return relu(torch.cat(pooled) + bias.to(weight.dtype).view(-1, 1, 1, 1))
 
@@ -145,13 +145,15 @@ class _InputGradient(torch.autograd.Function):
         (weight,) = ctx.saved_tensors
         taps, (count, _, *sizes) = weight.shape[2:], gradient.shape
         shape = count, *(size + tap - 1 for size, tap in zip(sizes, taps))
-        slopes = gradient.new_zeros(shape, dtype=torch.promote_types(gradient.dtype, torch.float32))
+        input_gradient = gradient.new_zeros(
+            shape, dtype=torch.promote_types(gradient.dtype, torch.float32)
+        )
         rows = gradient.movedim(1, -1).flatten(0, -2)
         products = (weight.flatten(1).T @ rows.T).view(*taps, count, *sizes)
         for tap in np.ndindex(*taps):
             x, y, z = (slice(start, start + size) for start, size in zip(tap, sizes))
-            slopes[:, x, y, z] += products[tap]
-        return slopes[:, None], None, None
+            input_gradient[:, x, y, z] += products[tap]
+        return input_gradient[:, None], None, None
 
 
 def forward_in_chunks(network: nn.Module, volumes: Tensor) -> Tensor:
@@ -165,8 +167,7 @@ def forward_in_chunks(network: nn.Module, volumes: Tensor) -> Tensor:
 
 def predict_logits(network: nn.Module, volumes: np.ndarray) -> Tensor:
     """Compute logits (N, 2), or (N, S, 2) of slabs, in float32, of volumes (N, X, Y, Z)."""
-    device = networks.device()
-    fast = inference_copy(network, device)
+    fast = inference_copy(network, device := networks.device())
 
     def logits(rows: np.ndarray) -> Tensor:
         return forward_in_chunks(fast, read_batch(volumes, rows, device)).cpu()
@@ -184,7 +185,7 @@ def map_batches(
     each CPU core at once, on one thread: faster than one on all, and results do not depend on the
     number of cores. `name` labels a progress bar, if there is to be one.
     """
-    _keep_memory()
+    keep_memory()
     on_cpu, threads = device.type == "cpu", torch.get_num_threads()
     size = size or (1 if on_cpu else GPU_BATCH)
     batches = [np.arange(start, min(start + size, count)) for start in range(0, count, size)]
@@ -199,14 +200,11 @@ def map_batches(
         torch.set_num_threads(threads)
 
 
-def _keep_memory() -> None:
+def keep_memory() -> None:
     """Let glibc keep for this process what it frees, which the kernel would have to clear again."""
     with contextlib.suppress(AttributeError, TypeError):  # another C library, or Windows
-        for option, value in (
-            (-4, 0),
-            (-1, -1),
-            (-8, 1),
-        ):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX
+        # M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX
+        for option, value in ((-4, 0), (-1, -1), (-8, 1)):
             ctypes.CDLL(None).mallopt(option, value)
 
 

@@ -59,6 +59,7 @@ def fit(
         if len(array) != len(labels) or len(labels) == 0 or not np.isin(labels, (0, 1)).all():
             counts = f"{len(array)} and {len(labels)}, which are {np.unique(labels)}"
             raise ValueError(f"expected volumes, and as many labels 0 or 1: found {counts}.")
+    speed.keep_memory()
     device, history = networks.device(), []
     dtype = precision or networks.fast_precision(device)
     labels = torch.as_tensor(np.array(sex), dtype=torch.long, device=device)
@@ -176,7 +177,7 @@ def cross_validate(
     only : folds to fit, all by default; finished ones are read.
     confounds : (N, K), regressed out of each voxel inside the training folds.
     out : folder for ``fold-K.pt`` (state dicts), ``fold-K.json``, ``folds.csv`` and ``run.json``.
-    workers : folds at once on a CPU, by default all cores; 3 to 6 GB each at the study's sizes.
+    workers : folds at once on a CPU, by default all cores; 3 to 4 GB each at the study's sizes.
     overwrite : start anew in a folder of other data or settings, else a ValueError.
     settings : of `fit`; `milestones` are (5, 15) by default, the study's.
 

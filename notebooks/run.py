@@ -3,7 +3,7 @@
 Only the default profile on data/synthetic writes image/ (and keeps the rest in build/), and is
 compared with the tables in notebooks/tables; every other run writes results/<cohort>-<profile>/. A
 notebook that fails does not stop the others; at the end stands a list of what was done, what was
-left out and why. The exit code is 1 if one failed. A profile may bound what joblib starts (WORKERS).
+left out and why. The exit code is 1 if one failed. A profile's WORKERS bound those of joblib.
 """
 
 import argparse

@@ -35,9 +35,9 @@ def main(way: str, folder: str) -> None:
         def epoch():
             published_epoch(network, optimiser, train, validation, BATCH)
 
-    took = seconds(epoch)  # the shortest of three, of which the first fills memory
+    epoch_seconds = seconds(epoch)  # the shortest of three, of which the first fills memory
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # kB on Linux
-    print(json.dumps({"seconds": took / TRAINED, "gb": peak}))
+    print(json.dumps({"seconds": epoch_seconds / TRAINED, "gb": peak}))
 
 
 if __name__ == "__main__":

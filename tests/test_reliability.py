@@ -67,7 +67,7 @@ def test_no_kill_locale_time_zone_or_folder_changes_a_byte(tmp_path, inputs, fin
 
 
 @LINUX
-@pytest.mark.parametrize("every", [499, pytest.param(1, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("every", [211, pytest.param(1, marks=pytest.mark.soak)])
 def test_no_hostile_file_stops_a_command_or_takes_more_than_it_may(every):
     command = [sys.executable, "-m", "tests.reliability.hostile", str(every)]
     options = {"cwd": ROOT, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "text": True}

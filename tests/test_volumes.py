@@ -66,6 +66,7 @@ def test_load_finds_a_point_at_its_millimetres_in_any_orientation(tmp_path, code
     points = {0.8: affine @ (1, 4, 2, 1), 0.3: affine @ (3, 1, 6, 1)}
     volume, to_mm = load(save(tmp_path / "v.nii.gz", data, affine))
     assert volume.dtype == np.float32
+    assert volume.flags.f_contiguous == (code[0] in "LR" and code[1] in "PA")  # a file's order
     assert "".join(nib.aff2axcodes(to_mm)) == "RAS"
     assert np.count_nonzero(volume) == 2
     for value, point in points.items():

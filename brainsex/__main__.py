@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
+from functools import partial
 from glob import glob
 from pathlib import Path
 
@@ -84,10 +85,7 @@ def _convert(cohort: Path, out: Path | None, table: Path | None, **settings: obj
 def _train(cohort: Path, channels: int, **settings: object) -> None:
     """Cross-validate the 3D CNN; fold-K.pt and folds.csv go to OUT."""
     data = load_cohort(cohort)
-
-    def make_network() -> networks.MriNet3d:
-        return networks.MriNet3d(channels, data.volumes.shape[1:])
-
+    make_network = partial(networks.MriNet3d, channels, data.volumes.shape[1:])
     table = training.cross_validate(data, make_network, **settings)
     print("accuracy", ((table["probability"] > 0.5) == table["sex"]).mean(), "of", len(table))
 

@@ -105,7 +105,6 @@ def _save_chunk(
     network: nn.Module, volumes: np.ndarray, folder: Path, affine: np.ndarray, settings: dict
 ) -> None:
     """Compute the maps (n, X, Y, Z) of the method that `folder` is named after, and save them."""
-    method = folder.name.removesuffix("-random")
     if folder.name == "mask":
         masks = perturbation.optimise_masks(network, volumes, **settings)
         maps, records = masks.masks, masks.history.to_dict("records")
@@ -113,7 +112,7 @@ def _save_chunk(
             storage.write_nifti(folder.parent / "persistence" / f"{name}.nii.gz", image, affine)
             storage.write_text(folder / f"{name}.json", json.dumps(record) + "\n")
     else:
-        maps = saliency.attribute(network, volumes, method, **settings)
+        maps = saliency.attribute(network, volumes, folder.name.removesuffix("-random"), **settings)
     for name, image in zip(settings["subjects"], maps):
         storage.write_nifti(folder / f"{name}.nii.gz", image, affine)
 
@@ -177,11 +176,9 @@ def fold_network(networks_folder: str | Path, fold: int, cohort: Cohort) -> nn.M
 
 def training_means(cohort: Cohort, folds: np.ndarray, fold: int) -> np.ndarray:
     """Average the women and the men (2, X, Y, Z) in training; there are some of both sexes."""
-    means = []
-    for sex in (0, 1):
-        rows = np.flatnonzero((folds != fold) & (cohort.sex == sex))
-        means.append(sum(cohort.volumes[row] / np.float32(len(rows)) for row in rows))
-    return np.stack(means)
+    groups = (np.flatnonzero((folds != fold) & (cohort.sex == sex)) for sex in (0, 1))
+    means = (sum(cohort.volumes[n] / np.float32(len(rows)) for n in rows) for rows in groups)
+    return np.stack([*means])
 
 
 def randomised_layers(network: nn.Module, *, seed: int = 0) -> Iterator[tuple[str, nn.Module]]:

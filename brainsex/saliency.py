@@ -143,8 +143,7 @@ def _grad_cam(score: _LogOdds, volumes: Tensor, target: Tensor) -> Tensor:
     for axis in (2, 3, 4):
         cells, voxels = np.eye(coarse.shape[axis]), np.arange(volumes.shape[axis])
         centres = 10.5 + 8 * np.arange(len(cells))  # three poolings; a cell sees 22 voxels
-        weights = np.array([np.interp(voxels, centres, cell) for cell in cells])
-        weights = torch.from_numpy(weights).to(coarse)
+        weights = coarse.new_tensor(np.array([np.interp(voxels, centres, cell) for cell in cells]))
         coarse = torch.tensordot(coarse, weights, ([axis], [0])).movedim(-1, axis)
     return coarse
 

@@ -68,7 +68,6 @@ def fit(
     optimiser = torch.optim.AdamW(network.parameters(), lr, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimiser, list(milestones))
     bar = tqdm(range(epochs), "fit", disable=not progress)
-    # no TF32: float32 means it, and bfloat16 is what is faster
     with bar, torch.random.fork_rng(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         for epoch in bar:
             torch.manual_seed((seed << 20) + epoch)

@@ -17,6 +17,11 @@ NO_RESULT = {".lock", "run.json", "rejected.csv"}
 """What a run leaves in its folder beside its results."""
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the notebooks: nothing else takes as long."""
+    items.sort(key=lambda item: "smoke" not in item.name)
+
+
 @pytest.fixture
 def in_process() -> Iterator[None]:
     """Train folds one after the other in this process, which sees what a test puts in place."""

@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(folder):
     out = folder.parent / "cnn3d"
-    options = "--channels 2 --folds 2 --epochs 1 --batch-size 5 --milestones".split()
+    options = "--channels 2 --folds 2 --epochs 1 --batch-size 5 --workers 1 --milestones".split()
     main(["train", str(folder), str(out), *options])
     return out
 
@@ -96,7 +96,7 @@ def test_predict_prepares_as_the_cohort_was(folder, tmp_path, capsys):
         mask = (np.arange(image.shape[2]) > 10) * np.ones(image.shape, np.uint8)
         nib.save(nib.Nifti1Image(mask, image.affine), tmp_path / "c/masks" / path.name)
     main(["convert", str(tmp_path / "c"), "--regrid", "--mask", "masks/*"])
-    options = "--channels 2 --folds 2 --epochs 1 --batch-size 5 --no-neutral --milestones".split()
+    options = "--channels 2 --folds 2 --epochs 1 --workers 1 --no-neutral --milestones".split()
     main(["train", str(tmp_path / "c"), str(tmp_path / "cnn"), *options])
     data, network = cohort.load(tmp_path / "c"), tmp_path / "cnn/fold-0.pt"
     capsys.readouterr()

@@ -117,6 +117,15 @@ def test_3d_forward_is_the_studys_layers() -> None:
     np.testing.assert_allclose(logits, expected, atol=1e-5)
 
 
+def test_batch_norm_counts_no_voxel_that_reaches_no_feature() -> None:
+    volumes, buffers = torch.from_numpy(make_volumes())[:, None], []
+    for last in (0, 9):  # of 24 voxels along Z the poolings leave 2 out
+        network, volumes[..., 22:] = make_3d().train(), last
+        network(volumes)
+        buffers.append(network.hidden1[1].running_var)
+    assert buffers[0].equal(buffers[1])
+
+
 @pytest.mark.parametrize("residual", [False, True])
 def test_2d_forward_is_the_studys_layers_on_slabs(residual: bool) -> None:
     shape = (23, 13, 31)

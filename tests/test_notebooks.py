@@ -1,13 +1,17 @@
 """The notebooks themselves: all of them in their smoke size, and as they are committed."""
 
+import ast
+import contextlib
+import io
+import os
 import re
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
 import nbformat
 import pytest
+from matplotlib import pyplot
 
 from brainsex import synthetic
 
@@ -26,26 +30,42 @@ FIGURES = {
 
 def texts(notebook) -> str:
     """Everything the code cells printed or displayed as text."""
-    parts = []
-    for cell in notebook.cells:
-        for output in cell.get("outputs", ()):
-            parts.append(output.get("text", ""))
-            parts += [v for k, v in output.get("data", {}).items() if k.startswith("text/")]
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    parts = [output.get("text", "") for output in outputs]
+    parts += [v for o in outputs for k, v in o.get("data", {}).items() if k.startswith("text/")]
     return "\n".join(parts)
 
 
-def test_smoke_profile_runs_every_notebook_and_writes_every_figure(tmp_path):
+def execute_here(source: Path, target: Path, parameters: dict) -> None:
+    """Run a notebook's cells in this process, which has imported everything before."""
+    notebook = nbformat.read(source, as_version=4)
+    names = {"__name__": "__main__", "display": print}
+    with contextlib.chdir(source.parent), pyplot.rc_context():
+        for cell in notebook.cells:
+            if cell.cell_type == "code":
+                code = compile(ast.Interactive(ast.parse(cell.source).body), source, "single")
+                with contextlib.redirect_stdout(io.StringIO()) as printed:
+                    exec(code, names)
+                cell.outputs = [nbformat.v4.new_output("stream", text=printed.getvalue())]
+                names |= parameters if "parameters" in cell.metadata.get("tags", ()) else {}
+    nbformat.write(notebook, target)
+
+
+def test_smoke_profile_runs_every_notebook_and_writes_every_figure(tmp_path, monkeypatch):
     cohort = synthetic.write_cohort(tmp_path / "synthetic-small", subjects=16, spacing=5)
     measures = cohort / "unrestricted_hcp_freesurfer.csv"
     rows = [line.split(",") for line in measures.read_text().splitlines()]
     measures.write_text("".join(",".join(row[:100]) + "\n" for row in rows))  # of 938 columns
     images = {path: path.stat().st_mtime_ns for path in (ROOT / "image").glob("*")}
-    run = [sys.executable, ROOT / "notebooks" / "run.py", "--profile", "smoke"]
-    run += ["--cohort", cohort, "--out", tmp_path / "out"]
-    done = subprocess.run(run, check=False, capture_output=True, encoding="utf-8")
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    written = {path.name for path in (tmp_path / "out" / "image").iterdir()}
-    assert written == FIGURES
+    options = ["--profile", "smoke", "--cohort", str(cohort), "--out", str(tmp_path / "out")]
+    main = runpy.run_path(str(ROOT / "notebooks" / "run.py"))["main"]
+    monkeypatch.setitem(main.__globals__, "execute", execute_here)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setattr(sys, "argv", ["run.py", *options])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    assert {path.name for path in (tmp_path / "out" / "image").iterdir()} == FIGURES
     for source in NOTEBOOKS[1:]:  # the tour has people of its own
         copy = nbformat.read(tmp_path / "out" / source.name, as_version=4)
         assert "synthetic-small" in texts(copy), source.name

@@ -56,7 +56,8 @@ def test_training_forward_is_the_networks_own(shape: tuple, count: int) -> None:
 def test_moments_known_beforehand_are_sums_over_patches_and_change_nothing() -> None:
     network, volumes = make_3d(), make_volumes(3, SHAPE)
     moments = speed.patch_moments(network, volumes, CPU)
-    windows = np.lib.stride_tricks.sliding_window_view(volumes.astype(float), (3, 3, 3), (1, 2, 3))
+    seen = volumes[:, :, :22, :22].astype(float)  # the poolings leave 4 of 26 and 2 of 24 out
+    windows = np.lib.stride_tricks.sliding_window_view(seen, (3, 3, 3), (1, 2, 3))
     patches = windows.reshape(3, -1, 27)
     np.testing.assert_allclose(moments[:, 27, :27], patches.sum(1), rtol=1e-5)
     products = np.einsum("npi,npj->nij", patches, patches)

@@ -55,7 +55,6 @@ def plant(
     regions = REGIONS.drop(columns="radius_mm").assign(fa_men_minus_women=planted)
     regions["volume_ml"] = count * abs(np.linalg.det(data.affine[:3, :3])) / 1000
     regions["d"] = difference / spread
-
     settings = {"cohort": data.name, "effect": float(effect), "seed": seed, "inputs": digest(data)}
     stale = ("*.npy", "*.csv", "grid.json", "truth/*")
     storage.start_run(out, "plant", settings, overwrite=overwrite, results=stale)

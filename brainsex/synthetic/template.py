@@ -37,7 +37,9 @@ def make_anatomy(spacing: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     white = _on_grid(datasets.load_mni152_wm_template(resolution=1), shape, affine)
     grey = _on_grid(datasets.load_mni152_gm_template(resolution=1), shape, affine)
     mask = _on_grid(datasets.load_mni152_brain_mask(resolution=1), shape, affine) > 0.5
-    contrast = 0.10 * grey + white * (0.35 + _tract_strength(positions))
+    strength = np.zeros(shape)
+    strength[mask] = _tract_strength(positions[mask])
+    contrast = 0.10 * grey + white * (0.35 + strength)
     texture = gaussian_filter(np.random.default_rng(0).standard_normal(shape), 5 / spacing)
     contrast = contrast + 0.05 * (0.2 + white) * texture / texture.std()
     rank = np.argsort(np.argsort(contrast[mask])) / mask.sum() * 100

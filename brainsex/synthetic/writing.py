@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 from numpy.random import Generator
 from scipy.ndimage import binary_erosion, map_coordinates, zoom
+from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
 from brainsex import LABELS, storage
@@ -105,8 +106,9 @@ def write_cohort(
 
     imaged = people[people["3T_dMRI_Compl"] == "true"]
     rows = tqdm(imaged.iterrows(), "synthesize", total=len(imaged), unit="subject")
-    run = joblib.Parallel(workers or joblib.cpu_count(), "threading")
-    run(joblib.delayed(write_subject)(*row) for row in rows)
+    with threadpool_limits(1):  # of a product's own, which would wait for each other
+        run = joblib.Parallel(workers or joblib.cpu_count(), "threading")
+        run(joblib.delayed(write_subject)(*row) for row in rows)
     _write_tables(folder, people, options)
     return folder
 
@@ -129,20 +131,20 @@ def _subject_volume(
     """Make a subject's FA (X, Y, Z) in [0, 1], `effect` multiplying what is planted, with noise."""
     images, _, affine = anatomy
     *fields, level = (_smooth_field(images.shape[1:], f) for f in draws[2:].reshape(FIELDS))
-    centre = np.linalg.solve(affine[:3, :3], np.array([0, -18, 8]) - affine[:3, 3])
-    positions = [  # of the subject's voxels in the template, as indices along each axis
-        (axis - c) / head ** (1 / 3) + c + DEFORMATION / affine[0, 0] * field
-        for axis, c, field in zip(np.ogrid[tuple(map(slice, level.shape))], centre, fields)
-    ]
-    fa, mask, planted = (map_coordinates(image, positions, order=1) for image in images)
-    fa *= 1 + 0.03 * draws[1] + 0.05 * level
+    centre = np.linalg.solve(affine[:3, :3], (0, -18, 8) - affine[:3, 3]).reshape(3, 1, 1, 1)
+    away = (np.indices(level.shape) - centre) / head ** (1 / 3)
+    # of the subject's voxels in the template, as indices along each axis
+    positions = away + centre + DEFORMATION / affine[0, 0] * np.stack(fields)
+    mask = map_coordinates(images[1], positions, order=1) > 0.5
+    fa, planted = (map_coordinates(image, positions[:, mask], order=1) for image in images[::2])
+    fa *= 1 + 0.03 * draws[1] + 0.05 * level[mask]
     fa += effect * planted
-    noise = NOISE * rng.standard_normal((2, *fa.shape), np.float32)
-    fa, mask = np.hypot(0.9 * fa + noise[0], noise[1]), mask > 0.5
-    rim = mask & ~binary_erosion(mask)
-    bright = rim & (rng.random(fa.shape, np.float32) < 0.15)
-    fa[bright] = rng.uniform(0.4, 1.0, bright.sum())
-    return (np.clip(fa, 0, 1) * mask).astype(np.float32)
+    noise = NOISE * rng.standard_normal((2, *mask.shape), np.float32)[:, mask]
+    volume = np.zeros(mask.shape, np.float32)
+    volume[mask] = np.hypot(0.9 * fa + noise[0], noise[1])
+    bright = mask & ~binary_erosion(mask) & (rng.random(mask.shape, np.float32) < 0.15)  # rim
+    volume[bright] = rng.uniform(0.4, 1.0, bright.sum())
+    return np.clip(volume, 0, 1)
 
 
 def _smooth_field(shape: tuple[int, ...], field: np.ndarray) -> np.ndarray:

@@ -10,11 +10,11 @@ export PYTHONNOUSERSITE := 1
 .PHONY: figures test notebooks bench soak
 .DELETE_ON_ERROR:
 
-# pip would compile the modules one after the other; a package's broken examples are no error.
+# pip compiles one module after the other. Some packages hold files for other versions of Python.
 .venv/.installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --no-compile --requirement requirements.txt
-	-$(BIN)/python -m compileall -q -j 0 .venv >.venv/compiled.log
+	$(BIN)/python -m compileall -q -j 0 .venv >.venv/compiled.log 2>&1 || true
 	touch $@
 
 .venv/.tested: .venv/.installed

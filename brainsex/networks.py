@@ -15,6 +15,8 @@ from brainsex import SHAPE
 class MriNet3d(nn.Module):
     """Three hidden layers of convolution, batch norm, ReLU and pooling, then one linear layer.
 
+    In training the study's batch norms count voxels that reach no feature; these do not.
+
     Parameters
     ----------
     channels : of the first hidden layer; the second has twice, the third four times as many.
@@ -36,7 +38,7 @@ class MriNet3d(nn.Module):
     def forward(self, volumes: Tensor) -> Tensor:
         """Return logits (N, 2), women and men, of volumes (N, 1, X, Y, Z)."""
         check_input(volumes, self.shape)
-        features = self.hidden3(self.hidden2(self.hidden1(crop_to_poolings(volumes))))
+        features = self.hidden3(self.hidden2(self.hidden1(crop_unused_voxels(volumes))))
         return self.linear(self.dropout(features.flatten(1)))
 
 
@@ -110,8 +112,8 @@ def _count_pooled(*sizes: int) -> int:
     return math.prod(pooled)
 
 
-def crop_to_poolings(volumes: Tensor) -> Tensor:
-    """Drop an axis's last voxels, 4 of 58, that reach no feature: batch norms do not count them."""
+def crop_unused_voxels(volumes: Tensor) -> Tensor:
+    """Drop the last voxels of each axis, 4 of 58, which poolings leave out of every feature."""
     x, y, z = (size - (size - 14) % 8 for size in volumes.shape[2:])
     return volumes[:, :, :x, :y, :z]
 

@@ -31,7 +31,7 @@ def training_forward(network: nn.Module, batch: Tensor, moments: Tensor | None =
     if type(network) is not networks.MriNet3d or not network.training:
         return network(batch)
     networks.check_input(batch, network.shape)
-    features = _first_layer(network.hidden1, networks.crop_to_poolings(batch), moments)
+    features = _first_layer(network.hidden1, networks.crop_unused_voxels(batch), moments)
     for convolution, norm, relu, _ in (network.hidden2, network.hidden3):
         features = relu(_Pooling.apply(norm(convolution(features))))
     return network.linear(network.dropout(features.flatten(1)))
@@ -92,7 +92,7 @@ def patch_moments(network: nn.Module, volumes: np.ndarray, device: torch.device)
         return torch.empty(len(volumes), 0)
 
     def work(rows: np.ndarray) -> Tensor:
-        return _patch_moments(networks.crop_to_poolings(read_batch(volumes, rows, device)))
+        return _patch_moments(networks.crop_unused_voxels(read_batch(volumes, rows, device)))
 
     return torch.cat(list(map_batches(work, len(volumes), device)))
 

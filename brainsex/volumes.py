@@ -27,8 +27,6 @@ MAX_OUT_OF_RANGE = 0.25  # share of the brain beyond [0, 1], as by ringing, that
 MAX_BRAIN_ML = 2500  # a T1-weighted volume with more of it is a head with its skull
 MEASURES = ["brain_volume_ml", "non_finite", "negative", "above_one"]
 RESULTS = ("subjects.csv", "labels.npy", "rejected.csv", "grid.json", "tensors.npy")
-
-
 load = load_volume
 
 

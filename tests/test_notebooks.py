@@ -8,13 +8,16 @@ import re
 import runpy
 import sys
 from pathlib import Path
+from unittest import mock
 
+import matplotlib
 import nbformat
 import pytest
 from matplotlib import pyplot
 
 from brainsex import synthetic
 
+matplotlib.use("Agg")
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 FIGURES = {
@@ -37,7 +40,7 @@ def texts(notebook) -> str:
 
 
 def execute_here(source: Path, target: Path, parameters: dict) -> None:
-    """Run a notebook's cells in this process, which has imported everything before."""
+    """Run a notebook's cells in this process, which has imported all; what is shown is printed."""
     notebook = nbformat.read(source, as_version=4)
     names = {"__name__": "__main__", "display": print}
     with contextlib.chdir(source.parent), pyplot.rc_context():
@@ -60,9 +63,8 @@ def test_smoke_profile_runs_every_notebook_and_writes_every_figure(tmp_path, mon
     options = ["--profile", "smoke", "--cohort", str(cohort), "--out", str(tmp_path / "out")]
     main = runpy.run_path(str(ROOT / "notebooks" / "run.py"))["main"]
     monkeypatch.setitem(main.__globals__, "execute", execute_here)
-    monkeypatch.setattr(os, "environ", dict(os.environ))
     monkeypatch.setattr(sys, "argv", ["run.py", *options])
-    with pytest.raises(SystemExit) as ended:
+    with mock.patch.dict(os.environ), pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 0
     assert {path.name for path in (tmp_path / "out" / "image").iterdir()} == FIGURES
@@ -78,12 +80,19 @@ def test_a_failed_notebook_stops_no_other_and_the_end_lists_all(tmp_path, monkey
     run = runpy.run_path(str(ROOT / "notebooks" / "run.py"))["run"]
     monkeypatch.setitem(run.__globals__, "HERE", tmp_path)
     early = "import sys; print('left out: all: no table'); sys.exit(0)"
-    for name, source in {"01_a": early, "02_b": "1 / 0", "03_c": "1"}.items():
-        cells = [nbformat.v4.new_code_cell(code) for code in (source, "print('left out: b')")]
-        nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / f"{name}.ipynb")
-    assert run(tmp_path, {}, {}, False) == 1
+    last = "import os; print('left out:', OUT, os.getcwd())"
+    for name, source in {"01_a": early, "02_b": "1 / 0", "03_c": "OUT = 0"}.items():
+        cells = [nbformat.v4.new_code_cell(code) for code in (source, last)]
+        cells[0].metadata.tags = ["parameters"]
+        kind = {"language_info": {"name": "python"}}
+        notebook = nbformat.v4.new_notebook(cells=cells, metadata=kind)
+        nbformat.write(notebook, tmp_path / f"{name}.ipynb")
+    (out := tmp_path / "out").mkdir()
+    assert run(out, {"OUT": "x"}, {}, False) == 1
     first = r"01_a: done in \d+ s\n  left out: all: no table\n02_b: failed in \d+ s\n"
-    rest = r"  ZeroDivisionError: division by zero\n03_c: done in \d+ s\n  left out: b\n$"
+    rest = (
+        rf"  ZeroDivisionError: division by zero\n03_c: done in \d+ s\n  left out: x {tmp_path}\n$"
+    )
     assert re.search(first + rest, capsys.readouterr().out)
 
 

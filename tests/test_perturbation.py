@@ -328,7 +328,7 @@ def test_a_step_goes_against_the_gradient_of_the_objective(network, volumes, mon
 
 
 def test_there_is_no_evidence_below_even_odds(network, volumes, monkeypatch):
-    """Half of the blur is too much already for this volume: without a price nothing moves."""
+    """Half of the blur is too much for this volume, unshifted: without a price nothing moves."""
     monkeypatch.setattr(perturbation, "MAX_SHIFT", 0)
     half = (volumes[0] + gaussian_filter(volumes[0], 5, mode="nearest")) / 2
     assert network(torch.from_numpy(half)[None, None]).diff(dim=1).item() < 0

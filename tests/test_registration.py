@@ -24,7 +24,7 @@ SHAPE = (20, 22, 18)
 
 @pytest.fixture
 def template(monkeypatch):
-    """A brain to move, with a fit on 8 mm, an eighth of the voxels: IXI's is on those it has."""
+    """Load a brain to move; the fit is made on voxels of 8 mm, on 4 mm only that of IXI below."""
     monkeypatch.setattr(registration, "SPACING", 8)
     image = load_mni152_template(resolution=3)
     return image.get_fdata(dtype=np.float32), image.affine

@@ -106,7 +106,7 @@ def write_cohort(
 
     imaged = people[people["3T_dMRI_Compl"] == "true"]
     rows = tqdm(imaged.iterrows(), "synthesize", total=len(imaged), unit="subject")
-    with threadpool_limits(1):  # of a product's own, which would wait for each other
+    with threadpool_limits(1):  # of BLAS: subjects' small products would wait for each other
         run = joblib.Parallel(workers or joblib.cpu_count(), "threading")
         run(joblib.delayed(write_subject)(*row) for row in rows)
     _write_tables(folder, people, options)
@@ -133,7 +133,7 @@ def _subject_volume(
     *fields, level = (_smooth_field(images.shape[1:], f) for f in draws[2:].reshape(FIELDS))
     centre = np.linalg.solve(affine[:3, :3], (0, -18, 8) - affine[:3, 3]).reshape(3, 1, 1, 1)
     away = (np.indices(level.shape) - centre) / head ** (1 / 3)
-    # of the subject's voxels in the template, as indices along each axis
+    # where each of the subject's voxels lies in the template, as indices along X, Y, Z
     positions = away + centre + DEFORMATION / affine[0, 0] * np.stack(fields)
     mask = map_coordinates(images[1], positions, order=1) > 0.5
     fa, planted = (map_coordinates(image, positions[:, mask], order=1) for image in images[::2])

@@ -28,11 +28,12 @@ def published_mask(
     mask = torch.full((1, 1, 14, 17, 14), 0.5, device=device, requires_grad=True)
     optimiser = torch.optim.Adam([mask], 0.3, betas=(0.9, 0.99), amsgrad=True)
     schedule = torch.optim.lr_scheduler.StepLR(optimiser, 30)
+    layers = every_voxel(network)
     for iteration in range(1, iterations + 1):
         kept = functional.interpolate(mask, size=volume.shape, mode="trilinear")
         seen = kept * image + (1 - kept) * reference
         moves = torch.randint(0, 5, (SHIFTS, 3), generator=generator).tolist()
-        shifted = (network(seen.roll(move, (2, 3, 4))).softmax(1)[0, target] for move in moves)
+        shifted = (layers(seen.roll(move, (2, 3, 4))).softmax(1)[0, target] for move in moves)
         probability = sum(shifted) / SHIFTS
         penalty = 3 * (1 - mask).abs().mean() + total_variation(mask, beta=7)
         loss = functional.relu(probability - 0.05) + min(1, iteration / RAMP) * penalty
@@ -44,6 +45,12 @@ def published_mask(
             mask.clamp_(0, 1)
     kept = functional.interpolate(mask.detach(), size=volume.shape, mode="trilinear")
     return (1 - kept)[0, 0].cpu().numpy()
+
+
+def every_voxel(network: nn.Module) -> nn.Module:
+    """Return the layers of a `MriNet3d` one after the other, without its crop."""
+    hidden = network.hidden1, network.hidden2, network.hidden3
+    return nn.Sequential(*hidden, nn.Flatten(), network.dropout, network.linear)
 
 
 def total_variation(mask: torch.Tensor, beta: float) -> torch.Tensor:
@@ -71,8 +78,9 @@ def published_epoch(network: nn.Module, optimiser, train, validation, batch: int
     def passes(volumes, sex):
         for start in range(0, len(sex), batch):
             rows = slice(start, start + batch)
-            yield network(torch.from_numpy(volumes[rows])[:, None]), torch.from_numpy(sex[rows])
+            yield layers(torch.from_numpy(volumes[rows])[:, None]), torch.from_numpy(sex[rows])
 
+    layers = every_voxel(network)
     network.train()
     for logits, labels in passes(*train):
         optimiser.zero_grad()

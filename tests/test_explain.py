@@ -98,10 +98,9 @@ def test_masks_are_those_of_the_references_they_name(study, tmp_path):
         subject, train, target = cohort.subjects[[row]], fold != fold[row], int(table["target"][n])
         inputs = {"target": target, "subjects": subject} | options
         other = cohort.volumes[train & (cohort.sex == 1 - target)].mean(0)
+        sample = networks[fold[row]], cohort.volumes[[row]]
         own, counterfactual = (
-            perturbation.optimise_masks(
-                networks[fold[row]], cohort.volumes[[row]], reference=reference, **inputs
-            )
+            perturbation.optimise_masks(*sample, reference=reference, **inputs)
             for reference in (None, other)
         )
         assert np.abs(own.persistence - own.masks).max() > 0.01

@@ -139,15 +139,10 @@ def test_training_curves_draw_folds_and_their_mean():
     assert [ax.get_title() for ax in figure.axes[:2]] == ["3D", "2D"]
 
 
-SCORES = pd.DataFrame(
-    [
-        ("SVM", "10-fold", 0.91, 0.88, 0.96, 100),
-        ("KNN", "10-fold", 0.82, 0.78, 0.9, 100),
-        ("SVM", "leave-one-out", 0.93, 0.9, 0.95, 100),
-        ("KNN", "leave-one-out", 0.74, 0.7, 0.79, 100),
-    ],
-    columns=["classifier", "protocol", "accuracy", "low", "high", "n"],
-)
+SCORES = pd.DataFrame({"classifier": ["SVM", "KNN"] * 2, "n": 100})
+SCORES["protocol"] = ["10-fold", "10-fold", "leave-one-out", "leave-one-out"]
+SCORES["accuracy"], SCORES["low"] = [0.91, 0.82, 0.93, 0.74], [0.88, 0.78, 0.9, 0.7]
+SCORES["high"] = [0.96, 0.9, 0.95, 0.79]
 
 
 def dots(table: pd.DataFrame = SCORES, **options: object) -> Axes:
@@ -172,9 +167,8 @@ def test_dots_draw_scores_intervals_and_numbers_in_their_row_and_kind():
         assert row - 0.4 < first < row < second < row + 0.4
     written = {text.get_text(): text.get_position()[1] for text in ax.texts}
     for line, (kind, rows) in zip(lines.values(), SCORES.groupby("protocol")):
-        (bars,) = (
-            c for c in ax.collections if to_hex(c.get_color()[0]) == to_hex(line.get_color())
-        )
+        colour = to_hex(line.get_color())
+        (bars,) = (c for c in ax.collections if to_hex(c.get_color()[0]) == colour)
         segments = np.array(bars.get_segments())
         np.testing.assert_allclose(segments[:, :, 0], rows[["low", "high"]], err_msg=kind)
         np.testing.assert_allclose(segments[:, :, 1], line.get_ydata()[:, None] * [[1, 1]])
@@ -191,11 +185,8 @@ def test_dots_draw_folds_above_and_published_values_below_their_own():
     rows += [("unknown", "10-fold", 0.7, np.nan)]
     published = pd.DataFrame(rows, columns=["classifier", "protocol", "accuracy", "sd"])
     ax = dots(folds=folds, published=published)
-    height = {
-        (row, kind): y
-        for kind, line in labelled(ax).items()
-        for row, y in zip(("SVM", "KNN"), line.get_ydata())
-    }
+    rows, lines = ("SVM", "KNN"), labelled(ax).items()
+    height = {(row, kind): y for kind, line in lines for row, y in zip(rows, line.get_ydata())}
     small = [line for line in ax.lines if line.get_marker() == "."]
     assert small[0].get_xdata() == pytest.approx([0.90, 0.81, 0.93, 0.84])
     assert (small[0].get_ydata()[:2] < [height["SVM", "10-fold"], height["KNN", "10-fold"]]).all()

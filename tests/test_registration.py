@@ -88,22 +88,22 @@ def test_voxels_outside_the_mask_are_0_and_bad_masks_leave_one_subject_out(tmp_p
         main(["convert", str(tmp_path), "--mask", "nothing/*", "--overwrite"])
 
 
-def test_a_mask_is_of_whom_its_path_names_as_a_whole_word(tmp_path):
-    names = "sub-01/ses-02/a_mask.nii sub-02/ses-01/sub-02_run-01.nii.gz x/101.nii 01.json".split()
-    for path in map(tmp_path.joinpath, names):
+@pytest.mark.parametrize(
+    ("names", "subjects", "sessions", "found"),
+    [
+        ("sub-01/ses-02/a.nii sub-02/ses-01/s.nii.gz x/101.nii 01.json", "01 02 03", (), [0, 1]),
+        ("P01_2.nii sub-3/ses-1/m.nii sub-3/ses-2/m.nii", "P01_2 3 P01", ["", "2", ""], [0, 2]),
+    ],
+)
+def test_a_mask_is_of_the_longest_id_in_its_path_and_of_the_same_session(
+    tmp_path, names, subjects, sessions, found
+):
+    paths = [tmp_path / name for name in names.split()]
+    for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-    masks = layouts.match_masks(tmp_path, "**/*", ["01", "02", "03"])
-    assert masks == [[tmp_path / names[0]], [tmp_path / names[1]], []]
-
-
-def test_a_mask_is_of_the_longest_id_and_of_the_same_session(tmp_path):
-    names = "P01_2_mask.nii", "sub-03/ses-1/m.nii", "sub-03/ses-2/m.nii"
-    for path in map(tmp_path.joinpath, names):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    masks = layouts.match_masks(tmp_path, "**/*", ["P01", "P01_2", "03"], ["", "", "2"])
-    assert masks == [[], [tmp_path / names[0]], [tmp_path / names[2]]]
+    masks = layouts.match_masks(tmp_path, "**/*", subjects.split(), sessions)
+    assert masks == [*([paths[n]] for n in found), []]
 
 
 def test_masks_named_as_their_volumes_are_no_volumes(tmp_path):

@@ -50,16 +50,13 @@ def summarise(network: networks.MriNet3d, volumes: np.ndarray) -> tuple[np.ndarr
 
 def _measure_maps(network: networks.MriNet3d, volumes: np.ndarray, measure: Callable) -> np.ndarray:
     """Return `measure` (N, …) of all volumes' maps, which it takes in batches (n, C, voxels)."""
-    device = networks.device()
-    layer = speed.inference_copy(network, device, fuse=False).double().hidden1
+    layer = speed.inference_copy(network, networks.device(), fuse=False).double().hidden1
 
-    def work(rows: np.ndarray) -> list:
-        batch = speed.read_batch(volumes, rows, device).double()
+    def compute(batch: Tensor) -> Tensor:
         networks.check_input(batch, network.shape)
-        # arrays would lie between, and so hold, freed memory
-        return measure(layer(batch).flatten(2)).tolist()
+        return measure(layer(batch.double()).flatten(2))
 
-    return np.concatenate(list(speed.map_batches(work, len(volumes), device)))
+    return speed.map_volumes(compute, volumes).cpu().numpy()
 
 
 def compare_sexes(values: np.ndarray, sex: np.ndarray) -> pd.DataFrame:

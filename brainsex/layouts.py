@@ -288,7 +288,6 @@ def choose_volumes(
             chosen = chosen[preferred]
             break
     if session in SESSION_ENDS:  # of files that are called alike but for numbers, in their order
-        # 129 before 1000
         chosen = chosen.loc[chosen["path"].map(lambda p: (len(str(p)), str(p))).sort_values().index]
         forms = chosen["Subject"] + "/" + chosen["kind"].str.replace(r"\d+", "", regex=True)
         chosen = chosen[~forms.duplicated(keep=session)]

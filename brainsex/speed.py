@@ -4,6 +4,7 @@ import contextlib
 import copy
 import ctypes
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import joblib
 import numpy as np
@@ -82,7 +83,7 @@ def _first_layer(layer: nn.Sequential, volumes: Tensor, moments: Tensor | None =
     return relu(torch.cat(pooled) + bias.to(weight.dtype).view(-1, 1, 1, 1))
 
 
-def patch_moments(network: nn.Module, volumes: np.ndarray, device: torch.device) -> Tensor:
+def patch_moments(network: nn.Module, volumes: np.ndarray) -> Tensor:
     """Compute the moments that `training_forward` needs of volumes (N, X, Y, Z), once for all.
 
     They are (N, 28, 28), float64: of each volume, the sum over its 3×3×3 patches of the products
@@ -91,10 +92,7 @@ def patch_moments(network: nn.Module, volumes: np.ndarray, device: torch.device)
     if type(network) is not networks.MriNet3d:
         return torch.empty(len(volumes), 0)
 
-    def work(rows: np.ndarray) -> Tensor:
-        return _patch_moments(networks.crop_unused_voxels(read_batch(volumes, rows, device)))
-
-    return torch.cat(list(map_batches(work, len(volumes), device)))
+    return map_volumes(lambda v: _patch_moments(networks.crop_unused_voxels(v)), volumes)
 
 
 def _patch_moments(volumes: Tensor) -> Tensor:
@@ -168,12 +166,24 @@ def forward_in_chunks(network: nn.Module, volumes: Tensor) -> Tensor:
 def predict_logits(network: nn.Module, volumes: np.ndarray) -> Tensor:
     """Compute logits (N, 2), or (N, S, 2) of slabs, in float32, of volumes (N, X, Y, Z)."""
     fast = inference_copy(network, device := networks.device())
-
-    def logits(rows: np.ndarray) -> Tensor:
-        return forward_in_chunks(fast, read_batch(volumes, rows, device)).cpu()
-
     size = CPU_BATCH if device.type == "cpu" else GPU_BATCH
-    return torch.cat(list(map_batches(logits, len(volumes), device, size=size)))
+    return map_volumes(partial(forward_in_chunks, fast), volumes, size).cpu()
+
+
+def map_volumes(compute: Callable, volumes: np.ndarray, size: int | None = None) -> Tensor:
+    """Return ``compute(batch)`` of volumes (N, X, Y, Z), by `map_batches`, in one tensor (N, …).
+
+    It is made first: results kept one by one lie between, and so hold, what batches free.
+    """
+    device = networks.device()
+    example = compute(torch.zeros(1, 1, *volumes.shape[1:], device=device))
+    results = example.new_empty(len(volumes), *example.shape[1:])
+
+    def work(rows: np.ndarray) -> None:
+        results[rows] = compute(read_batch(volumes, rows, device))
+
+    list(map_batches(work, len(volumes), device, size=size))
+    return results
 
 
 def map_batches(
@@ -181,9 +191,8 @@ def map_batches(
 ) -> Iterator:
     """Yield ``work(rows)`` for the rows of each batch of `count` subjects, in their order.
 
-    Batches have `size` subjects, by default one on a CPU and `GPU_BATCH` on a GPU. A batch runs on
-    each CPU core at once, on one thread: faster than one on all, and results do not depend on the
-    number of cores. `name` labels a progress bar, if there is to be one.
+    Batches have `size` subjects, by default one on a CPU and `GPU_BATCH` on a GPU. Each CPU core
+    runs one, on one thread: results do not depend on their number. `name` labels a progress bar.
     """
     keep_memory()
     on_cpu, threads = device.type == "cpu", torch.get_num_threads()

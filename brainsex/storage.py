@@ -24,9 +24,8 @@ RUN_RECORD = "run.json"
 RECORDED_PACKAGES = "brainsex numpy pandas scipy torch nibabel scikit-learn dipy".split()
 MAX_EXTRA_BYTES = 1 << 20  # read after the voxels
 POINTERS = {  # how files begin that stand for content elsewhere
-    b"/annex/": "datalad get, or git annex get",
-    b"../.git/annex": "datalad get, or git annex get",
-    b"version https://git-lfs": "git lfs pull",
+    (b"/annex/", b"../.git/annex"): "datalad get, or git annex get",
+    (b"version https://git-lfs",): "git lfs pull",
 }
 MAX_VOXELS = 1 << 25  # of the largest NIfTI grid read; a head at 0.7 mm has two thirds
 
@@ -159,8 +158,8 @@ def _environment() -> dict:
 def _read_header(path: Path, file: IO[bytes]) -> nib.spatialimages.SpatialHeader:
     """Read the header at the start of a file, of the format that its first bytes tell."""
     start = file.read(nib.Nifti2Header.sizeof_hdr)
-    for pointer, remedy in POINTERS.items():
-        if start.startswith(pointer):
+    for pointers, remedy in POINTERS.items():
+        if start.startswith(pointers):
             problem = "expected a volume, found a pointer to content that is not here"
             raise ValueError(f"{path}: {problem}; {remedy}")
     nifti = nib.Nifti2Header if nib.Nifti2Header.may_contain_header(start) else nib.Nifti1Header

@@ -195,5 +195,4 @@ def voxel_svm(
     """
     brain = sum(volume / len(volumes) for volume in volumes) > BRAIN_THRESHOLD
     voxels = np.stack([volume[brain] for volume in volumes])
-    svm = make_classifiers()["SVM"]
-    return cross_val_decisions(svm, voxels, sex, assignment, confounds=confounds)
+    return cross_val_decisions(_standardised(SVC()), voxels, sex, assignment, confounds=confounds)

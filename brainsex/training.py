@@ -64,7 +64,7 @@ def fit(
     dtype = precision or networks.fast_precision(device)
     labels = torch.as_tensor(np.array(sex), dtype=torch.long, device=device)
     networks.to_device(network, device)
-    moments = speed.patch_moments(network, volumes, device)
+    moments = speed.patch_moments(network, volumes)
     optimiser = torch.optim.AdamW(network.parameters(), lr, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimiser, list(milestones))
     bar = tqdm(range(epochs), "fit", disable=not progress)
@@ -114,8 +114,7 @@ def learn_neutral_layer(
     body.linear = nn.Identity()
     blurred = [perturbation.BlurredVolumes(volumes)]
     blurred += [perturbation.BlurredVolumes(volumes, seed=seed + n) for n in range(PATCHED)]
-    samples = (speed.predict_logits(body, part) for part in (volumes, *blurred))
-    features = [part.numpy() for part in samples]
+    features = [speed.predict_logits(body, part).numpy() for part in (volumes, *blurred)]
     mean, spread = features[0].mean(0), features[0].std(0).clip(MIN_FEATURE_SD)
     women, men = (features[0][sex == label].mean(0) for label in (0, 1))
     factor = ((men - women) / spread) ** 2
@@ -137,8 +136,7 @@ def _score_logits(logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
     """Return the mean cross-entropy, of all slabs, and how many subjects are classified right."""
     targets = labels.long().repeat_interleave(logits[0].numel() // 2)
     loss = nn.functional.cross_entropy(logits.reshape(-1, 2), targets)
-    correct = networks.average_slab_logits(logits).argmax(1) == labels
-    return loss, correct.sum().item()
+    return loss, (networks.average_slab_logits(logits).argmax(1) == labels).sum().item()
 
 
 def predict(network: nn.Module, volumes: np.ndarray) -> np.ndarray:

@@ -55,7 +55,7 @@ def test_training_forward_is_the_networks_own(shape: tuple, count: int) -> None:
 
 def test_moments_known_beforehand_are_sums_over_patches_and_change_nothing() -> None:
     network, volumes = make_3d(), make_volumes(3, SHAPE)
-    moments = speed.patch_moments(network, volumes, CPU)
+    moments = speed.patch_moments(network, volumes)
     seen = volumes[:, :, :22, :22].astype(float)  # the poolings leave 4 of 26 and 2 of 24 out
     windows = np.lib.stride_tricks.sliding_window_view(seen, (3, 3, 3), (1, 2, 3))
     patches = windows.reshape(3, -1, 27)
@@ -67,7 +67,7 @@ def test_moments_known_beforehand_are_sums_over_patches_and_change_nothing() -> 
     network.train().dropout.p = 0.0
     known = speed.training_forward(network, batch, moments[rows])
     torch.testing.assert_close(known, network(batch), rtol=1e-4, atol=1e-4)
-    assert speed.patch_moments(MriNet2d(channels=2, shape=SHAPE), volumes, CPU).shape == (3, 0)
+    assert speed.patch_moments(MriNet2d(channels=2, shape=SHAPE), volumes).shape == (3, 0)
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])

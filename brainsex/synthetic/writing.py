@@ -31,8 +31,7 @@ HEAD_SPREAD = 0.075  # coefficient of variation of head volume within a sex
 FAMILY_SIZES = (0.22, 0.28, 0.32, 0.14, 0.03, 0.01)  # shares of families of 1, 2, … members
 BEHAVIOURAL = "Subject Release Acquisition Gender Age QC_Issue 3T_dMRI_Compl".split()
 RESTRICTED = "Subject Age_in_Yrs ZygositySR Family_ID Mother_ID Father_ID".split()
-FACTOR_SHARES = (0.4, 0.36, 0.24)
-"""Variance of a factor: its kind of measure's, its structure's besides, and one side's own."""
+FACTOR_SHARES = (0.4, 0.36, 0.24)  # of a factor's variance: its kind's, its structure's, its side's
 MEASURES = pd.read_csv(Path(__file__).with_name("measures.csv"), index_col="column")
 """A row per column of the export, in its order: either a sum of the columns that match `parts`, or
 median · head^exponent · exp(men_minus_women · (sex − ½) + Σ loading · factor), where a factor is

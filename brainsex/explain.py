@@ -177,7 +177,7 @@ def fold_network(networks_folder: str | Path, fold: int, cohort: Cohort) -> nn.M
 def training_means(cohort: Cohort, folds: np.ndarray, fold: int) -> np.ndarray:
     """Average the women and the men (2, X, Y, Z) in training; there are some of both sexes."""
     groups = (np.flatnonzero((folds != fold) & (cohort.sex == sex)) for sex in (0, 1))
-    means = (sum(cohort.volumes[n] / np.float32(len(rows)) for n in rows) for rows in groups)
+    means = (sum(cohort.volumes[row] / np.float32(len(rows)) for row in rows) for rows in groups)
     return np.stack([*means])
 
 

@@ -287,7 +287,7 @@ def choose_volumes(
         if (preferred := chosen["kind"].str.fullmatch(pattern)).any():
             chosen = chosen[preferred]
             break
-    if session in SESSION_ENDS:  # of files that are called alike but for numbers, in their order
+    if session in SESSION_ENDS:  # of files called alike but for numbers, by these: 129, then 1000
         chosen = chosen.loc[chosen["path"].map(lambda p: (len(str(p)), str(p))).sort_values().index]
         forms = chosen["Subject"] + "/" + chosen["kind"].str.replace(r"\d+", "", regex=True)
         chosen = chosen[~forms.duplicated(keep=session)]

@@ -92,7 +92,7 @@ def patch_moments(network: nn.Module, volumes: np.ndarray) -> Tensor:
     if type(network) is not networks.MriNet3d:
         return torch.empty(len(volumes), 0)
 
-    return map_volumes(lambda v: _patch_moments(networks.crop_unused_voxels(v)), volumes)
+    return map_volumes(lambda batch: _patch_moments(networks.crop_unused_voxels(batch)), volumes)
 
 
 def _patch_moments(volumes: Tensor) -> Tensor:

@@ -78,7 +78,7 @@ def test_explorer(browser, made_up, tmp_path):
     browser.get(path.as_uri())
     browser.find_element("css selector", "body[data-ready]")
     labels, brain = (unpack(data[name], data) for name in ("labels", "brain"))
-    for region in data["regions"][::3]:
+    for region in data["regions"]:
         voxel = np.argwhere((labels == region["label"]) & (brain > 0))[0].tolist()
         for plane, index in zip(("sagittal", "coronal", "axial"), voxel):
             operate(browser, f"slice-{plane}", index)

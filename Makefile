@@ -4,21 +4,20 @@ PYTHON ?= python3
 BIN := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 
 # What a user has set for other work does not reach this one.
-unexport PYTHONPATH PIP_USER PIP_TARGET PIP_PREFIX MPLBACKEND JUPYTER_PATH
+unexport PYTHONPATH PYTHONDONTWRITEBYTECODE PIP_USER PIP_TARGET PIP_PREFIX MPLBACKEND JUPYTER_PATH
 export PYTHONNOUSERSITE := 1
 
 .PHONY: figures test notebooks bench soak
 .DELETE_ON_ERROR:
 
-# pip compiles one module after the other. Some packages hold files for other versions of Python.
+# pip would compile all modules, one after the other; Python compiles those that are imported.
 .venv/.installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --no-compile --requirement requirements.txt
-	$(BIN)/python -m compileall -q -j 0 .venv >.venv/compiled.log 2>&1 || true
 	touch $@
 
 .venv/.tested: .venv/.installed
-	$(BIN)/pip install --quiet --editable '.[test,diffusion]'
+	$(BIN)/pip install --quiet --no-compile --editable '.[test,diffusion]'
 	touch $@
 
 # The table is written last: where it is, the cohort is whole.

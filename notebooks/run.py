@@ -1,19 +1,23 @@
-"""Run the notebooks in order, with papermill: what `make figures` and `make notebooks` call.
+"""Run the notebooks, two at a time, with papermill: what `make figures` and `make notebooks` call.
 
-Only the default profile on data/synthetic writes image/ (and keeps the rest in build/), and is
-compared with the tables in notebooks/tables; every other run writes results/<cohort>-<profile>/. A
-notebook that fails does not stop the others; at the end stands a list of what was done, what was
-left out and why. The exit code is 1 if one failed. A profile's WORKERS bound those of joblib.
+A notebook starts when those whose results it reads have ended (`READS`). Only the default profile
+on data/synthetic writes image/ (and keeps the rest in build/), and is compared with the tables in
+notebooks/tables; every other run writes results/<cohort>-<profile>/. A notebook that fails does not
+stop the others; at the end stands a list of what was done, what was left out and why. The exit code
+is 1 if one failed. A profile's WORKERS bound those of joblib, and the notebooks at a time.
 """
 
 import argparse
+import contextlib
 import os
 import re
 import shutil
 import sys
 import time
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
+import joblib
 import nbformat
 import numpy as np
 import pandas as pd
@@ -26,6 +30,9 @@ from brainsex import storage
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 TABLE_NOTEBOOKS = ("01_tabular_baselines", "08_confounds_and_families")
+# The notebooks in the order in which they begin, and those whose results each reads.
+READS = {"00": "", "01": "", "02": "", "03": "02", "04": "03", "05": "04", "06": "04"}
+READS |= {"07": "06", "09": "05", "08": "04"}  # 09 takes longest
 OF_THE_USER = ("MPLBACKEND", "MATPLOTLIBRC", "JUPYTER_PATH", "PYTHONPATH")  # not for kernels
 TABLES = (
     "tabular accuracy localisation explanations table_controlled volumes_controlled dose".split()
@@ -37,7 +44,7 @@ LEFT_OUT = "left out: "  # how a line of output begins that says what a notebook
 
 
 def execute(source: Path, target: Path, parameters: dict) -> None:
-    """Run one notebook as if in its own folder; the copy at `target` holds its outputs.
+    """Run one notebook, by absolute paths; the copy at `target` holds its outputs.
 
     Its kernel is killed at the end: asked to finish first, it keeps Ctrl-C waiting for seconds.
     """
@@ -45,7 +52,6 @@ def execute(source: Path, target: Path, parameters: dict) -> None:
         source,
         target,
         parameters,
-        cwd=HERE,
         kernel_name="python3",
         log_output=False,
         shutdown_kernel="immediate",
@@ -150,7 +156,7 @@ def main() -> None:
         parser.error(f"{arguments.table}: no such table")
     is_default = cohort == ROOT / "data" / "synthetic" and arguments.profile == "default"
     results = ROOT / "results" / f"{cohort.name}-{arguments.profile}"
-    out = arguments.out or (ROOT / "build" if is_default else results)
+    out = Path(os.path.abspath(arguments.out or (ROOT / "build" if is_default else results)))
     image = ROOT / "image" if is_default and not arguments.out else out / "image"
     if arguments.overwrite and (out / storage.RUN_RECORD).is_file():
         shutil.rmtree(out)
@@ -164,11 +170,12 @@ def main() -> None:
     os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
     if workers := settings.pop("WORKERS", None):
         os.environ["LOKY_MAX_CPU_COUNT"] = str(workers)
+    at_once = min(2, joblib.cpu_count())
     record = {"profile": arguments.profile, "settings": settings, **folders}
     try:
         with storage.folder_lock(out):
             storage.start_run(out, "notebooks", record, overwrite=True)
-            failures = run(out, folders, settings, arguments.in_place)
+            failures = run(out, folders, settings, arguments.in_place, at_once)
             if arguments.in_place:
                 for name in TABLES:
                     shutil.copy(out / f"{name}.csv", HERE / "tables")
@@ -177,36 +184,56 @@ def main() -> None:
     except OSError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        print(f"stopped: the same command goes on from what is in {out}", file=sys.stderr)
-        sys.exit(130)
+        print(
+            f"stopped: the same command goes on from what is in {out}", file=sys.stderr, flush=True
+        )
+        os._exit(130)  # kernels end with this process, which would wait for them
     print(f"figures in {image.name}/", flush=True)
     sys.exit(int(failures > 0))
 
 
-def run(out: Path, folders: dict, settings: dict, in_place: bool) -> int:
-    """Run all notebooks in order, list what was done and what was not; return how many failed."""
-    start, report, failures = time.monotonic(), [], 0
-    for source in sorted(HERE.glob("[0-9][0-9]_*.ipynb")):
-        print(f"\n{source.name}", flush=True)
-        begin, target, problems = time.monotonic(), source if in_place else out / source.name, []
-        try:
-            if in_place:  # with its own parameters, which are the default profile
-                with storage.atomic_path(source) as partial:
-                    execute(source, partial, {})
-                    tidy(partial)
-            else:
-                execute(source, target, folders | settings.get(source.stem, {}))
-        except (papermill.PapermillExecutionError, DeadKernelError) as error:
-            if in_place:
-                raise
-            print(error, file=sys.stderr, flush=True)
-            problems, failures = [str(error).strip().splitlines()[-1]], failures + 1
-        outcome = f"{'failed' if problems else 'done'} in {time.monotonic() - begin:.0f} s"
-        print(f"{source.name}: {outcome}", flush=True)
-        report.append(f"{source.stem}: {outcome}")
-        report += [f"  {line}" for line in problems + left_out(target)]
-    print(f"\nall notebooks: {time.monotonic() - start:.0f} s", *report, sep="\n", flush=True)
-    return failures
+def run(out: Path, folders: dict, settings: dict, in_place: bool, at_once: int = 1) -> int:
+    """Run all notebooks, list what was done and what was not; return how many failed."""
+    start, running, pool = time.monotonic(), {}, ThreadPoolExecutor(at_once)
+    sources = {path.name[:2]: path for path in sorted(HERE.glob("[0-9][0-9]_*.ipynb"))}
+    with contextlib.chdir(HERE):  # once for all: it holds for every thread
+        for number in READS | sources:
+            before = [running[other] for other in READS.get(number, "").split()]
+            parameters = None if in_place else folders | settings.get(sources[number].stem, {})
+            running[number] = pool.submit(run_one, sources[number], out, parameters, before)
+        failed, reports = zip(*(running[number].result() for number in sources))
+    lines = [line for report in reports for line in report]
+    print(f"\nall notebooks: {time.monotonic() - start:.0f} s", *lines, sep="\n", flush=True)
+    return sum(failed)
+
+
+def run_one(
+    source: Path, out: Path, parameters: dict | None, before: list[Future]
+) -> tuple[bool, list[str]]:
+    """Run a notebook after others; return whether it failed, and lines that say what it did.
+
+    Without parameters it has its own, which are the default profile, and is executed in place.
+    """
+    wait(before)
+    print(f"{source.name} begins", flush=True)
+    begin, target, problems = time.monotonic(), out / source.name, []
+    try:
+        if parameters is None:
+            target = source
+            with storage.atomic_path(source) as partial:
+                execute(source, partial, {})
+                tidy(partial)
+        else:
+            execute(source, target, parameters)
+    except (papermill.PapermillExecutionError, DeadKernelError) as error:
+        if parameters is None:
+            raise
+        print(error, file=sys.stderr, flush=True)
+        problems = [str(error).strip().splitlines()[-1]]
+    outcome = f"{'failed' if problems else 'done'} in {time.monotonic() - begin:.0f} s"
+    print(f"{source.name}: {outcome}", flush=True)
+    lines = [f"  {line}" for line in problems + left_out(target)]
+    return bool(problems), [f"{source.stem}: {outcome}", *lines]
 
 
 if __name__ == "__main__":

@@ -237,7 +237,7 @@ def fits(in_process, monkeypatch) -> list[dict]:
     calls = []
 
     def recorded(network: nn.Module, volumes: object, sex: object, **options: object) -> object:
-        train, test = numbers(volumes), numbers(options["validation"][0])
+        train, test = numbers(volumes), numbers((options["validation"] or (volumes,))[0])
         start = network.linear.weight.detach().clone()
         calls.append({"train": train, "test": test, "start": start, **options})
         return fit(network, volumes, sex, **options)
@@ -301,6 +301,8 @@ def test_other_settings_or_data_are_refused_or_start_anew(tmp_path, fits, change
 def test_finished_folds_are_kept_and_others_made_now_or_later(tmp_path, fits) -> None:
     data, out = make_cohort(tmp_path / "c"), tmp_path / "out"
     whole = cross_validate(data, network_2d, **CV)
+    plain = cross_validate(data, network_2d, validation=None, **CV)
+    assert (plain.equals(whole), "validation_loss" in plain.attrs["history"][0]) == (True, False)
     none = cross_validate(data, network_2d, out=out, only=[], **CV)
     assert (list(none), len(none), none.attrs["history"]) == (list(whole), 0, [])
     share = cross_validate(data, network_2d, out=out, only=[2], **CV)

@@ -196,7 +196,9 @@ def run(out: Path, folders: dict, settings: dict, in_place: bool, at_once: int =
     """Run all notebooks, list what was done and what was not; return how many failed."""
     start, running, pool = time.monotonic(), {}, ThreadPoolExecutor(at_once)
     sources = {path.name[:2]: path for path in sorted(HERE.glob("[0-9][0-9]_*.ipynb"))}
-    with contextlib.chdir(HERE):  # once for all: it holds for every thread
+    with contextlib.ExitStack() as at_end:
+        at_end.enter_context(contextlib.chdir(HERE))  # once for all: it holds for every thread
+        at_end.callback(pool.shutdown, wait=False, cancel_futures=True)  # after an error
         for number in READS | sources:
             before = [running[other] for other in READS.get(number, "").split()]
             parameters = None if in_place else folders | settings.get(sources[number].stem, {})

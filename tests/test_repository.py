@@ -80,7 +80,8 @@ def test_what_the_notebooks_ran_with_is_what_the_package_takes():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     needed = project["dependencies"] + project["optional-dependencies"]["notebooks"]
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
-    pinned = dict(line.split("==") for line in lines if "==" in line)
+    pinned = {pin.name: pin for pin in map(Requirement, [line for line in lines if "==" in line])}
     assert sorted(pinned) == sorted(Requirement(line).name for line in needed)
     for requirement in map(Requirement, needed):
-        assert requirement.specifier.contains(pinned[requirement.name]), requirement
+        assert requirement.specifier.contains(str(pinned[requirement.name].specifier)[2:])
+        assert requirement.marker == pinned[requirement.name].marker

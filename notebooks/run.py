@@ -22,6 +22,7 @@ import nbformat
 import numpy as np
 import pandas as pd
 import papermill
+import psutil
 import yaml
 from nbclient.exceptions import DeadKernelError
 
@@ -184,10 +185,12 @@ def main() -> None:
     except OSError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        print(
-            f"stopped: the same command goes on from what is in {out}", file=sys.stderr, flush=True
-        )
-        os._exit(130)  # kernels end with this process, which would wait for them
+        for process in psutil.Process().children(recursive=True):  # kernels, and their workers
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        note = f"stopped: the same command goes on from what is in {out}"
+        print(note, file=sys.stderr, flush=True)
+        os._exit(130)  # threads would wait for their notebooks
     print(f"figures in {image.name}/", flush=True)
     sys.exit(int(failures > 0))
 

@@ -174,9 +174,9 @@ def cross_validate(
     only : folds to fit, all by default; finished ones are read.
     confounds : (N, K), regressed out of each voxel inside the training folds.
     out : folder for ``fold-K.pt`` (state dicts), ``fold-K.json``, ``folds.csv`` and ``run.json``.
-    workers : folds at once on a CPU, by default all cores; 3 to 4 GB each at the study's sizes.
+    workers : folds at once on a CPU, by default all cores; some 3 GB each at the study's sizes.
     overwrite : start anew in a folder of other data or settings, else a ValueError.
-    settings : of `fit`; milestones are (5, 15) by default; ``validation=None`` saves a tenth.
+    settings : of `fit`; milestones (5, 15) by default, the study's; ``validation=None``: no curve.
 
     Returns a row a subject of these folds: Subject, fold, sex, probability (of man), and in
     ``.attrs["history"]`` the records that `fit` returns, with their fold.

@@ -195,7 +195,7 @@ def main() -> None:
     sys.exit(int(failures > 0))
 
 
-def run(out: Path, folders: dict, settings: dict, in_place: bool, at_once: int = 1) -> int:
+def run(out: Path, folders: dict, settings: dict, in_place: bool, at_once: int) -> int:
     """Run all notebooks, list what was done and what was not; return how many failed."""
     start, running, pool = time.monotonic(), {}, ThreadPoolExecutor(at_once)
     sources = {path.name[:2]: path for path in sorted(HERE.glob("[0-9][0-9]_*.ipynb"))}

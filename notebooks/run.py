@@ -32,8 +32,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 TABLE_NOTEBOOKS = ("01_tabular_baselines", "08_confounds_and_families")
 # The notebooks in the order in which they begin, and those whose results each reads.
-READS = {"00": "", "01": "", "02": "", "03": "02", "04": "03", "05": "04", "06": "04"}
-READS |= {"07": "06", "09": "05", "08": "04"}  # 09 takes longest
+READS = {"02": "", "00": "", "03": "02", "01": "", "04": "03", "05": "04", "06": "04"}
+READS |= {"09": "05", "07": "06", "08": "04"}  # 09 takes longest
 OF_THE_USER = ("MPLBACKEND", "MATPLOTLIBRC", "JUPYTER_PATH", "PYTHONPATH")  # not for kernels
 TABLES = (
     "tabular accuracy localisation explanations table_controlled volumes_controlled dose".split()
@@ -172,6 +172,7 @@ def main() -> None:
     if workers := settings.pop("WORKERS", None):
         os.environ["LOKY_MAX_CPU_COUNT"] = str(workers)
     at_once = min(2, joblib.cpu_count())
+    os.environ.setdefault("OMP_NUM_THREADS", str(joblib.cpu_count() // at_once))  # of a notebook
     record = {"profile": arguments.profile, "settings": settings, **folders}
     try:
         with storage.folder_lock(out):

@@ -4,7 +4,7 @@ A notebook starts when those whose results it reads have ended (`READS`). Only t
 on data/synthetic writes image/ (and keeps the rest in build/), and is compared with the tables in
 notebooks/tables; every other run writes results/<cohort>-<profile>/. A notebook that fails does not
 stop the others; at the end stands a list of what was done, what was left out and why. The exit code
-is 1 if one failed. A profile's WORKERS bound those of joblib, and the notebooks at a time.
+is 1 if one failed. A profile's WORKERS bounds joblib's workers and the notebooks at a time.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import re
 import shutil
 import sys
 import time
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import joblib
@@ -33,11 +33,9 @@ ROOT = HERE.parent
 TABLE_NOTEBOOKS = ("01_tabular_baselines", "08_confounds_and_families")
 # The notebooks in the order in which they begin, and those whose results each reads.
 READS = {"02": "", "00": "", "03": "02", "01": "", "04": "03", "05": "04", "06": "04"}
-READS |= {"09": "05", "07": "06", "08": "04"}  # 09 takes longest
+READS |= {"08": "04", "07": "06", "09": "05"}
 OF_THE_USER = ("MPLBACKEND", "MATPLOTLIBRC", "JUPYTER_PATH", "PYTHONPATH")  # not for kernels
-TABLES = (
-    "tabular accuracy localisation explanations table_controlled volumes_controlled dose".split()
-)
+TABLES = "tabular accuracy localisation explanations table_controlled volumes_controlled".split()
 INTERVALS = {"accuracy": ("low", "high"), "value": ("low", "high"), "auc": ("auc_low", "auc_high")}
 ESTIMATE = re.compile(r"(-?\d[\d.e-]*)(?: \[(-?[\d.]+), (-?[\d.]+)\])?")  # and its interval
 MOVED = 0.005  # differences below are not worth a word
@@ -172,7 +170,8 @@ def main() -> None:
     if workers := settings.pop("WORKERS", None):
         os.environ["LOKY_MAX_CPU_COUNT"] = str(workers)
     at_once = min(2, joblib.cpu_count())
-    os.environ.setdefault("OMP_NUM_THREADS", str(joblib.cpu_count() // at_once))  # of a notebook
+    if joblib.cpu_count() <= 3:  # with more, each of joblib's workers would have that many threads
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
     record = {"profile": arguments.profile, "settings": settings, **folders}
     try:
         with storage.folder_lock(out):
@@ -198,29 +197,34 @@ def main() -> None:
 
 def run(out: Path, folders: dict, settings: dict, in_place: bool, at_once: int) -> int:
     """Run all notebooks, list what was done and what was not; return how many failed."""
-    start, running, pool = time.monotonic(), {}, ThreadPoolExecutor(at_once)
-    sources = {path.name[:2]: path for path in sorted(HERE.glob("[0-9][0-9]_*.ipynb"))}
+    start, futures, pool = time.monotonic(), {}, ThreadPoolExecutor(at_once)
+    sources, places = sorted(HERE.glob("[0-9][0-9]_*.ipynb")), dict(zip(READS, range(len(READS))))
     with contextlib.ExitStack() as at_end:
         at_end.enter_context(contextlib.chdir(HERE))  # once for all: it holds for every thread
         at_end.callback(pool.shutdown, wait=False, cancel_futures=True)  # after an error
-        for number in READS | sources:
-            before = [running[other] for other in READS.get(number, "").split()]
-            parameters = None if in_place else folders | settings.get(sources[number].stem, {})
-            running[number] = pool.submit(run_one, sources[number], out, parameters, before)
-        failed, reports = zip(*(running[number].result() for number in sources))
+        for source in sorted(sources, key=lambda path: places.get(path.name[:2], len(places))):
+            read = READS.get(source.name[:2], "").split()
+            prerequisites = [futures[path] for path in futures if path.name[:2] in read]
+            parameters = None if in_place else folders | settings.get(source.stem, {})
+            futures[source] = pool.submit(run_one, source, out, parameters, prerequisites)
+        while not all(future.done() for future in futures.values()):
+            for future in wait(futures.values(), 1, FIRST_EXCEPTION).done:  # Ctrl-C, between two
+                future.result()  # raises at once what ended a notebook in place
+        failed, reports = zip(*(futures[source].result() for source in sources))
     lines = [line for report in reports for line in report]
     print(f"\nall notebooks: {time.monotonic() - start:.0f} s", *lines, sep="\n", flush=True)
     return sum(failed)
 
 
 def run_one(
-    source: Path, out: Path, parameters: dict | None, before: list[Future]
+    source: Path, out: Path, parameters: dict | None, prerequisites: list[Future]
 ) -> tuple[bool, list[str]]:
     """Run a notebook after others; return whether it failed, and lines that say what it did.
 
     Without parameters it has its own, which are the default profile, and is executed in place.
     """
-    wait(before)
+    for future in prerequisites:
+        future.result()  # raises what ended it: nothing is built on half of the results
     print(f"{source.name} begins", flush=True)
     begin, target, problems = time.monotonic(), out / source.name, []
     try:

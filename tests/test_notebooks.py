@@ -82,14 +82,14 @@ def test_a_failed_notebook_stops_no_other_and_the_end_lists_all(tmp_path, monkey
     monkeypatch.setitem(run.__globals__, "READS", {"01": "", "03": "01"})
     early = "import time; time.sleep(3); open('1', 'w'); print('left out: a'); raise SystemExit(0)"
     last = "import os; print('left out:', OUT, +os.path.isfile('1'), os.getcwd())"
-    for name, source in {"01_a": early, "02_b": "1 / 0", "03_c": "OUT = 0"}.items():
+    for name, source in {"01_a": early, "01_b": "1 / 0", "03_c": "OUT = 0"}.items():
         cells = [nbformat.v4.new_code_cell(code) for code in (source, last)]
         cells[0].metadata.tags, kind = ["parameters"], {"language_info": {"name": "python"}}
         notebook = nbformat.v4.new_notebook(cells=cells, metadata=kind)
         nbformat.write(notebook, tmp_path / f"{name}.ipynb")
     (out := tmp_path / "out").mkdir()
     assert run(out, {"OUT": "x"}, {}, False, at_once=2) == 1
-    first = r"01_a: done in \d+ s\n  left out: a\n02_b: failed in \d+ s\n  ZeroDivisionError: "
+    first = r"01_a: done in \d+ s\n  left out: a\n01_b: failed in \d+ s\n  ZeroDivisionError: "
     last = rf"division by zero\n03_c: done in \d+ s\n  left out: x 1 {tmp_path}\n$"
     assert re.search(first + last, capsys.readouterr().out)
 

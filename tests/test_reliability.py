@@ -79,7 +79,7 @@ def test_no_hostile_file_stops_a_command_or_takes_more_than_it_may(every):
 @LINUX
 @pytest.mark.soak
 def test_ctrl_c_ends_every_command_within_two_seconds(tmp_path):
-    write_study(tmp_path, 720)
+    write_study(tmp_path, 2160)
     cohort = synthetic.write_cohort(tmp_path / "cohort", subjects=16, spacing=5)
     begun = {"convert": ".parts/*.npz", "train": "folds.csv", "masks": "run.json"}
     begun |= {"train-by-two": begun["train"], "run.py": "02_*.ipynb"}

@@ -170,7 +170,7 @@ def main() -> None:
     if workers := settings.pop("WORKERS", None):
         os.environ["LOKY_MAX_CPU_COUNT"] = str(workers)
     at_once = min(2, joblib.cpu_count())
-    if joblib.cpu_count() <= 3:  # with more, each of joblib's workers would have that many threads
+    if joblib.cpu_count() <= 3:  # where there are more, each of joblib's workers would get as many
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     record = {"profile": arguments.profile, "settings": settings, **folders}
     try:
@@ -207,8 +207,10 @@ def run(out: Path, folders: dict, settings: dict, in_place: bool, at_once: int) 
             prerequisites = [futures[path] for path in futures if path.name[:2] in read]
             parameters = None if in_place else folders | settings.get(source.stem, {})
             futures[source] = pool.submit(run_one, source, out, parameters, prerequisites)
-        while not all(future.done() for future in futures.values()):
-            for future in wait(futures.values(), 1, FIRST_EXCEPTION).done:  # Ctrl-C, between two
+        pending = set(futures.values())
+        while pending:
+            ended, pending = wait(pending, 1, FIRST_EXCEPTION)  # Ctrl-C is heard between two waits
+            for future in ended:
                 future.result()  # raises at once what ended a notebook in place
         failed, reports = zip(*(futures[source].result() for source in sources))
     lines = [line for report in reports for line in report]

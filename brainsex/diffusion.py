@@ -152,8 +152,7 @@ def _fractional_anisotropy(
 def _read_numbers(file: File) -> np.ndarray:
     """Read rows of numbers from a text file of bounded size."""
     with storage.reading(file[0], "rows of as many numbers each"), file[1]() as stream:
-        rows = stream.read(MAX_TEXT).decode("utf-8-sig").splitlines()
-        return np.loadtxt(rows, ndmin=2)
+        return np.loadtxt(stream.read(MAX_TEXT).decode("utf-8-sig").splitlines(), ndmin=2)
 
 
 def _read_nifti(

@@ -121,8 +121,7 @@ def name_subjects(
         elif name.lower().endswith(".zip"):
             names[n] = re.match(f"({LABEL})?", name)[0]
         else:
-            tokens = re.sub(r"(?i)(\.nii)?\.(gz|nii|mgz)$", "", name).split("_")
-            fields = [*folders, *tokens]
+            fields = [*folders, *re.sub(r"(?i)(\.nii)?\.(gz|nii|mgz)$", "", name).split("_")]
             free = tuple(not WORDS.fullmatch(field) for field in fields)
             alike.setdefault((len(folders), free), []).append((n, fields))
     if pattern and not any(names):

@@ -81,8 +81,7 @@ class MriNet2d(nn.Module):
         slabs = volumes[:, 0].unfold(2, self.depth, self.depth)  # (N, X, S, Z, depth)
         slabs = slabs.permute(0, 2, 4, 1, 3).flatten(0, 1)
         features = self.hidden3(self.hidden2(self.hidden1(self.convolution(slabs))))
-        logits = self.linear(self.dropout(features.flatten(1)))
-        return logits.unflatten(0, (len(volumes), -1))
+        return self.linear(self.dropout(features.flatten(1))).unflatten(0, (len(volumes), -1))
 
 
 def _hidden(dimensions: int, inputs: int, outputs: int) -> nn.Sequential:
@@ -101,7 +100,8 @@ class _Residual2d(nn.Sequential):
 
     def forward(self, images: Tensor) -> Tensor:
         convolution, norm, relu, pooling, projection = self
-        return pooling(relu(norm(convolution(images)) + projection(images[..., 1:-1, 1:-1])))
+        cropped = nn.functional.pad(images, (-1, -1, -1, -1))  # as two slices, but one gradient
+        return pooling(relu(norm(convolution(images)) + projection(cropped)))
 
 
 def _count_pooled(*sizes: int) -> int:

@@ -33,12 +33,12 @@ from torch import Tensor, nn
 from brainsex import networks, speed
 
 BLUR = 5.0  # voxels: the Gaussian of the reference, where none is passed
-WARM_UP = 3  # iterations before masks count for persistence
-RAMP = 20  # iterations until the penalty has its full weight
-DECAY = 40  # iterations until the learning rate is cut to a tenth
-LEARNING_RATE = 0.3  # of Adam
+WARM_UP = 2  # iterations before masks count for persistence
+RAMP = 12  # iterations until the penalty has its full weight
+DECAY = 26  # iterations until the learning rate is cut to a tenth
+LEARNING_RATE = 0.45  # of Adam
 SMOOTHNESS = 3.0  # weight of a mask's squared gradient
-WEIGHT_GROWTH = 1.25  # factor per iteration, after the ramp, with evidence left
+WEIGHT_GROWTH = 1.3  # factor per iteration, after the ramp, with evidence left
 MAX_SHIFT = 1  # voxels by which the network's input is moved at most along each axis
 REGION = 8  # voxels between the control points of a random region of `BlurredVolumes`
 
@@ -62,7 +62,7 @@ def optimise_masks(
     subjects: Sequence[str] | None = None,
     reference: np.ndarray | None = None,
     seed: int = 0,
-    iterations: int = 60,
+    iterations: int = 40,
     area: float = 400.0,
     progress: bool = True,
 ) -> Masks:
@@ -247,5 +247,4 @@ def broadcast_inputs(
 
 def predicted_classes(network: nn.Module, volumes: np.ndarray) -> np.ndarray:
     """Return the class (N,) that a network predicts for volumes (N, X, Y, Z), in float32."""
-    logits = speed.predict_logits(network, volumes)
-    return networks.average_slab_logits(logits).argmax(1).numpy()
+    return networks.average_slab_logits(speed.predict_logits(network, volumes)).argmax(1).numpy()

@@ -109,8 +109,7 @@ def reference_for(
     """
     kind = METHODS[method].reference
     if kind == "difference":
-        difference = means - means[::-1]
-        return gaussian_filter(difference, sigma, axes=(1, 2, 3), mode="nearest")[target]
+        return gaussian_filter(means - means[::-1], sigma, axes=(1, 2, 3), mode="nearest")[target]
     return means[1 - target] if kind else None
 
 

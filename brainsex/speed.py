@@ -91,7 +91,6 @@ def patch_moments(network: nn.Module, volumes: np.ndarray) -> Tensor:
     """
     if type(network) is not networks.MriNet3d:
         return torch.empty(len(volumes), 0)
-
     return map_volumes(lambda batch: _patch_moments(networks.crop_unused_voxels(batch)), volumes)
 
 
@@ -143,9 +142,8 @@ class _InputGradient(torch.autograd.Function):
         (weight,) = ctx.saved_tensors
         taps, (count, _, *sizes) = weight.shape[2:], gradient.shape
         shape = count, *(size + tap - 1 for size, tap in zip(sizes, taps))
-        input_gradient = gradient.new_zeros(
-            shape, dtype=torch.promote_types(gradient.dtype, torch.float32)
-        )
+        dtype = torch.promote_types(gradient.dtype, torch.float32)
+        input_gradient = gradient.new_zeros(shape, dtype=dtype)
         rows = gradient.movedim(1, -1).flatten(0, -2)
         products = (weight.flatten(1).T @ rows.T).view(*taps, count, *sizes)
         for tap in np.ndindex(*taps):

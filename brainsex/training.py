@@ -3,8 +3,10 @@
 import copy
 import hashlib
 import json
+import signal
 import tempfile
 from collections.abc import Callable, Sequence
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import joblib
@@ -183,8 +185,7 @@ def cross_validate(
     """
     if assignment is None:
         assignment = evaluation.folds(cohort.sex, groups=cohort.groups, folds=folds, seed=seed)
-    folds = range(int(assignment.max()) + 1)
-    only = sorted(set(folds if only is None else only))
+    only = sorted(set(range(int(assignment.max()) + 1) if only is None else only))
     settings = {"milestones": (5, 15), **settings, "seed": seed}
     cores, on_cpu = joblib.cpu_count(), networks.device().type == "cpu"
     jobs = max(1, min(len(only), workers or cores)) if on_cpu else 1
@@ -206,7 +207,13 @@ def cross_validate(
         storage.write_text(out / "folds.csv", table[["Subject", "fold"]].to_csv(index=False))
         run = out, cohort, assignment, make_network, confounds, settings, threads
         calls = (joblib.delayed(_fit_fold)(fold, *run) for fold in only)
-        results = joblib.Parallel(jobs, return_as="generator")(calls)
+        if masked := hasattr(signal, "pthread_sigmask"):  # not on Windows
+            resource_tracker.ensure_running()  # its start would undo the mask
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:  # workers inherit the mask: at Ctrl-C this process ends them, and they say nothing
+            results = joblib.Parallel(jobs, return_as="generator")(calls)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT}) if masked else None
         records = list(tqdm(results, "cross-validate", total=len(only), unit="fold"))
     table["probability"] = np.nan
     for fold, record in zip(only, records):

@@ -55,8 +55,7 @@ def resample(
     slices = y @ (volume.T.astype(np.float32, copy=False) @ x.T)  # (Z, y, x): a file's own order
     reduced = np.tensordot(z, slices, 1).T.clip(np.float32(low), np.float32(high))
     factors = np.divide(volume.shape, shape)
-    to_old = nib.affines.from_matvec(np.diag(factors), (factors - 1) / 2)
-    return reduced, affine @ to_old
+    return reduced, affine @ nib.affines.from_matvec(np.diag(factors), (factors - 1) / 2)
 
 
 def clean(volume: np.ndarray, modality: str = "fa") -> tuple[np.ndarray, dict[str, int]]:

@@ -18,8 +18,20 @@ NO_RESULT = {".lock", "run.json", "rejected.csv"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the test that takes longest, which runs all notebooks."""
+    """Begin with what takes longest, the notebooks, of which some read what others leave."""
     items.sort(key=lambda item: not item.name.startswith("test_smoke_profile"))
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """Name a folder of archives or packages, which a test makes."""
+    return tmp_path / "archives"
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    """Name a folder for what is made of them."""
+    return tmp_path / "fa"
 
 
 @pytest.fixture

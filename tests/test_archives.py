@@ -57,16 +57,6 @@ def contents(folder):
 
 
 @pytest.fixture
-def source(tmp_path):
-    return tmp_path / "archives"
-
-
-@pytest.fixture
-def target(tmp_path):
-    return tmp_path / "fa"
-
-
-@pytest.fixture
 def cohort(source):
     """Twelve subjects, packed in turn in each way; the fifth is damaged."""
     ways = [(STORED, STORED), (STORED, DEFLATED), (DEFLATED, STORED)]

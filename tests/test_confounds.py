@@ -78,8 +78,7 @@ def draw(count: int = 90) -> tuple[np.ndarray, np.ndarray]:
 def regressed(values: np.ndarray, confounds: np.ndarray, train: np.ndarray) -> np.ndarray:
     """Values of everybody, by the transformer fitted on the training rows."""
     both = np.column_stack([confounds, values])
-    count = both.shape[1] - values.shape[1]
-    return ConfoundRegressor(count).fit(both[train]).transform(both)
+    return ConfoundRegressor(both.shape[1] - values.shape[1]).fit(both[train]).transform(both)
 
 
 @pytest.mark.parametrize("train", [np.arange(60), np.arange(70)[::-1][:65], np.arange(89)])

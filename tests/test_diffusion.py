@@ -47,8 +47,7 @@ def tensors(seed=1):
 
 def signals(tensor, bvals, bvecs, s0=1000):
     """Compute S0 exp(-b gᵀDg): (…, volumes); `bvals` and `bvecs` may differ between voxels."""
-    exponent = np.einsum("...vi,...ij,...vj->...v", bvecs, tensor, bvecs)
-    return s0 * np.exp(-bvals * exponent)
+    return s0 * np.exp(-bvals * np.einsum("...vi,...ij,...vj->...v", bvecs, tensor, bvecs))
 
 
 def image(values, dtype=np.float32, affine=AFFINE):
@@ -86,16 +85,6 @@ def package(files, folder=FOLDER, method=STORED):
     extra = [("900001/T1w/Diffusion/eddylogs/eddy.txt", b"log"), ("a/T1w_acpc_dc.nii.gz", b"T1w")]
     members = [(f"{folder}/{name}", content) for name, content in files.items()]
     return zipped([*extra, *members], method)
-
-
-@pytest.fixture
-def source(tmp_path):
-    return tmp_path / "source"
-
-
-@pytest.fixture
-def target(tmp_path):
-    return tmp_path / "fa"
 
 
 def fitted(source, target, subject="900001", **options):

@@ -178,8 +178,7 @@ def test_leave_one_out_is_pooled():
 
 @pytest.mark.parametrize("others", [0, 2, -1])
 def test_one_split_is_pooled(others):
-    decisions = np.where(FOLD == 2, DECISIONS, np.nan)
-    scores = score(SEX, decisions, np.where(FOLD == 2, 2, others))
+    scores = score(SEX, np.where(FOLD == 2, DECISIONS, np.nan), np.where(FOLD == 2, 2, others))
     assert (scores["interval"], scores["n"]) == ("Wilson", 4)
     assert (scores["low"], scores["high"]) == pytest.approx(wilson_interval(2, 4))
     assert scores["balanced_accuracy"] == pytest.approx(1 / 3)

@@ -121,8 +121,7 @@ def test_predict_prints_what_the_network_says_of_files_folders_and_wildcards(
     files = [str(folder / "fa" / f"{subject}.nii.gz") for subject in data.subjects]
     assert [row[0] for row in printed] == ["path", *files]
     assert [row[1] for row in printed] == ["Subject", *data.subjects]
-    network = networks.load_network(trained / "fold-0.pt")
-    expected = training.predict(network, data.volumes[:])[:, 1]
+    expected = training.predict(networks.load(trained / "fold-0.pt"), data.volumes[:])[:, 1]
     np.testing.assert_allclose([float(row[2]) for row in printed[1:]], expected, atol=1e-6)
 
 

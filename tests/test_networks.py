@@ -69,8 +69,7 @@ def maps_by_hand(network: nn.Module, maps: np.ndarray, *layers: str) -> np.ndarr
 
     maps = maps.astype(float)
     if "convolution.weight" in state:
-        padded = np.pad(maps, ((0, 0), (1, 1), (1, 1)))
-        maps = convolve(padded, "convolution", "valid")
+        maps = convolve(np.pad(maps, ((0, 0), (1, 1), (1, 1))), "convolution", "valid")
     for hidden in layers:
         inputs, maps = maps, convolve(maps, f"{hidden}.0", "valid")
         names = ("running_mean", "running_var", "weight", "bias")

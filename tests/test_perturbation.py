@@ -44,8 +44,7 @@ def bright():
 
 @pytest.fixture(scope="module")
 def volumes():
-    rng = np.random.default_rng(1)
-    volumes = rng.uniform(0, 0.3, (4, *SMALL)).astype(np.float32)
+    volumes = np.random.default_rng(1).uniform(0, 0.3, (4, *SMALL)).astype(np.float32)
     volumes[:, 3:9, 12:18, 14:20] += 0.5
     volumes.flags.writeable = False  # as a memory-mapped cohort's are
     return volumes

@@ -31,8 +31,7 @@ def published(tmp_path: Path) -> tuple[nn.Module, Path]:
 
 def fit_cohort(folder: Path, paths: list[Path], **options: object) -> tuple[cohort.Cohort, Path]:
     """Convert volumes in a folder and fit networks; return the cohort and the first network."""
-    subjects = layouts.name_subjects(paths)
-    table = pd.DataFrame({"Subject": subjects, "Gender": list("FMFMFM")})
+    table = pd.DataFrame({"Subject": layouts.name_subjects(paths), "Gender": list("FMFMFM")})
     table.to_csv(folder / "unrestricted_people.csv", index=False)
     files = layouts.choose_volumes(layouts.find_volumes(folder))
     volumes.convert(files, folder, folder / "out", shape=SMALL, **options)
@@ -69,8 +68,7 @@ def test_the_field_of_view_and_the_confounds_must_be_the_training_cohorts(tmp_pa
     data, checkpoint = fit_cohort(tmp_path, paths)
     shifted = LAS.copy()
     shifted[0, 3] += 4
-    other = save(tmp_path / "shifted.nii.gz", fa(0), shifted)
-    table = predict_files(checkpoint, [other, paths[1]])
+    table = predict_files(checkpoint, [save(tmp_path / "shifted.nii.gz", fa(0), shifted), paths[1]])
     network = networks.load(checkpoint, SMALL)
     with torch.no_grad():
         expected = network(torch.tensor(data.volumes[1])[None, None]).softmax(1)[0, 1]

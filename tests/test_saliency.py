@@ -170,8 +170,7 @@ def test_every_method_alike(method, network, volumes):
     assert maps.any()
     with torch.no_grad():
         logits = copy.deepcopy(network).eval()(torch.from_numpy(volumes.copy())[:, None])
-    predicted = logits.argmax(1).numpy()
-    single = explain(method, network, volumes[:1], target=predicted[:1])
+    single = explain(method, network, volumes[:1], target=logits.argmax(1).numpy()[:1])
     np.testing.assert_array_equal(single, maps[:1])
     assert state() == before
     for key, value in network.state_dict().items():

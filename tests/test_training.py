@@ -190,8 +190,7 @@ def test_probabilities_are_those_of_the_mean_log_odds() -> None:
         with torch.no_grad():
             exact = copy.deepcopy(network).double().eval()
             logits = exact(torch.from_numpy(volumes)[:, None].double()).numpy()
-        log_odds = logits[..., 1] - logits[..., 0]  # (12,), then (12, 5)
-        odds = np.exp(log_odds.reshape(12, -1).mean(1))
+        odds = np.exp((logits[..., 1] - logits[..., 0]).reshape(12, -1).mean(1))
         assert np.std(odds) > 1e-4
         np.testing.assert_allclose(probabilities[:, 1], odds / (1 + odds), atol=1e-6)
 

@@ -76,8 +76,7 @@ def test_load_finds_a_point_at_its_millimetres_in_any_orientation(tmp_path, code
 
 def test_load_scales_integers(tmp_path):
     data = np.arange(np.prod(SHAPE)).reshape(SHAPE).astype(np.int16)
-    path = save(tmp_path / "v.nii.gz", data, scl_slope=0.0001, scl_inter=-0.25)
-    volume, _ = load(path)
+    volume, _ = load(save(tmp_path / "v.nii.gz", data, scl_slope=0.0001, scl_inter=-0.25))
     np.testing.assert_allclose(volume, data[::-1] * 0.0001 - 0.25, atol=2e-7)
 
 
@@ -267,8 +266,7 @@ def make(folder, count=5, *, shape=SHAPE, rows=()):
 
 
 def run(folder, out=None, **options):
-    options = {"shape": SMALL, "workers": 1} | options
-    return convert(folder / "fa", folder, out or folder, **options)
+    return convert(folder / "fa", folder, out or folder, **{"shape": SMALL, "workers": 1} | options)
 
 
 def rejected(folder):

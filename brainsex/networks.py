@@ -100,7 +100,7 @@ class _Residual2d(nn.Sequential):
 
     def forward(self, images: Tensor) -> Tensor:
         convolution, norm, relu, pooling, projection = self
-        cropped = nn.functional.pad(images, (-1, -1, -1, -1))  # as two slices, but one gradient
+        cropped = nn.functional.pad(images, (-1, -1, -1, -1))  # two slices would make two gradients
         return pooling(relu(norm(convolution(images)) + projection(cropped)))
 
 

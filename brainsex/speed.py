@@ -156,8 +156,7 @@ def forward_in_chunks(network: nn.Module, volumes: Tensor) -> Tensor:
     """Compute ``network(volumes)``; on a CPU a volume's logits do not depend on the others."""
     if volumes.device.type != "cpu":
         return network(volumes)
-    missing = -len(volumes) % CPU_BATCH
-    padded = torch.cat([volumes, *[volumes[-1:]] * missing])
+    padded = torch.cat([volumes, *[volumes[-1:]] * (-len(volumes) % CPU_BATCH)])
     return torch.cat([network(chunk) for chunk in padded.split(CPU_BATCH)])[: len(volumes)]
 
 

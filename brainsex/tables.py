@@ -89,8 +89,7 @@ def index_subjects(
     rows = rows.drop_duplicates(column, keep=session) if session in SESSION_ENDS else rows
     rows = rows.drop_duplicates([column, *used] if used else None)
     # NDA's tables say below the header what each column means
-    meanings = rows.iloc[:1][rows[column].iloc[:1].str.count(r"\s\S") > 3]
-    rows = rows.drop(meanings.index)
+    rows = rows.drop(rows.index[:1][rows[column].iloc[:1].str.count(r"\s\S") > 3])
     return rows.set_index(check_subject_ids(table, rows[column])).rename_axis("Subject")
 
 

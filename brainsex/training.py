@@ -185,7 +185,8 @@ def cross_validate(
     """
     if assignment is None:
         assignment = evaluation.folds(cohort.sex, groups=cohort.groups, folds=folds, seed=seed)
-    only = sorted(set(range(int(assignment.max()) + 1) if only is None else only))
+    folds = range(int(assignment.max()) + 1)
+    only = sorted(set(folds if only is None else only))
     settings = {"milestones": (5, 15), **settings, "seed": seed}
     cores, on_cpu = joblib.cpu_count(), networks.device().type == "cpu"
     jobs = max(1, min(len(only), workers or cores)) if on_cpu else 1
@@ -207,13 +208,15 @@ def cross_validate(
         storage.write_text(out / "folds.csv", table[["Subject", "fold"]].to_csv(index=False))
         run = out, cohort, assignment, make_network, confounds, settings, threads
         calls = (joblib.delayed(_fit_fold)(fold, *run) for fold in only)
-        if masked := hasattr(signal, "pthread_sigmask"):  # not on Windows
-            resource_tracker.ensure_running()  # its start would undo the mask
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:  # workers inherit the mask: at Ctrl-C this process ends them, and they say nothing
+        masks_signals = jobs > 1 and hasattr(signal, "pthread_sigmask")  # Windows has none
+        try:  # workers inherit the mask: Ctrl-C interrupts this process alone, which ends them
+            if masks_signals:
+                resource_tracker.ensure_running()  # its start would undo the mask
+                signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             results = joblib.Parallel(jobs, return_as="generator")(calls)
         finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT}) if masked else None
+            if masks_signals:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         records = list(tqdm(results, "cross-validate", total=len(only), unit="fold"))
     table["probability"] = np.nan
     for fold, record in zip(only, records):

@@ -18,7 +18,7 @@ NO_RESULT = {".lock", "run.json", "rejected.csv"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with what takes longest, the notebooks, of which some read what others leave."""
+    """Begin with the tests that take longest: those that run the notebooks, in their order."""
     items.sort(key=lambda item: not item.name.startswith("test_smoke_profile"))
 
 
@@ -30,7 +30,7 @@ def source(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def target(tmp_path: Path) -> Path:
-    """Name a folder for what is made of them."""
+    """Name a folder for the volumes that are made of `source`."""
     return tmp_path / "fa"
 
 

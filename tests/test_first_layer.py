@@ -50,8 +50,7 @@ def test_mean_entropy_and_mean_maps_are_those_of_float64(monkeypatch, size):
     mean, entropy = first_layer.summarise(network, volumes)
     assert_allclose(mean, maps.mean((2, 3, 4)), atol=1e-5)
     for n, c in np.ndindex(entropy.shape):
-        limits = maps[:, c].min(), maps[:, c].max()  # over all subjects
-        histogram, _ = np.histogram(maps[n, c], 256, limits)
+        histogram, _ = np.histogram(maps[n, c], 256, (maps[:, c].min(), maps[:, c].max()))
         assert entropy[n, c] == pytest.approx(stats.entropy(histogram), abs=1e-5)
     assert entropy.std(0).min() > 1e-3
     assert network.training

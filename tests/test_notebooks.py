@@ -60,7 +60,7 @@ def execute_here(source: Path, target: Path, parameters: dict) -> None:
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
-    """A small cohort with tables of 300 people, one of 100 columns; the numbers of who has run."""
+    """A small cohort, whose tables have 300 people; a folder; the notebooks that have run there."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(writing, "ROWS", 300)
         patch.setattr(writing, "MEN", 137)
@@ -74,10 +74,11 @@ def smoke(tmp_path_factory):
 
 @pytest.mark.parametrize("number", FIGURES)
 def test_smoke_profile_runs_a_notebook_and_writes_its_figures(number, smoke, monkeypatch):
-    """In the order in which they begin; before it those that have not run in this process."""
+    """Earlier notebooks run first, where they have not run in this process."""
     cohort, out, ran = smoke
     main = runpy.run_path(str(ROOT / "notebooks" / "run.py"))["main"]
     assert list(main.__globals__["READS"]) == list(FIGURES)
+    assert sorted(FIGURES) == [path.name[:2] for path in NOTEBOOKS]
 
     def execute(source, target, parameters):
         shutil.copy(source, target)
@@ -85,10 +86,11 @@ def test_smoke_profile_runs_a_notebook_and_writes_its_figures(number, smoke, mon
             execute_here(source, target, parameters)
             ran.add(source.name[:2])
 
-    due = {*itertools.takewhile(lambda other: other != number, FIGURES), number} - ran
+    earlier = {*itertools.takewhile(lambda other: other != number, FIGURES)}
+    due = earlier - ran | {number}
     monkeypatch.setitem(main.__globals__, "execute", execute)
-    command = f"run.py --profile smoke --cohort {cohort} --out {out}"
-    monkeypatch.setattr(sys, "argv", command.split())
+    command = ["run.py", "--profile", "smoke", "--cohort", str(cohort), "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", command)
     images = {path: path.stat().st_mtime_ns for path in (ROOT / "image").glob("*")}
     with mock.patch.dict(os.environ), pytest.raises(SystemExit) as ended:
         main()

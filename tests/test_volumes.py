@@ -397,9 +397,8 @@ def test_convert_resamples_other_grids_than_the_commonest_when_asked(tmp_path):
     fine_shape = (69, 84, 75)
     fine = LAS @ np.diag([1 / 3, 1 / 3, 1 / 3, 1])
     fine[:3, 3] = LAS[:3, 3] - LAS[:3, :3] @ (1 / 3, 1 / 3, 1 / 3)  # the same field of view
-    wave = [np.cos(np.linspace(-1.5, 1.5, n)) for n in fine_shape]
-    smooth = 0.9 * np.einsum("i,j,k->ijk", *wave)
-    smooth *= np.linspace(0.5, 1, 69)[:, None, None]  # left and right differ
+    smooth = np.einsum("i,j,k->ijk", *(np.cos(np.linspace(-1.5, 1.5, n)) for n in fine_shape))
+    smooth *= 0.9 * np.linspace(0.5, 1, 69)[:, None, None]  # left and right differ
     noise = np.random.default_rng(5).uniform(-0.05, 0.05, fine_shape)
     save(folder / "fa" / "000002.nii.gz", np.float32(smooth), fine)
     save(folder / "fa" / "000003.nii.gz", np.float32(0.5 + noise), fine)

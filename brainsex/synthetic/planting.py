@@ -77,8 +77,7 @@ def plant(
 
 def _place_regions(cohort: Path, data: Cohort) -> np.ndarray:
     """Return the bumps (V, regions) of `REGIONS` in [0, 1], in the mean brain of a cohort."""
-    voxels = np.indices(data.volumes.shape[1:]).reshape(3, -1).T
-    positions = apply_affine(data.affine, voxels)
+    positions = apply_affine(data.affine, np.indices(data.volumes.shape[1:]).reshape(3, -1).T)
     distance = cdist(positions, REGIONS[["x_mm", "y_mm", "z_mm"]]) / REGIONS["radius_mm"].to_numpy()
     bumps = np.clip(2 - 2 * distance**2, 0, 1)
     planted = bumps * (np.mean(data.volumes, axis=0).reshape(-1, 1) > BRAIN_THRESHOLD)

@@ -36,7 +36,7 @@ NEXT = (  # what is run on a folder of volumes
     "python -m brainsex train {0} results/{1}/cnn3d",
     "python -m brainsex masks {0} results/{1}/cnn3d results/{1}/masks",
 )
-COSTS = {"fa": (90, 4), "extract": (2, 4), "convert": (0.3, 1), "train": (60, 1), "masks": (13, 1)}
+COSTS = {"fa": (90, 4), "extract": (2, 4), "convert": (0.3, 1), "train": (60, 1), "masks": (8, 1)}
 """Rough seconds of a core and MB on disk a subject; of 10 folds and 32 channels (`make bench`)."""
 STRIPPED = r"(?i).*(skull_?strip|(_brain|_bet)(?![A-Za-z]))[^/]*"
 PREFERRED = {  # how the paths of volumes look that are taken where there are others of a modality

@@ -208,14 +208,14 @@ def cross_validate(
         storage.write_text(out / "folds.csv", table[["Subject", "fold"]].to_csv(index=False))
         run = out, cohort, assignment, make_network, confounds, settings, threads
         calls = (joblib.delayed(_fit_fold)(fold, *run) for fold in only)
-        masks_signals = jobs > 1 and hasattr(signal, "pthread_sigmask")  # Windows has none
-        try:  # workers inherit the mask: Ctrl-C interrupts this process alone, which ends them
-            if masks_signals:
-                resource_tracker.ensure_running()  # its start would undo the mask
+        blocks_signals = jobs > 1 and hasattr(signal, "pthread_sigmask")  # Windows has none
+        try:  # workers inherit what is blocked: Ctrl-C reaches this process alone, which ends them
+            if blocks_signals:
+                resource_tracker.ensure_running()  # its start would unblock the signal
                 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             results = joblib.Parallel(jobs, return_as="generator")(calls)
         finally:
-            if masks_signals:
+            if blocks_signals:
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         records = list(tqdm(results, "cross-validate", total=len(only), unit="fold"))
     table["probability"] = np.nan

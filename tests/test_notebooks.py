@@ -67,7 +67,7 @@ def smoke(tmp_path_factory):
         cohort = tmp_path_factory.mktemp("smoke") / "synthetic-small"
         synthetic.write_cohort(cohort, subjects=16, spacing=5)
         measures = cohort / "unrestricted_hcp_freesurfer.csv"
-        rows = [line.split(",")[:100] for line in measures.read_text().splitlines()]
+        rows = [line.split(",")[:100] for line in measures.read_text().splitlines()]  # of 938
         measures.write_text("".join(",".join(row) + "\n" for row in rows))
         yield cohort, tmp_path_factory.mktemp("smoke-out"), set()
 
@@ -75,19 +75,19 @@ def smoke(tmp_path_factory):
 @pytest.mark.parametrize("number", FIGURES)
 def test_smoke_profile_runs_a_notebook_and_writes_its_figures(number, smoke, monkeypatch):
     """Earlier notebooks run first, where they have not run in this process."""
-    cohort, out, ran = smoke
+    cohort, out, executed = smoke
     main = runpy.run_path(str(ROOT / "notebooks" / "run.py"))["main"]
     assert list(main.__globals__["READS"]) == list(FIGURES)
     assert sorted(FIGURES) == [path.name[:2] for path in NOTEBOOKS]
 
     def execute(source, target, parameters):
         shutil.copy(source, target)
-        if source.name[:2] in due:
+        if source.name[:2] in numbers:
             execute_here(source, target, parameters)
-            ran.add(source.name[:2])
+            executed.add(source.name[:2])
 
-    earlier = {*itertools.takewhile(lambda other: other != number, FIGURES)}
-    due = earlier - ran | {number}
+    earlier = {*itertools.takewhile(lambda name: name != number, FIGURES)}
+    numbers = earlier - executed | {number}
     monkeypatch.setitem(main.__globals__, "execute", execute)
     command = ["run.py", "--profile", "smoke", "--cohort", str(cohort), "--out", str(out)]
     monkeypatch.setattr(sys, "argv", command)
@@ -96,10 +96,10 @@ def test_smoke_profile_runs_a_notebook_and_writes_its_figures(number, smoke, mon
         main()
     assert ended.value.code == 0
     written = {file.name for file in (out / "image").glob("*")}
-    assert written == {name for other in ran for name in FIGURES[other].split()}
+    assert written == {name for done in executed for name in FIGURES[done].split()}
     text = texts(nbformat.read(next(out.glob(f"{number}_*")), as_version=4))
     assert number == "00" or "synthetic-small" in text  # the tour has people of its own
-    masks = 4 * ("06" in ran)  # one a fold and sex
+    masks = 4 * ("06" in executed)  # one a fold and sex
     assert len(list(out.glob("masks/mask/*.nii.gz"))) == masks
     assert images == {path: path.stat().st_mtime_ns for path in (ROOT / "image").glob("*")}
 

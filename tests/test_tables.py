@@ -208,7 +208,7 @@ EXPORTS = [  # a table of people as people have it, and how it is read
     ("ID;M/F;Größe;Age\n1;M;170;26-30\n2;F;160;36+\n", "cp1252", {}),
     ("sep=;\r\nSubject;Gender;Age\r\n1;M;26-30\r\n2;F;36+\r\n", "utf-16", {}),
     ("eid,31-0.0,21003-2.0\n1,1,26-30\n2,0,36+\n", "utf-8-sig", {}),
-    ("k,geslacht,age\n1,man,26-30\n2,woman,36+\n", "utf-8", {"subject": "k", "sex": "geslacht"}),
+    ("nr,geslacht,age\n1,man,26-30\n2,woman,36+\n", "utf-8", {"subject": "nr", "sex": "geslacht"}),
     (
         "participant_id\tsession_id\tsex\tage\nsub-1\tses-a\tM\t26-30\n"
         "sub-1\tses-b\tM\t27\nsub-2\tses-a\tF\t36+\n",
